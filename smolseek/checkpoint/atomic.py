@@ -1,0 +1,51 @@
+"""Folders that are complete or absent: written beside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A new folder to write into, which becomes `out` when the block ends well and disappears otherwise.
+
+    Raises:
+        ValueError: `out` exists and `force` is not set.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    token = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial, old = out.parent / f".{out.name}.partial-{token}", out.parent / f".{out.name}.old-{token}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        refuse_existing(out, force)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Raise ValueError when `out` is there and may not be replaced."""
+    if out.exists() and not force:
+        raise ValueError(f"{out}: exists already; pass --force to replace it, or name another folder")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

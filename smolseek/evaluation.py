@@ -1,0 +1,92 @@
+"""Held-out loss: one definition of perplexity everywhere, and the balance of the experts on held-out text.
+
+Shapes: N windows, T tokens, V vocabulary, E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.balance import max_violation, take_expert_counts
+
+WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Held-out loss in nats per token and what follows from it."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict."""
+        return asdict(self)
+
+
+def measure_quality(
+    model: DeepseekV3 | StockModel,
+    ids_T: Tensor,
+    text_bytes: int,
+    *,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Quality:
+    """Perplexity over non-overlapping windows of 512 (or the model's limit), each token but a window's first predicted.
+
+    `ids_T` is one stream of packed documents, `text_bytes` their UTF-8 size; `on_window(done, all)` reports progress.
+
+    Raises:
+        ValueError: fewer than two tokens, or a loss that is not finite.
+    """
+    size = min(WINDOW_TOKENS, model.config.max_position_embeddings)
+    if len(ids_T) < 2:
+        raise ValueError(f"held-out text of {len(ids_T)} tokens: at least 2 are needed; name more text")
+    windows = list(ids_T.split(size))
+    total, count = 0.0, 0
+    device = next(model.parameters()).device
+    with evaluating(model), torch.inference_mode():
+        for number, window_T in enumerate(windows, start=1):
+            if len(window_T) > 1:
+                ids_1T = window_T[None].to(device)
+                logits_TV = model(ids_1T)[0, :-1].float()
+                total += F.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum").item()
+                count += len(window_T) - 1
+            if on_window is not None:
+                on_window(number, len(windows))
+    loss = total / count
+    if not math.isfinite(loss):
+        raise ValueError(f"held-out loss is {loss}: the weights hold NaN or overflow; try --dtype float32")
+    bits_per_byte = loss * len(ids_T) / (math.log(2) * max(1, text_bytes))
+    return Quality(loss, math.exp(min(loss, 700.0)), bits_per_byte, count)
+
+
+def measure_balance(model: DeepseekV3, ids_T: Tensor) -> dict[int, float]:
+    """MaxVio of each expert layer over all of `ids_T`, in windows of 512 as `measure_quality` cuts them."""
+    take_expert_counts(model)
+    size = min(WINDOW_TOKENS, model.config.max_position_embeddings)
+    with evaluating(model), torch.inference_mode():
+        for window_T in ids_T.split(size):
+            model.hidden_states(window_T[None].to(next(model.parameters()).device))
+    return {layer: max_violation(counts_E) for layer, counts_E in take_expert_counts(model)}
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the former mode after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

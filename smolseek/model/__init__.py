@@ -1,0 +1,7 @@
+"""DeepSeek-V3 in plain PyTorch, and stock transformers models behind the same four methods."""
+
+from smolseek.model.cache import LatentCache
+from smolseek.model.stock import StockModel
+from smolseek.model.transformer import DeepseekV3
+
+__all__ = ["DeepseekV3", "LatentCache", "StockModel"]

@@ -1,0 +1,59 @@
+"""What attention keeps of past tokens: one normalised latent and one rotated key per token and layer.
+
+Shapes: L layers, B batch, T new tokens, S capacity or held tokens, C kv_lora_rank, R qk_rope_head_dim, W = C + R.
+"""
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3Config
+
+
+class LatentCache:
+    """Preallocated latent cache (DeepSeek-V2, section 2.1: c_KV and k_R are all that is kept); for inference.
+
+    `padding_B` counts the left-padding tokens of each row, `length` the columns filled so far, padding included.
+    """
+
+    def __init__(
+        self,
+        config: DeepseekV3Config,
+        batch_size: int,
+        capacity_tokens: int,
+        padding_B: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kv_lora_rank = config.kv_lora_rank
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        shape = (config.num_hidden_layers, batch_size, capacity_tokens, width)
+        # Latent and key lie side by side: absorbed attention reads both as one key, and the latent again as the value.
+        self.entries_LBSW = torch.zeros(shape, dtype=dtype, device=device)
+        self.padding_B = None if padding_B is None else padding_B.to(device)
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: layers * batch * capacity * (kv_lora_rank + qk_rope_head_dim) * itemsize."""
+        return self.entries_LBSW.nbytes
+
+    @property
+    def capacity_tokens(self) -> int:
+        return self.entries_LBSW.shape[2]
+
+    def reserve(self, new_tokens: int) -> None:
+        """Raises ValueError when `new_tokens` more do not fit."""
+        if self.length + new_tokens > self.capacity_tokens:
+            raise ValueError(
+                f"{self.length} tokens held + {new_tokens} new exceed the cache's capacity of {self.capacity_tokens}: "
+                "ask new_cache for a larger capacity_tokens"
+            )
+
+    def write(self, layer_index: int, latent_BTC: Tensor, rope_key_BTR: Tensor) -> Tensor:
+        """Stores one layer's new tokens after `length` (which the model advances once all layers have written)
+        and returns the layer's entries so far, (B, length + T, W)."""
+        end = self.length + latent_BTC.shape[1]
+        entries_BSW = self.entries_LBSW[layer_index, :, :end]
+        entries_BSW[:, self.length :, : self.kv_lora_rank] = latent_BTC
+        entries_BSW[:, self.length :, self.kv_lora_rank :] = rope_key_BTR
+        return entries_BSW

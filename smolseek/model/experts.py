@@ -1,0 +1,108 @@
+"""Mixture of experts (DeepSeek-V3, section 2.1.2): a router, routed experts by grouped matmul, shared experts.
+
+Shapes: B batch, T tokens, D hidden, N = B * T tokens, E routed experts, K experts per token, G groups,
+M = N * K rows sorted by expert, I moe_intermediate_size, O and F the output and input width of a linear map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV3Config
+from transformers.activations import ACT2FN
+
+from smolseek.model.layers import MLP
+
+
+class TopkRouter(nn.Module):
+    """Chooses K experts per token and weighs them, in fp32 (DeepSeek-V3, equations 13-16).
+
+    Scores are sigmoids, or a softmax when the config carries `scoring_func: softmax` (not stock V3).
+    `e_score_correction_bias` takes part in choosing only; `expert_counts` counts the tokens sent to each expert since
+    `balance.take_expert_counts` last read it.
+    """
+
+    e_score_correction_bias: Tensor
+    expert_counts: Tensor
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        self.scoring_func = getattr(config, "scoring_func", "sigmoid")
+        self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
+        self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The chosen experts' weights (N, K), fp32, and indices (N, K)."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.softmax(dim=-1) if self.scoring_func == "softmax" else logits_NE.sigmoid()
+        indices_NK = self.choose(scores_NE.detach() + self.e_score_correction_bias)
+        weights_NK = scores_NE.gather(1, indices_NK)
+        if self.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        return weights_NK * self.routed_scaling_factor, indices_NK
+
+    def choose(self, biased_NE: Tensor) -> Tensor:
+        """The top K experts (N, K) among the `topk_group` groups whose two best experts sum highest."""
+        if self.topk_group < self.n_group:
+            biased_NGE = biased_NE.unflatten(1, (self.n_group, -1))
+            best_groups = biased_NGE.topk(2, dim=-1).values.sum(dim=-1).topk(self.topk_group, sorted=False).indices
+            barred_NG = torch.ones_like(biased_NGE[..., 0], dtype=torch.bool).scatter_(1, best_groups, False)
+            biased_NE = biased_NGE.masked_fill(barred_NG.unsqueeze(-1), -torch.inf).flatten(1)
+        return biased_NE.topk(self.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+class Experts(nn.Module):
+    """All routed SwiGLU experts of a layer, applied to rows already sorted by expert."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        E, D, inner = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.zeros(E, 2 * inner, D))
+        self.down_proj = nn.Parameter(torch.zeros(E, D, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
+        """Outputs (M, D); expert e owns the rows from ends_E[e - 1] to ends_E[e] (int32), perhaps none."""
+        gate_MI, up_MI = grouped_linear(x_MD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
+        return grouped_linear(self.act_fn(gate_MI) * up_MI, self.down_proj, ends_E)
+
+
+def grouped_linear(x_MF: Tensor, weight_EOF: Tensor, ends_E: Tensor) -> Tensor:
+    """x W_eᵀ for each expert's rows, (M, O), in autocast's dtype where it is on (it does not know grouped_mm)."""
+    device = x_MF.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MF.dtype
+    x_MF, weight_EOF = x_MF.to(dtype), weight_EOF.to(dtype)
+    out_width, in_width = weight_EOF.shape[1:]
+    unit = 16 // dtype.itemsize  # grouped_mm wants strides of 16 bytes, backward too
+    if out_width % unit or in_width % unit:
+        x_MF = F.pad(x_MF, (0, -in_width % unit))
+        weight_EOF = F.pad(weight_EOF, (0, -in_width % unit, 0, -out_width % unit))
+    return F.grouped_mm(x_MF, weight_EOF.transpose(1, 2), offs=ends_E)[:, :out_width]
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts for every token plus K routed ones each; no token is dropped."""
+
+    def __init__(self, config: DeepseekV3Config) -> None:
+        super().__init__()
+        self.experts = Experts(config)
+        self.gate = TopkRouter(config)
+        self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        weights_NK, indices_NK = self.gate(x_ND)
+        chosen_M, order_M = indices_NK.flatten().sort(stable=True)
+        counts_E = torch.zeros_like(self.gate.expert_counts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
+        self.gate.expert_counts += counts_E
+        token_M = order_M // indices_NK.shape[1]
+        out_MD = self.experts(x_ND.index_select(0, token_M), counts_E.cumsum(0).int())
+        out_MD = out_MD * weights_NK.flatten()[order_M].unsqueeze(-1)
+        routed_ND = torch.zeros_like(x_ND, dtype=out_MD.dtype).index_add(0, token_M, out_MD)
+        return routed_ND.to(x_BTD.dtype).view_as(x_BTD) + self.shared_experts(x_BTD)

@@ -1,0 +1,27 @@
+"""The two small layers that every part of the model shares."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV3Config
+from transformers.activations import ACT2FN
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose gain follows the dtype of its input, so that autocast needs no mixed kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(act(gate(x)) * up(x)); width 0 gives zeros, as in transformers (`n_shared_experts: 0`)."""
+
+    def __init__(self, config: DeepseekV3Config, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,78 @@
+"""Any transformers causal LM behind the interface of our own model.
+
+Shapes: B batch, T tokens of this call, S tokens seen, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StockCache:
+    """transformers' own key-value cache with the left padding of its rows."""
+
+    def __init__(self, config: Any, padding_B: Tensor | None) -> None:
+        from transformers import DynamicCache
+
+        self.inner = DynamicCache(config=config)
+        self.padding_B = padding_B
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self.inner.get_seq_length()
+
+
+class StockModel(nn.Module):
+    """A transformers causal LM with `hidden_states`, `forward`, `new_cache` and `lm_head` as `DeepseekV3` has them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The output projection."""
+        return self.model.get_output_embeddings()
+
+    def new_cache(self, batch_size: int, capacity_tokens: int, padding_B: Tensor | None = None) -> StockCache:
+        """An empty cache; it grows by itself."""
+        return StockCache(self.config, padding_B)
+
+    def hidden_states(
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: StockCache | None = None
+    ) -> Tensor:
+        """States after the final norm, (B, T, D)."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        if segment_ids is not None:
+            inputs["attention_mask"] = _packed_mask(segment_ids, self.lm_head.weight.dtype)
+        if cache is not None:
+            inputs |= {"past_key_values": cache.inner, "use_cache": True}
+            if cache.padding_B is not None:
+                columns_S = torch.arange(cache.length + input_ids.shape[1], device=input_ids.device)
+                seen_BS = columns_S >= cache.padding_B[:, None]
+                inputs["attention_mask"] = seen_BS.long()
+                positions_BS = (columns_S - cache.padding_B[:, None]).clamp(min=0)
+                inputs["position_ids"] = positions_BS[:, -input_ids.shape[1] :]
+        else:
+            inputs["use_cache"] = False
+        return self.model.base_model(**inputs).last_hidden_state
+
+    def forward(
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: StockCache | None = None
+    ) -> Tensor:
+        """Logits, (B, T, V)."""
+        return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
+
+
+def _packed_mask(segment_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, T, T): causal, and closed between documents."""
+    tokens = segment_ids_BT.shape[1]
+    causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=segment_ids_BT.device).tril()
+    same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    mask = torch.zeros(same_BTT.shape, dtype=dtype, device=segment_ids_BT.device)
+    return mask.masked_fill(~(causal_TT & same_BTT), torch.finfo(dtype).min)[:, None]

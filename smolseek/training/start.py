@@ -1,0 +1,47 @@
+"""What a run starts from: random weights, and a tokenizer trained on its own text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from smolseek.config import Recipe
+from smolseek.data.corpus import is_held_out
+from smolseek.data.tokenizer import train_tokenizer
+from smolseek.data.windows import open_settings
+from smolseek.model import DeepseekV3, StockModel
+
+
+def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
+    """A model of `recipe.model` with random weights drawn from `recipe.seed`.
+
+    Raises:
+        ValueError: an unknown model_type, a field that its config does not have, or sizes that do not fit.
+    """
+    import transformers
+
+    tree = dict(recipe.model)
+    model_type = tree.pop("model_type", None)
+    kinds = {"llama": transformers.LlamaConfig, "deepseek_v3": transformers.DeepseekV3Config}
+    if model_type not in kinds:
+        raise ValueError(f"recipe key model.model_type: {model_type!r} is not one of {', '.join(kinds)}")
+    known = {*vars(kinds[model_type]()), "rope_theta", "scoring_func"}
+    for key in tree:
+        if key not in known:
+            raise ValueError(f"recipe key model.{key}: unknown to the config of {model_type}")
+    config = kinds[model_type](
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **tree
+    )
+    torch.manual_seed(recipe.seed)
+    if model_type == "deepseek_v3":
+        return DeepseekV3(config)
+    return StockModel(transformers.LlamaForCausalLM(config).float())
+
+
+def corpus_tokenizer(recipe: Recipe) -> Any:
+    """A byte-level BPE tokenizer of `recipe.train_tokenizer_entries` entries, trained on the training documents."""
+    data = recipe.data
+    documents = (document for _, document in open_settings(data, data.train).documents(None))
+    texts = (d.text for d in documents if data.held_out or not is_held_out(d, data.held_out_share))
+    return train_tokenizer(texts, recipe.train_tokenizer_entries)
