@@ -6,6 +6,8 @@ Shapes: N windows, T tokens, V vocabulary, E routed experts.
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolseek.generation import stream
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import max_violation, take_expert_counts
 
@@ -90,3 +93,17 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def measure_decode_speed(
+    model: DeepseekV3 | StockModel, ids_T: Tensor, *, new_tokens: int = 64, runs: int = 3
+) -> float:
+    """Greedy tokens per second of one sequence after the prompt `ids_T`: the median run, prefill left out."""
+    speeds = []
+    for _ in range(runs):
+        tokens = stream(model, ids_T[None].to(next(model.parameters()).device), max_new_tokens=new_tokens + 1)
+        next(tokens)  # the prefill and the first token
+        start = time.perf_counter()
+        count = sum(1 for _ in tokens)
+        speeds.append(count / (time.perf_counter() - start))
+    return statistics.median(speeds)

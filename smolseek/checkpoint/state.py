@@ -19,7 +19,9 @@ def save_state(checkpoints: Path, step: int, plain: dict[str, Any], tensors: dic
     out = checkpoints / f"step-{step:08d}"
     with atomic_folder(out, force=True) as folder:
         try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors")
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors"
+            )
         except SafetensorError as error:
             raise OSError(f"{checkpoints}: cannot write the training state ({error})") from error
         (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")

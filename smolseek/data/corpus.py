@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 # Packages and modules of the standard library that every CPython 3.11 to 3.13 carries (a few only some of them);
 # no tests, no encodings, no modules that are mostly tables.
 PYTHON_MODULES = """
-_collections_abc _markupbase _pydecimal _pyio _strptime _threading_local _weakrefset abc argparse ast asyncio base64 bdb
-bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys compileall concurrent configparser contextlib
-copy copyreg csv ctypes curses dataclasses datetime dbm difflib dis doctest email enum filecmp fileinput fnmatch
-fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html http imaplib
-importlib inspect io ipaddress json linecache locale logging lzma mailbox mimetypes modulefinder multiprocessing netrc
-ntpath nturl2path numbers operator optparse os pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath
-pprint profile pstats pty py_compile pyclbr pydoc queue quopri random re reprlib rlcompleter runpy sched secrets
-selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics string struct
-subprocess symtable sysconfig tabnanny tarfile tempfile textwrap threading timeit tkinter tokenize tomllib trace
-traceback tracemalloc tty turtle types typing unittest urllib uuid warnings wave weakref webbrowser wsgiref xml xmlrpc
-zipapp zipfile zipimport zoneinfo
+_collections_abc _markupbase _pydecimal _pyio _strptime _threading_local _weakrefset abc argparse ast asyncio base64
+bdb bisect bz2 cProfile calendar cmd code codecs codeop collections colorsys compileall concurrent configparser
+contextlib copy copyreg csv ctypes curses dataclasses datetime dbm difflib dis doctest email enum filecmp fileinput
+fnmatch fractions ftplib functools genericpath getopt getpass gettext glob graphlib gzip hashlib heapq hmac html http
+imaplib importlib inspect io ipaddress json linecache locale logging lzma mailbox mimetypes modulefinder
+multiprocessing netrc ntpath nturl2path numbers operator optparse os pathlib pdb pickle pickletools pkgutil platform
+plistlib poplib posixpath pprint profile pstats pty py_compile pyclbr pydoc queue quopri random re reprlib rlcompleter
+runpy sched secrets selectors shelve shlex shutil signal site smtplib socket socketserver sqlite3 ssl stat statistics
+string struct subprocess symtable sysconfig tabnanny tarfile tempfile textwrap threading timeit tkinter tokenize
+tomllib trace traceback tracemalloc tty turtle types typing unittest urllib uuid warnings wave weakref webbrowser
+wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
 """.split()
 PYTHON_TABLES = {"html.entities", "email.architecture"}
 
@@ -96,7 +96,11 @@ class PythonSource:
             paths = package.rglob("*.py") if package.is_dir() else [library / f"{entry}.py"]
             for path in paths:
                 name = ".".join(path.relative_to(library).with_suffix("").parts)
-                if path.is_file() and not {"test", "tests", "idle_test"} & set(path.parts) and name not in PYTHON_TABLES:
+                if (
+                    path.is_file()
+                    and not {"test", "tests", "idle_test"} & set(path.parts)
+                    and name not in PYTHON_TABLES
+                ):
                     names.append(f"module {name}")
         return names
 

@@ -137,7 +137,9 @@ def pack(tokenizer: Any, documents: Iterable[Document], limit_tokens: int | None
 def calibration_windows(
     tokenizer: Any, sources: Iterable[str], *, windows: int, window_tokens: int, separator: str, seed: int
 ) -> Tensor:
-    """Windows (N, T) of calibration text, drawn with `seed` from the sources' beginning (builtin:python: its training split).
+    """Windows (N, T) of calibration text, drawn with `seed` from the beginning of the sources.
+
+    Of builtin:python only the training split is read.
 
     Raises:
         ValueError: the sources hold less than one window of text.
@@ -155,7 +157,7 @@ def calibration_windows(
     whole = len(ids_T) // window_tokens
     if whole < 1:
         raise ValueError(
-            f"calibration {', '.join(settings.train)}: {len(ids_T)} tokens are less than one window of {window_tokens}; "
+            f"calibration {', '.join(settings.train)}: {len(ids_T)} tokens, less than one window of {window_tokens}; "
             "name more text"
         )
     order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:windows]

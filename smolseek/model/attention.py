@@ -73,10 +73,7 @@ class MultiheadLatentAttention(nn.Module):
 
     def _queries(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The unrotated (B, T, H, N) and rotated (B, T, H, R) parts of the queries."""
-        if hasattr(self, "q_proj"):
-            q = self.q_proj(x_BTD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
+        q = self.q_proj(x_BTD) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
         return q_nope, rotate(q_rope, *rope, self.rope_interleave)
 

@@ -1,6 +1,7 @@
 """DeepSeek-V3 with the parameter tree of transformers' DeepseekV3ForCausalLM.
 
-Shapes: B batch, T tokens, S prefix + new tokens, D hidden, V vocabulary, R qk_rope_head_dim.
+Shapes: B batch, T tokens, S prefix + new tokens, D hidden, V vocabulary, R qk_rope_head_dim; input_ids and segment_ids
+are (B, T).
 """
 
 from collections.abc import Callable
@@ -47,13 +48,13 @@ class Transformer(nn.Module):
         # transformers' own: default, linear, dynamic, yarn and longrope stay identical to it.
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
 
-    def forward(self, input_ids_BT: Tensor, segment_ids_BT: Tensor | None, cache: LatentCache | None) -> Tensor:
-        tokens = input_ids_BT.shape[1]
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None, cache: LatentCache | None) -> Tensor:
+        tokens = input_ids.shape[1]
         if cache is not None:
             cache.reserve(tokens)
-        h_BTD = self.embed_tokens(input_ids_BT)
+        h_BTD = self.embed_tokens(input_ids)
         rope = self._rope(tokens, cache, h_BTD.device)
-        mask_B1TS = attention_mask(tokens, segment_ids_BT, cache, h_BTD.device)
+        mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
         for layer in self.layers:
             h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
         if cache is not None:
@@ -73,16 +74,16 @@ class Transformer(nn.Module):
 
 
 def attention_mask(
-    tokens: int, segment_ids_BT: Tensor | None, cache: LatentCache | None, device: torch.device
+    tokens: int, segment_ids: Tensor | None, cache: LatentCache | None, device: torch.device
 ) -> Tensor | None:
     """True where a token may look, (B or 1, 1, T, S), or None where attention's own default says the same.
 
     Raises ValueError for segments together with a cache.
     """
-    if segment_ids_BT is not None:
+    if segment_ids is not None:
         if cache is not None:
-            raise ValueError("segment_ids_BT with a cache: packed windows have no cache, give one or the other")
-        return (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]).tril()
+            raise ValueError("segment_ids with a cache: packed windows have no cache, give one or the other")
+        return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
     if cache is None or (cache.padding_B is None and (cache.length == 0 or tokens == 1)):
         return None
     columns_S = torch.arange(cache.length + tokens, device=device)
@@ -112,20 +113,20 @@ class DeepseekV3(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden_states(
-        self, input_ids_BT: Tensor, *, segment_ids_BT: Tensor | None = None, cache: LatentCache | None = None
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, D).
 
-        `segment_ids_BT` numbers the documents of a packed window, which then do not see each other. With a `cache` the
+        `segment_ids` numbers the documents of a packed window, which then do not see each other. With a `cache` the
         tokens follow those it holds; ValueError when they do not fit.
         """
-        return self.model(input_ids_BT, segment_ids_BT, cache)
+        return self.model(input_ids, segment_ids, cache)
 
     def forward(
-        self, input_ids_BT: Tensor, *, segment_ids_BT: Tensor | None = None, cache: LatentCache | None = None
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
     ) -> Tensor:
         """Logits (B, T, V); arguments as `hidden_states`."""
-        return self.lm_head(self.hidden_states(input_ids_BT, segment_ids_BT=segment_ids_BT, cache=cache))
+        return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
 
     def new_cache(self, batch_size: int, capacity_tokens: int, padding_B: Tensor | None = None) -> LatentCache:
         """An empty cache; `padding_B` gives each row's number of left-padding tokens."""

@@ -1,4 +1,4 @@
-"""The training loop: streamed windows, AdamW, loss-less balancing, held-out evaluation, checkpoints that resume exactly.
+"""The training loop: streamed windows, AdamW, loss-less balancing, held-out evaluation, exact resume.
 
 Shapes: N windows in a micro-batch, T tokens in a window, D hidden, E routed experts.
 """
@@ -9,7 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from smolseek.checkpoint.hub import save
 from smolseek.checkpoint.state import latest_state, load_state, save_state
 from smolseek.config import Recipe
-from smolseek.data.windows import WindowStream, encode_document, held_out_documents, pack, segments
-from smolseek.evaluation import Quality, evaluating, measure_quality
-from smolseek.generation import generate
+from smolseek.data.windows import WindowStream, held_out_documents, pack, segments
+from smolseek.evaluation import Quality, measure_quality
+from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import max_violation, take_expert_counts, update_biases
 from smolseek.training.logs import RunLog
@@ -39,6 +39,15 @@ class Progress(NamedTuple):
     loss: float
     held_out_loss: float | None
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """How a run speaks to whoever started it, and hears that it should stop."""
+
+    on_stage: Callable[[str], None] = lambda stage: None
+    on_step: Callable[[Progress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
 
 
 class Interrupted(Exception):
@@ -92,13 +101,11 @@ class Trainer:
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def fit(
-        self, *, on_step: Callable[[Progress], None] | None = None, should_stop: Callable[[], bool] = lambda: False
-    ) -> Quality:
+    def fit(self, watcher: Watcher) -> Quality:
         """Train to the last step and return the held-out quality there.
 
         Raises:
-            Interrupted: `should_stop` said so; the state was saved first.
+            Interrupted: the watcher said stop; the state was saved first.
             ValueError: the loss is not finite.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,15 +114,14 @@ class Trainer:
         while self.step < self.settings.steps:
             loss, maxvio = self._train_step()
             now = time.perf_counter()
-            tokens_per_second, clock = self._step_tokens() / (now - clock), now
+            tokens_per_second, clock = self.step_tokens / (now - clock), now
             self._report(loss, maxvio, tokens_per_second)
             self.step += 1
-            if on_step is not None:
-                held_out = self.quality.loss if self.quality else None
-                on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
+            held_out = self.quality.loss if self.quality else None
+            watcher.on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
             if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
                 self.save()
-            if should_stop() and self.step < self.settings.steps:
+            if watcher.should_stop() and self.step < self.settings.steps:
                 self.save()
                 raise Interrupted(self.step, self.folder)
         if self.quality is None:
@@ -162,7 +168,9 @@ class Trainer:
                 distill_weight=self.settings.distill_weight,
             )
 
-    def _step_tokens(self) -> int:
+    @property
+    def step_tokens(self) -> int:
+        """Tokens predicted in one optimizer step."""
         return self.settings.batch_windows * self.settings.gradient_accumulation * self.settings.window_tokens
 
     # -- what a run tells ---------------------------------------------------------------------------------------------
@@ -175,20 +183,9 @@ class Trainer:
 
     def sample(self, prompt: str) -> str:
         """A continuation of `prompt`, the prompt included; leaves the global random state alone."""
-        settings = self.recipe.sample
-        ids = encode_document(self.tokenizer, prompt)
-        out = generate(
-            self.model,
-            torch.tensor([ids], device=self.device),
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            repetition_penalty=settings.repetition_penalty,
-            seed=settings.seed,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
+        text, _ = continue_text(self.model, self.tokenizer, prompt, self.recipe.sample)
         take_expert_counts(self.model)
-        return self.tokenizer.decode(out[0].tolist(), skip_special_tokens=True)
+        return text
 
     def _report(self, loss: float, maxvio: dict[int, float], tokens_per_second: float) -> None:
         """Log lines, held-out evaluation and samples that are due at this step."""
@@ -201,18 +198,19 @@ class Trainer:
                 step=step,
                 loss=loss,
                 learning_rate=learning_rate(step, settings),
-                tokens=(step + 1) * self._step_tokens(),
+                tokens=(step + 1) * self.step_tokens,
                 tokens_per_second=round(tokens_per_second, 1),
                 **({"maxvio": {str(layer): round(value, 4) for layer, value in maxvio.items()}} if maxvio else {}),
             )
         if (step + 1) % settings.evaluate_every == 0 or last:
             self._report_quality()
         if (self.recipe.sample.every and step % self.recipe.sample.every == 0) or last:
-            with evaluating(self.model):
-                for prompt in self.recipe.sample.prompts:
-                    self.log.sample(step, prompt, self.sample(prompt))
+            for prompt in self.recipe.sample.prompts:
+                self.log.sample(step, prompt, self.sample(prompt))
         if last:
-            self.log.line(f"Best loss achieved: {self.best_loss:.4f} (held out); {self.best_training_loss:.4f} (a batch)")
+            self.log.line(
+                f"Best loss achieved: {self.best_loss:.4f} (held out); {self.best_training_loss:.4f} (a batch)"
+            )
 
     def _report_quality(self) -> None:
         self.quality = self.evaluate()
@@ -258,7 +256,9 @@ class Trainer:
         plain, tensors = load_state(newest)
         changed = _changed_settings(plain["recipe"], asdict(self.recipe))
         if changed:
-            raise ValueError(f"{newest}: written with other settings ({changed}); use those, or start over with --force")
+            raise ValueError(
+                f"{newest}: written with other settings ({changed}); use those, or start over with --force"
+            )
         self._restore_model(_part(tensors, "model."))
         self._restore_optimizer(_part(tensors, "optimizer."))
         self.stream.restore(plain["data"], _part(tensors, "data."))
@@ -287,7 +287,14 @@ class Trainer:
 def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
     """Refuse settings that cannot work, before anything runs."""
     settings, limit = recipe.train, model.config.max_position_embeddings
-    for name in ("steps", "batch_windows", "gradient_accumulation", "window_tokens", "evaluate_every", "checkpoint_every"):
+    for name in (
+        "steps",
+        "batch_windows",
+        "gradient_accumulation",
+        "window_tokens",
+        "evaluate_every",
+        "checkpoint_every",
+    ):
         if getattr(settings, name) < 1:
             raise ValueError(f"train.{name} {getattr(settings, name)}: must be at least 1")
     if settings.window_tokens > limit:
@@ -295,7 +302,9 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
     if not 0 <= settings.distill_weight <= 1:
         raise ValueError(f"train.distill_weight {settings.distill_weight}: must be between 0 and 1")
     if settings.distill_weight and teacher is None:
-        raise ValueError(f"train.distill_weight {settings.distill_weight}: no dense model to distil from; name a teacher")
+        raise ValueError(
+            f"train.distill_weight {settings.distill_weight}: no dense model to distil from; name a teacher"
+        )
     if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"teacher with {teacher.config.vocab_size} vocabulary entries for a model with {model.config.vocab_size}: "
@@ -305,7 +314,9 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
 
 def _changed_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Names of settings that differ and matter to the numbers of a run."""
-    pairs = [(f"{room}.{key}", old[room].get(key), value) for room in ("data", "train") for key, value in new[room].items()]
+    pairs = [
+        (f"{room}.{key}", old[room].get(key), value) for room in ("data", "train") for key, value in new[room].items()
+    ]
     pairs.append(("seed", old["seed"], new["seed"]))
     free = {"train.checkpoint_every", "train.log_every"}
     return ", ".join(

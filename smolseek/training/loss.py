@@ -38,8 +38,8 @@ def next_token_loss(
             assert teacher_hidden_ND is not None and teacher_head_VD is not None
             teacher = (teacher_hidden_ND[rows], teacher_head_VD)
         arguments = (hidden_ND[rows], head_VD, labels_N[rows], teacher, distill_weight)
-        loss, entropy = _chunk_loss(*arguments) if len(parts) == 1 else checkpoint(
-            _chunk_loss, *arguments, use_reentrant=False
+        loss, entropy = (
+            _chunk_loss(*arguments) if len(parts) == 1 else checkpoint(_chunk_loss, *arguments, use_reentrant=False)
         )
         losses.append(loss)
         entropies.append(entropy.detach())

@@ -1,0 +1,21 @@
+# Two commands: `make run` (the main job on the embedded default) and `make test`. Needs Python 3.11 to 3.13 and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint
+
+run: .venv/installed
+	$(BIN)/python train.py --force
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy smolseek benchmarks
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@

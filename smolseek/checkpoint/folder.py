@@ -1,0 +1,147 @@
+"""Safetensors folders, tensor by tensor: lazy to read, complete or absent when written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smolseek.checkpoint.atomic import atomic_folder
+from smolseek.checkpoint.source import TOKENIZER_FILES
+
+_MAX_SHARD_BYTES = 2 * 2**30
+
+
+class TensorFolder:
+    """The tensors of a safetensors checkpoint, single or sharded, each read when asked for.
+
+    Raises:
+        ValueError: no safetensors (pickle alone is refused), a shard is missing or half, a name is unknown.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        elif single.is_file():
+            with self._open(single.name) as file:
+                self._files = dict.fromkeys(file.keys(), single.name)
+        elif list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pt*")):
+            raise ValueError(f"checkpoint {folder}: only pickle weights; re-save it with safe_serialization=True")
+        else:
+            raise ValueError(f"checkpoint {folder}: no model.safetensors; fetch the weights")
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        with self._open(self._file(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors writes it (F32, BF16 ...), from the header."""
+        with self._open(self._file(name)) as file:
+            return file.get_slice(name).get_dtype()
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        with self._open(self._file(name)) as file:
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{self.folder / self._file(name)}: tensor {name}: {error}") from error
+
+    def _file(self, name: str) -> str:
+        if name not in self._files:
+            raise ValueError(f"checkpoint {self.folder}: no tensor {name}; the weights do not fit its config.json")
+        return self._files[name]
+
+    def _open(self, file: str) -> Any:
+        path = self.folder / file
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from error
+
+
+class FolderWriter(AbstractContextManager["FolderWriter"]):
+    """A checkpoint folder written shard by shard; complete or absent.
+
+    Raises:
+        ValueError: the folder exists and `force` is not set.
+    """
+
+    def __init__(self, out: str | Path, *, force: bool = False) -> None:
+        self._folder = atomic_folder(Path(out), force=force)
+        self._shard: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+
+    def __enter__(self) -> FolderWriter:
+        self.path = self._folder.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        if raised[0] is None:
+            try:
+                self._finish()
+            except BaseException as error:  # the folder must go, whatever happened
+                if not self._folder.__exit__(type(error), error, error.__traceback__):
+                    raise
+        return self._folder.__exit__(*raised)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue a tensor; a full shard is written at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self._shard and self._shard_bytes() + size > _MAX_SHARD_BYTES:
+            self._flush()
+        self._shard[name] = tensor.detach().cpu().contiguous()
+        self._bytes += size
+
+    def write_json(self, name: str, tree: Any) -> None:
+        """A JSON file in the folder."""
+        self.write_text(name, json.dumps(tree, indent=2, sort_keys=True) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file in the folder."""
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def copy_tokenizer(self, source: str | Path) -> None:
+        """The tokenizer files of another folder."""
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (Path(source) / name).is_file() and not (self.path / name).exists():
+                shutil.copyfile(Path(source) / name, self.path / name)
+
+    def _shard_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self._shard.values())
+
+    def _flush(self) -> None:
+        self._shards.append(sorted(self._shard))
+        try:
+            save_file(self._shard, self.path / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{self.path.parent}: cannot write the weights ({error})") from error
+        self._shard = {}
+
+    def _finish(self) -> None:
+        if self._shard:
+            self._flush()
+        count, weight_map = len(self._shards), {}
+        for number, names in enumerate(self._shards, start=1):
+            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.path / f"shard-{number}").rename(self.path / file)
+            weight_map.update(dict.fromkeys(names, file))
+        if count > 1:
+            self.write_json(
+                "model.safetensors.index.json", {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+            )

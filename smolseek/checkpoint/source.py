@@ -1,0 +1,79 @@
+"""Where a checkpoint is: a folder, builtin:base or a hub id; and its config.json. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+BUILTIN_BASE = "builtin:base"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES)
+
+
+def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:
+    """The local folder of a checkpoint: a folder, builtin:base, or a hub id (downloaded to the hub library's cache).
+
+    Raises:
+        ValueError: it is neither, or the hub cannot give it.
+    """
+    if str(source) == BUILTIN_BASE:
+        return Path(__file__).parent.parent / "assets" / "base-python"
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+        raise ValueError(
+            f"checkpoint {source}: no such folder; name a folder with config.json, or a hub id (owner/name)"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(only)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {source}: no such folder, and the hub gave none ({type(error).__name__}); check the id and "
+            "the connection, or download it elsewhere and name the folder"
+        ) from error
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder (or that file itself) as a dict.
+
+    Raises:
+        ValueError: the file is missing or is no JSON object.
+    """
+    path = Path(folder)
+    path = path if path.suffix == ".json" else path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"checkpoint {folder}: no config.json; name a folder written by transformers' save_pretrained")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds no JSON object; fetch the file again")
+    return config
+
+
+def read_config_of(source: str | Path) -> dict[str, Any]:
+    """The config of a folder, a config.json, builtin:base or a hub id, of which only config.json is downloaded.
+
+    Raises:
+        ValueError: as `resolve_folder` and `read_config` do.
+    """
+    path = Path(source)
+    if path.suffix == ".json" and path.is_file():
+        return read_config(path)
+    return read_config(resolve_folder(source, only=("config.json",)))

@@ -1,0 +1,66 @@
+"""Upcycling: a dense SwiGLU MLP as shared and routed experts, the same function at step 0; pure functions on tensors.
+
+Shapes: I neurons of the dense MLP, D hidden, M neurons in one expert, N copies, G shards of a copy (= experts per
+token), E = N * G routed experts, T sample tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROUTER_SPREAD = 1.0
+_BALANCE_STEPS = 400
+
+
+def upcycle(
+    weights: dict[str, Tensor], config: dict[str, Any], rows_ND: Tensor, bias_N: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """(name under `mlp.`, tensor) of the experts made from gate_proj (I, D), up_proj (I, D) and down_proj (D, I).
+
+    The first n_shared_experts * M neurons are shared; every copy holds all the others, cut into G shards. Group-limited
+    routing takes exactly one copy (design §4: n_group = N, topk_group = 1, k = G, scaling G), so each of its shards
+    weighs 1 whichever copy it is. The shards of a copy share a router row and a bias.
+    """
+    width, shards = config["moe_intermediate_size"], config["num_experts_per_tok"]
+    shared = config["n_shared_experts"] * width
+    for name, tensor in weights.items():
+        axis = 1 if name == "down_proj" else 0
+        parts = tensor.split([shared] + [width] * shards, dim=axis)
+        yield f"shared_experts.{name}.weight", parts[0]
+        for expert in range(config["n_routed_experts"]):
+            yield f"experts.{expert}.{name}.weight", parts[1 + expert % shards].clone()
+    yield "gate.weight", rows_ND.repeat_interleave(shards, dim=0)
+    yield "gate.e_score_correction_bias", bias_N.repeat_interleave(shards)
+
+
+def router_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """Router rows (N, D) in random directions off the mean input, scaled to logits of standard deviation 1.
+
+    The mean of the inputs is far from zero and would otherwise decide for all tokens alike.
+    """
+    mean_D = inputs_TD.mean(0)
+    rows_ND = torch.randn(copies, len(mean_D), generator=generator)
+    rows_ND = rows_ND - torch.outer(rows_ND @ mean_D, mean_D) / mean_D.square().sum().clamp(min=1e-12)
+    spread_N1 = (inputs_TD @ rows_ND.T).std(0).clamp(min=1e-6).unsqueeze(1)
+    return rows_ND * (_ROUTER_SPREAD / spread_N1)
+
+
+def balancing_bias(inputs_TD: Tensor, rows_ND: Tensor) -> Tensor:
+    """Routing bias (N,), mean 0, under which every copy gets about the same number of the sample's tokens.
+
+    The loss-less update b += u · sign(mean load - load) in closed loop, u falling from the spread of the scores.
+    """
+    scores_TN = (inputs_TD @ rows_ND.T).sigmoid()
+    copies = len(rows_ND)
+    bias_N = scores_TN.new_zeros(copies)
+    speed = float(scores_TN.std()) / 4
+    for _ in range(_BALANCE_STEPS):
+        load_N = torch.bincount((scores_TN + bias_N).argmax(-1), minlength=copies).float()
+        bias_N = bias_N + speed * (load_N.mean() - load_N).sign()
+        bias_N = bias_N - bias_N.mean()
+        speed *= 0.98
+    return bias_N

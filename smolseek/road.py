@@ -1,0 +1,204 @@
+"""The whole road of a recipe: source → convert → heal → compare → table, in one folder that can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer, save
+from smolseek.checkpoint.source import resolve_folder
+from smolseek.config import Recipe
+from smolseek.conversion.pipeline import convert
+from smolseek.evaluation import measure_balance, measure_decode_speed, measure_quality
+from smolseek.generation import continue_text, repetition_rate
+from smolseek.model import DeepseekV3, StockModel
+from smolseek.planning import cache_bytes_per_token, count_parameters
+from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.start import corpus_tokenizer, random_model
+
+
+def travel(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    watcher: Watcher = Watcher(),  # noqa: B008  (frozen)
+) -> dict[str, Any]:
+    """Run `recipe` in `folder` and return its summary, which is also written to summary.json.
+
+    Raises:
+        ValueError: settings or inputs that cannot work, or a folder that exists without `resume` or `force`.
+        Interrupted: the watcher said stop; the state was saved first.
+    """
+    check_recipe(recipe)
+    for source in filter(None, (recipe.source, recipe.teacher, recipe.tokenizer)):
+        resolve_folder(source)  # what must be there is looked for before an old run is thrown away
+    if folder.exists() and not (resume or force):
+        raise ValueError(f"{folder}: exists already; pass --resume to go on with it, or --force to start over")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = _start(recipe, folder, watcher)
+    dense = recipe.teacher or (recipe.source if recipe.convert else None)
+    teacher = load_stock(dense, device=device) if dense and recipe.train.distill_weight else None
+    trainer = Trainer(model.to(device), tokenizer, recipe, folder, teacher=teacher)
+    _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
+    rows = {"healed" if recipe.convert else "trained": _save_model(trainer)}
+    if recipe.convert and recipe.source:
+        rows = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | rows
+        if recipe.compare_dense:
+            rows["dense_trained"] = _train_dense(trainer, resume, watcher)
+    watcher.on_stage("measure every model on held-out text, through stock transformers")
+    summary = summarize(rows, trainer)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    trainer.log.line(table(summary))
+    return summary
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse recipes that name no start, or two."""
+    if bool(recipe.source) == bool(recipe.model):
+        raise ValueError(
+            "recipe: name either source (a checkpoint) or model (random weights), not both and not neither"
+        )
+    if recipe.model and recipe.convert:
+        raise ValueError("recipe: convert needs a source checkpoint, and model asks for random weights; drop one")
+    if recipe.model and not (recipe.tokenizer or recipe.train_tokenizer_entries):
+        raise ValueError("recipe: random weights need a tokenizer; set tokenizer or train_tokenizer_entries")
+
+
+def _start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 | StockModel, Any]:
+    """The model to train and its tokenizer; converts the source first when the recipe says so."""
+    if recipe.source is None:
+        tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else corpus_tokenizer(recipe)
+        return random_model(recipe, tokenizer), tokenizer
+    source = resolve_folder(recipe.source)
+    tokenizer = load_tokenizer(recipe.tokenizer or source)
+    if recipe.convert is None:
+        return load(source), tokenizer
+    out = folder / "converted"
+    if not out.exists():
+        watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
+        calibration = recipe.convert.calibration or recipe.data.train
+        convert(source, out, settings=dataclasses.replace(recipe.convert, calibration=calibration))
+    return load(out), tokenizer
+
+
+def _fit(trainer: Trainer, verb: str, resume: bool, watcher: Watcher) -> None:
+    resumed = resume and trainer.resume()
+    watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.settings.steps}" + (" (resumed)" if resumed else ""))
+    trainer.fit(watcher)
+
+
+def _save_model(trainer: Trainer) -> Path:
+    return save(
+        trainer.model,
+        trainer.folder / "model",
+        tokenizer_from=trainer.tokenizer,
+        card=_card(trainer),
+        force=True,
+    )
+
+
+def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
+    """The control: the dense source trained on the same tokens in the same order, by cross-entropy."""
+    recipe = healed.recipe
+    assert recipe.source is not None
+    control = dataclasses.replace(
+        recipe,
+        train=dataclasses.replace(recipe.train, distill_weight=0.0),
+        sample=dataclasses.replace(recipe.sample, every=0),
+    )
+    model = load_stock(recipe.source, device=str(healed.device))
+    trainer = Trainer(model, healed.tokenizer, control, healed.folder / "dense")
+    _fit(trainer, "train the dense source on the same tokens", resume, watcher)
+    return _save_model(trainer)
+
+
+def _card(trainer: Trainer) -> str:
+    """The model card of a trained folder: what it is, how it was made, what it scored."""
+    recipe, quality, config = trainer.recipe, trainer.quality, trainer.model.config
+    stock = getattr(config, "scoring_func", "sigmoid") != "softmax"
+    kind = (
+        f"{config.model_type} ({'stock' if stock else 'softmax router: not stock DeepSeek-V3, loads in smolseek only'})"
+    )
+    score = f"Held-out loss {quality.loss:.4f} (perplexity {quality.perplexity:.2f})" if quality else "Not evaluated"
+    loading = "AutoModelForCausalLM.from_pretrained(folder)" if stock else "smolseek.load(folder)"
+    return f"""# {recipe.name}
+
+A {kind} causal language model, made by smolseek from {recipe.source or "random weights"}.
+
+{score} after {trainer.step} steps, {trainer.step * trainer.step_tokens:,} tokens of {", ".join(recipe.data.train)}.
+
+Load it with `{loading}`.
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False)}```
+"""
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def summarize(rows: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
+    """Per folder: held-out quality through stock transformers, sizes, decode speed, a sample; MaxVio of the last V3."""
+    summary: dict[str, Any] = {}
+    for name, folder in rows.items():
+        model = load(folder, device=str(trainer.device))
+        summary[name] = _measure(model, folder, trainer)
+        if isinstance(model, DeepseekV3) and name != "converted":
+            maxvio = measure_balance(model, trainer.held_out_T)
+            summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
+            summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
+    summary["trained_tokens"] = trainer.step * trainer.step_tokens
+    summary["held_out_tokens"] = len(trainer.held_out_T)
+    return summary
+
+
+def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> dict[str, Any]:
+    stock = load_for_evaluation(folder, device=str(trainer.device))
+    quality = measure_quality(stock, trainer.held_out_T, trainer.held_out_bytes)
+    sample = trainer.recipe.sample
+    text, ids = continue_text(model, trainer.tokenizer, sample.prompts[0], sample)
+    config = model.config.to_dict()
+    total, active = count_parameters(config)
+    prompt_T = trainer.held_out_T[: min(128, model.config.max_position_embeddings // 2)]
+    return {
+        **quality.to_dict(),
+        "cache_bytes_per_token": cache_bytes_per_token(config),
+        "total_parameters": total,
+        "active_parameters": active,
+        "decode_tokens_per_second": round(measure_decode_speed(model, prompt_T), 1),
+        "sample": text,
+        "repetition_rate": round(repetition_rate(ids), 4),
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as a text table with the samples under it."""
+    rows = {name: row for name, row in summary.items() if isinstance(row, dict) and "loss" in row}
+    head = (
+        f"{'':14}{'loss':>8}{'perplexity':>12}{'cache B/token':>15}{'parameters':>12}{'active':>12}{'decode tok/s':>14}"
+    )
+    lines = [head]
+    for name, row in rows.items():
+        lines.append(
+            f"{name.replace('_', ' '):14}{row['loss']:8.4f}{row['perplexity']:12.2f}{row['cache_bytes_per_token']:15,}"
+            f"{row['total_parameters']:12,}{row['active_parameters']:12,}{row['decode_tokens_per_second']:14,.0f}"
+        )
+    if summary.get("maxvio") is not None:
+        lines.append(
+            f"MaxVio of the worst layer over {summary['held_out_tokens']:,} held-out tokens: {summary['maxvio']:.3f}"
+        )
+    for name, row in rows.items():
+        lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", row["sample"]]
+    return "\n".join(lines)

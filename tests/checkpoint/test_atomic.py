@@ -1,0 +1,30 @@
+import pytest
+
+from smolseek.checkpoint.atomic import atomic_folder
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path):
+    with atomic_folder(tmp_path / "a" / "out") as folder:
+        (folder / "file").write_text("1")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / "file").read_text() == "1"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+
+
+def test_a_failed_block_leaves_nothing_and_keeps_the_old(tmp_path):
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "file").write_text("old")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "out", force=True) as folder:
+        (folder / "file").write_text("new")
+        raise OSError("disk full")
+    assert (tmp_path / "out" / "file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_needs_force(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="--force"), atomic_folder(tmp_path / "out"):
+        pass
+    with atomic_folder(tmp_path / "out", force=True) as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "out" / "file").exists()

@@ -1,0 +1,119 @@
+import itertools
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from smolseek.data.corpus import Document, HubSource, is_held_out, open_source, open_sources
+from tests.text import stories, write_stories
+
+
+def texts(source, position=None):
+    return [document.text for _, document in source.documents(position)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The same stories as .txt, .jsonl and .parquet."""
+    lines = stories(10)
+    write_stories(tmp_path / "a.txt", 10)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines}), tmp_path / "a.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_every_file_type_gives_the_same_documents(files, name):
+    assert texts(open_source(str(files / name))) == stories(10)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "*.jsonl"])
+def test_a_source_continues_from_every_position(files, name):
+    source = open_source(str(files / name))
+    everything = list(source.documents(None))
+    for number, (position, _) in enumerate(everything, start=1):
+        position = json.loads(json.dumps(position))  # as a checkpoint keeps it
+        assert texts(source, position) == [document.text for _, document in everything[number:]]
+
+
+def test_several_sources_are_one(files):
+    source = open_sources([str(files / "a.txt"), str(files / "a.jsonl")])
+    assert texts(source) == stories(10) * 2
+    position, _ = next(itertools.islice(source.documents(None), 11, None))
+    assert texts(source, json.loads(json.dumps(position))) == stories(10)[2:]
+
+
+def test_a_file_longer_than_a_block_is_cut_at_separators_only(tmp_path):
+    long = ["x" * 700_000, "y" * 1_100_000, "z"]
+    (tmp_path / "long.txt").write_text("<|sep|>".join(long))
+    assert texts(open_source(str(tmp_path / "long.txt"), separator="<|sep|>")) == long
+
+
+def test_bad_lines_are_reported_and_skipped(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\nnot json\n{"other": 1}\n\n{"text": "too"}')
+    assert texts(open_source(str(tmp_path / "a.jsonl"))) == ["good", "too"]
+    assert "line 2" in caplog.text and "line 3" in caplog.text
+
+
+def test_the_hub_source_continues_from_its_position(files, monkeypatch):
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=str(files / "a.parquet"), split="train", streaming=True)
+    source = HubSource("hub:someone/something:config", "text")
+    monkeypatch.setattr(source, "_open", lambda: rows)
+    everything = list(source.documents(None))
+    assert [document.text for _, document in everything] == stories(10)
+    position = json.loads(json.dumps(everything[3][0]))
+    rows = datasets.load_dataset("parquet", data_files=str(files / "a.parquet"), split="train", streaming=True)
+    assert texts(source, position) == stories(10)[4:]
+
+
+def test_an_unreachable_hub_is_one_line_with_the_remedy(monkeypatch):
+    import datasets
+
+    def refuse(*_args, **_options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match=r"hub:someone/text: .*--data.train") as raised:
+        next(open_source("hub:someone/text").documents(None))
+    assert "\n" not in str(raised.value)
+
+
+def test_python_carries_reference_and_sources():
+    documents = [document for _, document in open_source("builtin:python").documents(None)]
+    names = {document.name for document in documents}
+    assert {"topic assignment", "module json.decoder", "module argparse"} <= names
+    assert not [name for name in names if ".test" in name or "encodings" in name]
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_a_tenth_is_held_out_by_name():
+    documents = [document for _, document in open_source("builtin:python").documents(None)]
+    held_out = [document for document in documents if is_held_out(document, 0.1)]
+    assert 0.05 < len(held_out) / len(documents) < 0.15
+    assert is_held_out(Document("topic assignment", "any text"), 0.1)
+    assert not is_held_out(Document("module argparse", ""), 0.1)
+    assert not is_held_out(documents[0], 0.0) and is_held_out(documents[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [("nowhere.txt", "no such file"), ("builtin:java", "builtin:python")],
+)
+def test_sources_that_are_not_there(spec, words):
+    with pytest.raises(ValueError, match=words):
+        open_source(spec)
+
+
+def test_unknown_file_type(tmp_path):
+    (tmp_path / "a.csv").write_text("a")
+    with pytest.raises(ValueError, match=r"\.csv is not \.txt, \.jsonl, \.parquet"):
+        open_source(str(tmp_path / "a.csv"))
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"'text'; it has body"):
+        texts(open_source(str(tmp_path / "a.parquet")))

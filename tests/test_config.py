@@ -1,0 +1,75 @@
+import dataclasses
+
+import pytest
+
+from smolseek.config import Recipe, load_recipe, recipes_folder
+
+
+def recipe_of(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_every_recipe_of_the_project_loads():
+    names = [path.stem for path in recipes_folder().glob("*.yaml")]
+    assert {"quickstart", "smollm2-135m", "scratch-135m", "base-python"} <= set(names)
+    for name in names:
+        assert load_recipe(recipes_folder() / f"{name}.yaml").name == name
+
+
+def test_described_runs_are_as_described():
+    for name in ("smollm2-135m", "scratch-135m"):
+        recipe = load_recipe(recipes_folder() / f"{name}.yaml")
+        assert recipe.train.steps == 12_001
+        assert recipe.sample.every == 2_000
+        assert recipe.sample.prompts == ("Solar system is a",)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    recipe = recipe_of(tmp_path, "train: {learning_rate: 3e-4, steps: 10}\nmodel: {rms_norm_eps: 1e-5}")
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.model["rms_norm_eps"] == 1e-5
+
+
+def test_name_is_the_files_unless_given(tmp_path):
+    assert recipe_of(tmp_path, "").name == "mine"
+    assert recipe_of(tmp_path, "name: other").name == "other"
+
+
+def test_one_source_may_be_written_without_a_list(tmp_path):
+    assert recipe_of(tmp_path, "data: {train: a.txt}").data.train == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {step: 3}", ["train.step", "train.steps"]),
+        ("trian: {}", ["trian", "train"]),
+        ("convert: {kv_lora_rnk: 3}", ["convert.kv_lora_rnk", "convert.kv_lora_rank"]),
+        ("train: {steps: many}", ["train.steps", "many", "int"]),
+        ("train: {steps: 1.5}", ["train.steps", "1.5", "int"]),
+        ("train: {steps: true}", ["train.steps", "True", "int"]),
+        ("train: {precision: fp8}", ["train.precision", "fp8", "bfloat16"]),
+        ("train: [1]", ["train", "mapping"]),
+        ("- a", ["mapping"]),
+        ("a: [", ["not YAML"]),
+    ],
+)
+def test_mistakes_are_named_in_one_line(tmp_path, text, words):
+    with pytest.raises(ValueError) as raised:
+        recipe_of(tmp_path, text)
+    message = str(raised.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_recipe_lists_the_known_ones():
+    with pytest.raises(ValueError, match="quickstart"):
+        load_recipe("nowhere.yaml")
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Recipe().name = "x"  # type: ignore[misc]

@@ -1,0 +1,29 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import smolseek.training.loss
+from smolseek.training.loss import next_token_loss
+
+
+@pytest.mark.parametrize("chunk_logits", [2**25, 50 * 16, 1])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, chunk_logits, weight):
+    monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_LOGITS", chunk_logits)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(37, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    teacher_hidden, teacher_head = torch.randn(37, 6), torch.randn(50, 6)
+    labels = torch.randint(50, (37,))
+    loss, entropy = next_token_loss(
+        hidden, head, labels, teacher_hidden_ND=teacher_hidden, teacher_head_VD=teacher_head, distill_weight=weight
+    )
+    got = torch.autograd.grad(loss, (hidden, head))
+    logits = hidden @ head.T
+    plain_entropy = F.cross_entropy(logits, labels)
+    target = (teacher_hidden @ teacher_head.T).log_softmax(-1)
+    divergence = (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean()
+    plain = (1 - weight) * plain_entropy + weight * divergence
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(entropy, plain_entropy.detach())
+    for ours, wanted in zip(got, torch.autograd.grad(plain, (hidden, head)), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
