@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolseek.generation import stream
+from smolseek.generation import evaluating, stream
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import max_violation, take_expert_counts
 
@@ -82,17 +81,6 @@ def measure_balance(model: DeepseekV3, ids_T: Tensor) -> dict[int, float]:
         for window_T in ids_T.split(size):
             model.hidden_states(window_T[None].to(next(model.parameters()).device))
     return {layer: max_violation(counts_E) for layer, counts_E in take_expert_counts(model)}
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the former mode after it."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def measure_decode_speed(

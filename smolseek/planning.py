@@ -67,6 +67,7 @@ class Plan:
     convert: Cost
     heal: Cost
     heal_tokens: int
+    machine: Machine
     runtimes: dict[str, str]
     config: dict[str, Any]
 
@@ -94,6 +95,7 @@ def plan(
         convert=_convert_cost(source, config, settings, machine),
         heal=_heal_cost(config, machine, heal_tokens),
         heal_tokens=heal_tokens,
+        machine=machine,
         runtimes={runtime: verdict(findings) for runtime, findings in check(config).items()},
         config=config,
     )
@@ -164,6 +166,7 @@ def render(plan: Plan) -> str:
         ("cache per token", cache),
         (f"at {context:,}", f"{_gb(before.cache_bytes_at_max_context)} -> {_gb(after.cache_bytes_at_max_context)}"),
         ("smaller cache", f"{pays} (batch 1)"),
+        ("this machine", f"{plan.machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(plan.machine.bytes_per_second)}/s"),
         ("convert", _cost(plan.convert)),
         ("heal", f"{tokens}: {_cost(plan.heal)}"),
         *plan.runtimes.items(),
@@ -240,9 +243,10 @@ def _convert_cost(source: dict[str, Any], target: dict[str, Any], settings: Conv
     copied = 4 * (parameters + count_parameters(target)[0]) / machine.bytes_per_second
     if settings.exact and settings.experts == "none":
         return Cost(copied, 4 * hidden * (source["vocab_size"] + 2 * source["intermediate_size"]))
-    tokens = settings.calibration_windows * settings.calibration_window_tokens
+    window = settings.calibration_window_tokens
+    tokens = settings.calibration_windows * window
     flops = tokens * (6 * weights + 4 * layers * (hidden**2 + width**2)) + 30 * layers * (hidden**3 + width**3)
-    batch = min(tokens, max(settings.calibration_window_tokens, _LOGITS_AT_ONCE // source["vocab_size"]))
+    batch = min(tokens, window * max(1, _LOGITS_AT_ONCE // (window * source["vocab_size"])))
     memory = 4 * parameters + 8 * layers * (hidden**2 + width**2) + _activation_bytes(source, batch)
     return Cost(copied + flops / (EFFICIENCY * machine.flops_per_second), memory)
 
@@ -272,7 +276,7 @@ def _cost(cost: Cost) -> str:
     return f"about {_duration(cost.seconds)}, {_gb(cost.memory_bytes)} of memory"
 
 
-def _gb(size_bytes: int) -> str:
+def _gb(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
 
 

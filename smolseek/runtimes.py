@@ -153,6 +153,17 @@ RULES = (
         ),
     ),
     Rule(
+        ("vllm", "sglang"),
+        lambda config: config.get("kv_lora_rank") != 512,
+        Finding(
+            "kv_lora_rank",
+            "{kv_lora_rank} runs on Triton's kernels only",
+            "choose the Triton attention backend",
+            f"{_VLLM}; {_SGLANG}",
+            refuses=False,
+        ),
+    ),
+    Rule(
         ("llama.cpp",),
         lambda config: config.get("q_lora_rank") is None,
         Finding(

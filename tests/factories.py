@@ -12,7 +12,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 from smolseek.model import DeepseekV3
 
 VOCAB = 96
-LIVELY_ROPE = {
+LIVELY_ROPE: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 100.0},
     "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
@@ -73,7 +73,7 @@ def tiny_v3_config(**overrides: Any) -> DeepseekV3Config:
 
 @torch.no_grad()
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Weights large enough that every part is heard: normal(0, 1.5 / sqrt(fan in)), lively norms, biases and router;
+    """Weights large enough that every part is heard: normal(0, 1 / sqrt(fan in)), lively norms, biases and router;
     smaller at both ends, which keeps logits of order 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
         if name.endswith(("norm.weight", "layernorm.weight")):
             parameter.copy_(1 + 0.2 * noise)
         elif parameter.dim() > 1 and parameter.numel():
-            gain = 0.5 if "embed_tokens" in name or "lm_head" in name else 1.5
+            gain = 0.5 if "embed_tokens" in name or "lm_head" in name else 1.0
             parameter.copy_(noise * gain * parameter.shape[-1] ** -0.5)
         else:
             parameter.copy_(0.3 * noise)
@@ -112,6 +112,11 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 def random_ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def layers_of(model: DeepseekV3) -> list[Any]:
+    """The decoder layers, untyped: nn.ModuleList hides what they are."""
+    return list(model.model.layers)
 
 
 def tiny_v3(**overrides: Any) -> DeepseekV3:

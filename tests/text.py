@@ -13,10 +13,15 @@ ENTRIES = 300
 def stories(count: int = 60, seed: int = 0) -> list[str]:
     """Short texts with some structure to learn, no two alike."""
     draw = random.Random(seed)
-    names, verbs, things = ["Anna", "Ben", "Carla", "Dan"], ["sees", "finds", "likes"], ["a ball", "the cat", "a red hat"]
+    names, verbs, things = (
+        ["Anna", "Ben", "Carla", "Dan"],
+        ["sees", "finds", "likes"],
+        ["a ball", "the cat", "a red hat"],
+    )
     return [
         " ".join(
-            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} {number}." for _ in range(draw.randint(3, 12))
+            f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)} {number}."
+            for _ in range(draw.randint(3, 12))
         )
         for number in range(count)
     ]

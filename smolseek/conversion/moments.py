@@ -1,7 +1,7 @@
-"""Calibration: second moments of every attention block's input and of the loss gradient at its keys and values.
+"""Calibration: streaming second moments of what goes into the dense attention blocks and of the loss gradient inside.
 
-Shapes: N windows, T tokens, B windows in a batch, V vocabulary, D hidden, Y = 2 * KV heads * head_dim (keys, then
-values), R latent rank, L layers.
+Shapes: N windows, T tokens, B windows in a batch, V vocabulary, D hidden, H query heads, G KV heads, d head_dim,
+F = d / 2 frequencies, K = G * d key (or value) channels, R latent rank.
 """
 
 from __future__ import annotations
@@ -12,19 +12,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-_LOGITS_AT_ONCE = 2**25
 NORM_EPS = 1e-6
 """What transformers hard-codes in the latent norms."""
+UNROTATED, VALUE, ROTATED, SLOT = range(4)
+"""The paths of `LayerMoments.fisher_PKPK`."""
+
+_LOGITS_AT_ONCE = 2**25
+_PROBE = "smolseek_probe"
 
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """E[x xᵀ] (D, D) of the normed block input and E[g gᵀ] (Y, Y) of the log-likelihood's gradient at y = [k; v]."""
+    """E[x xᵀ] (D, D) of the normed block input x, and E[g gᵀ] (4, K, 4, K) of the log-likelihood's gradient g.
+
+    g is taken at a token's values and at its keys on three paths to the scores: not rotated at all, rotated as in the
+    source, and rotated by the frequencies of the target's rope slots.
+    """
 
     input_DD: Tensor
-    fisher_YY: Tensor
+    fisher_PKPK: Tensor
+
+    def fisher(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """The block (len(rows) * K, len(columns) * K) between two lists of paths."""
+        block = self.fisher_PKPK[list(rows)][:, :, list(columns)]
+        return block.reshape(block.shape[0] * block.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -35,33 +50,26 @@ class NormMoments:
     cross_DR: Tensor
 
 
-def collect_moments(model: Any, windows_NT: Tensor, *, seed: int) -> list[LayerMoments]:
-    """Per layer, the moments that weigh the low-rank cut, streamed in float64.
+def collect_moments(model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, seed: int) -> list[LayerMoments]:
+    """Per layer, the moments that the closed form weighs errors by, streamed in float64; one forward and backward.
 
-    The Fisher block takes the gradient of log p(label) with labels sampled from the model itself, at the un-rotated
-    keys and values (design §3, step 1; the true Fisher, not the empirical one).
+    The Fisher takes log p of labels sampled from the model itself (the true Fisher, not the empirical one; design §3,
+    step 1). Beyond the design it also holds the gradient on the paths that keys may take in the target.
     """
     generator = torch.Generator().manual_seed(seed)
-    attentions = [layer.self_attn for layer in model.model.layers]
-    inputs = [_Sum() for _ in attentions]
-    fishers = [_Sum() for _ in attentions]
-    outputs: list[dict[str, Tensor]] = [{} for _ in attentions]
+    probes = [_Probe(slot_angles_F) for _ in model.model.layers]
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
-    for attention, input_sum, output in zip(attentions, inputs, outputs, strict=True):
-        hooks += [
-            (attention.k_proj, lambda _, args, out, s=input_sum, o=output: (s.add(args[0]), o.update(k=out))),
-            (attention.v_proj, lambda _, args, out, o=output: o.update(v=out)),
-        ]
-    with _frozen(model), _hooked(hooks):
+    for layer, probe in zip(model.model.layers, probes, strict=True):
+        hooks += [(getattr(layer.self_attn, f"{name}_proj"), getattr(probe, f"see_{name}")) for name in "qkv"]
+    with _frozen(model), _hooked(hooks), _probed(model, probes):
         for ids_BT in _batches(model, windows_NT):
             logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            loss = nn.functional.cross_entropy(
-                logits_BTV.flatten(0, 1), _sample(logits_BTV, generator).flatten(), reduction="sum"
-            )
-            gradients = torch.autograd.grad(loss, [output[name] for output in outputs for name in "kv"])
-            for fisher, key, value in zip(fishers, gradients[::2], gradients[1::2], strict=True):
-                fisher.add(torch.cat([key, value], dim=-1))
-    return [LayerMoments(x.mean(), g.mean()) for x, g in zip(inputs, fishers, strict=True)]
+            labels_BT = _sample(logits_BTV, generator)
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum")
+            gradients = torch.autograd.grad(loss, [tensor for probe in probes for tensor in probe.paths])
+            for index, probe in enumerate(probes):
+                probe.add(gradients[4 * index : 4 * index + 4])
+    return [probe.moments() for probe in probes]
 
 
 @torch.no_grad()
@@ -70,7 +78,8 @@ def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[T
     sums = [(_Sum(), _Sum()) for _ in encoders_RD]
 
     def add(x_BTD: Tensor, encoder_RD: Tensor, latent: _Sum, cross: _Sum) -> None:
-        normed_BTR = rms_norm(x_BTD.double() @ encoder_RD.T)
+        c_BTR = x_BTD.double() @ encoder_RD.T
+        normed_BTR = c_BTR * torch.rsqrt(c_BTR.square().mean(-1, keepdim=True) + NORM_EPS)
         latent.add(normed_BTR)
         cross.add(x_BTD, normed_BTR)
 
@@ -84,9 +93,19 @@ def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[T
     return [NormMoments(latent.mean(), cross.mean()) for latent, cross in sums]
 
 
-def rms_norm(c: Tensor) -> Tensor:
-    """RMSNorm without gain over the last dimension, with the eps of the stock latent norm."""
-    return c * torch.rsqrt(c.square().mean(-1, keepdim=True) + NORM_EPS)
+@torch.no_grad()
+def collect_mlp_inputs(model: Any, windows_NT: Tensor, tokens: int) -> list[Tensor]:
+    """Per layer, the normed MLP inputs (tokens, D) of about that many evenly spread tokens; transformers' or ours."""
+    kept: list[list[Tensor]] = [[] for _ in model.model.layers]
+    stride = max(1, windows_NT.numel() // tokens)
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = [
+        (layer.post_attention_layernorm, lambda _, args, out, k=k: k.append(out.flatten(0, -2)[::stride].clone()))
+        for layer, k in zip(model.model.layers, kept, strict=True)
+    ]
+    with _hooked(hooks):
+        for ids_BT in _batches(model, windows_NT):
+            model(ids_BT)
+    return [torch.cat(parts) for parts in kept]
 
 
 class _Sum:
@@ -107,6 +126,53 @@ class _Sum:
         return self.total / self.tokens
 
 
+class _Probe:
+    """One layer's attention with zero keys on the other paths, so that the gradient there can be read."""
+
+    def __init__(self, slot_angles_F: Tensor) -> None:
+        self.slot_angles_F = slot_angles_F
+        self.inputs, self.gradients = _Sum(), _Sum()
+
+    def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.query_BTK = output
+
+    def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.inputs.add(args[0])
+        self.key_BTK = output
+
+    def see_v(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.value_BTK = output
+
+    def attend(self, query_BHTd: Tensor, key_BGTd: Tensor, value_BGTd: Tensor, scaling: float) -> Tensor:
+        """Causal attention (B, T, H, d); a score is the sum over the paths, and two of the three keys are zero."""
+        plain_BHTd = self.query_BTK.view(query_BHTd.transpose(1, 2).shape).transpose(1, 2)
+        unrotated_BGTd, slot_BGTd = (torch.zeros_like(key_BGTd, requires_grad=True) for _ in range(2))
+        self.paths = [unrotated_BGTd, self.value_BTK, self.key_BTK, slot_BGTd]
+        query = torch.cat([query_BHTd, plain_BHTd, rotate(plain_BHTd, self.slot_angles_F)], dim=-1)
+        key = torch.cat([key_BGTd, unrotated_BGTd, rotate(slot_BGTd, self.slot_angles_F)], dim=-1)
+        # The fused kernels want equal head sizes.
+        value = F.pad(value_BGTd, (0, key.shape[-1] - value_BGTd.shape[-1]))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out[..., : value_BGTd.shape[-1]].transpose(1, 2).contiguous()
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        rows = [g.transpose(1, 2).flatten(2) if g.dim() == 4 else g for g in gradients]
+        self.gradients.add(torch.cat(rows, dim=-1))
+
+    def moments(self) -> LayerMoments:
+        fisher = self.gradients.mean()
+        width = len(fisher) // 4
+        return LayerMoments(self.inputs.mean(), fisher.view(4, width, 4, width))
+
+
+def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:
+    """RoPE of Llama's layout, (i, i + d/2), at angles_F radians per position."""
+    turns_TF = torch.arange(x_BHTd.shape[2])[:, None] * angles_F
+    cos, sin = turns_TF.cos().to(x_BHTd.dtype), turns_TF.sin().to(x_BHTd.dtype)
+    first, second = x_BHTd.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
@@ -123,6 +189,22 @@ def _batches(model: Any, windows_NT: Tensor) -> Iterator[Tensor]:
 
 
 @contextmanager
+def _probed(model: Any, probes: Sequence[_Probe]) -> Iterator[None]:
+    """Attention of every layer goes through its probe."""
+
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
+        return probes[module.layer_idx].attend(query, key, value, scaling), None
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_PROBE, attend)
+    model.set_attn_implementation(_PROBE)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters, only for activations."""
     wanted = [p for p in model.parameters() if p.requires_grad]
@@ -135,12 +217,9 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Forward hooks for the length of a block; what a hook returns is dropped."""
-    handles = [
-        module.register_forward_hook(lambda m, args, out, hook=hook: (hook(m, args, out), None)[1])
-        for module, hook in hooks
-    ]
+def _hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Forward hooks for the length of a block."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield
     finally:

@@ -159,8 +159,6 @@ class DeepseekV3(nn.Module):
 
 def check_config(config: DeepseekV3Config) -> None:
     """Raises ValueError for what DeepseekV3Config lets through and no model can be built from."""
-    if config.qk_rope_head_dim % 2:
-        raise ValueError(f"qk_rope_head_dim {config.qk_rope_head_dim} is odd: RoPE turns pairs, make it even")
     if config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
             f"num_key_value_heads {config.num_key_value_heads} differs from num_attention_heads "

@@ -110,6 +110,7 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model.train()
+        take_expert_counts(self.model)  # what ran before this run must not move its balance
         clock = time.perf_counter()
         while self.step < self.settings.steps:
             loss, maxvio = self._train_step()

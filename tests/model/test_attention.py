@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import rotate
-from tests.factories import LIVELY_ROPE, random_ids, tiny_v3
+from tests.factories import LIVELY_ROPE, layers_of, random_ids, tiny_v3
 
 TOKENS = 20
 MODEL = tiny_v3(q_lora_rank=20, rope_parameters=LIVELY_ROPE["yarn"])
@@ -56,14 +56,16 @@ def test_left_padded_rows_equal_each_prompt_alone() -> None:
             torch.testing.assert_close(logits[row : row + 1, -length:], alone, rtol=0, atol=1e-4)
 
 
-def test_decoding_never_expands_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_never_expands_the_prefix() -> None:
     seen: list[int] = []
-    for layer in MODEL.model.layers:
+    hooks = [
         layer.self_attn.kv_b_proj.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+        for layer in layers_of(MODEL)
+    ]
     decode(MODEL, random_ids(1, 12), [8, 2, 1, 1])
-    for layer in MODEL.model.layers:
-        layer.self_attn.kv_b_proj._forward_hooks.clear()
-    assert seen == [8] * len(MODEL.model.layers)  # the first chunk alone, on itself
+    for hook in hooks:
+        hook.remove()
+    assert seen == [8] * len(hooks)  # the first chunk alone, on itself
 
 
 def test_segments_with_a_cache_are_refused() -> None:

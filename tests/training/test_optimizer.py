@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ def test_warm_up_then_cosine_to_the_final_share():
     settings = TrainSettings(steps=101, warmup_steps=10, learning_rate=1.0, final_learning_rate_share=0.1)
     rates = [learning_rate(step, settings) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert 0.1 <= rates[-1] < 0.101
 
 

@@ -1,0 +1,138 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smolseek.checkpoint.hub import save
+from smolseek.cli import VERBS, main
+from smolseek.model import StockModel
+from tests.factories import tiny_llama
+from tests.text import ENTRIES, tiny_tokenizer, write_stories
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def source(tmp_path):
+    return save(StockModel(tiny_llama(vocab_size=ENTRIES)), tmp_path / "source", tokenizer_from=tiny_tokenizer())
+
+
+@pytest.fixture
+def text(tmp_path):
+    return str(write_stories(tmp_path / "a.txt"))
+
+
+def run_python(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("module", ["smolseek", "smolseek.cli", "smolseek.config", "smolseek.planning"])
+def test_help_and_plan_need_no_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert run_python("-c", code).returncode == 0
+
+
+def test_help_lists_the_verbs():
+    result = run_python("-m", "smolseek", "--help")
+    assert result.returncode == 0
+    for verb in ("plan", "convert", "train", "generate", "chat", "eval"):
+        assert verb in result.stdout and verb in VERBS
+
+
+@pytest.mark.parametrize("verb", [*VERBS])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_convert_eval_generate_and_plan(source, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    sizes = ["--kv-lora-rank", "12", "--qk-rope-head-dim", "4"]
+    command = ["convert", str(source), str(out), *sizes, "--calibration", text, "--calibration-window-tokens", "32"]
+    assert main(command) == 0
+    assert str(out) in capsys.readouterr().out
+    assert main([*command]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+    capsys.readouterr()
+    for folder in (source, out):
+        assert main(["eval", str(folder), "--text", text, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert set(result) == {"loss", "perplexity", "bits_per_byte", "tokens"} and result["tokens"] > 500
+    texts = []
+    for seed in ("1", "1", "2"):
+        generate = ["generate", str(out), "--prompt", "Anna", "--max-new-tokens", "20", "--seed", seed]
+        assert main(generate) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("Anna") and texts[0] == texts[1] != texts[2]
+    assert main(["plan", str(source), *sizes, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["config"]["kv_lora_rank"] == 12 and set(plan["runtimes"]) == {
+        "transformers",
+        "vllm",
+        "sglang",
+        "llama.cpp",
+    }
+
+
+def test_chat_without_a_template_continues_one_text(source, capsys, monkeypatch):
+    lines = iter(["Anna sees", "Ben likes", ""])
+    monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
+    assert main(["chat", str(source), "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_perplexity_is_stock_transformers(source, text, capsys):
+    """The definition, written out once more: BOS and document, one stream, windows of the model's limit."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["eval", str(source), "--text", text, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
+    ids = []
+    for document in Path(text).read_text().split("<|endoftext|>"):
+        ids += [tokenizer.bos_token_id, *tokenizer(document.strip("\n"), add_special_tokens=False)["input_ids"]]
+    total = count = 0
+    with torch.no_grad():
+        for start in range(0, len(ids), 64):
+            window = torch.tensor([ids[start : start + 64]])
+            if window.shape[1] > 1:
+                total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+                count += window.shape[1] - 1
+    assert result["tokens"] == count
+    assert result["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fly"], "no such verb"),
+        (["train", "nowhere.yaml"], "no such file"),
+        (["eval", "./nowhere", "--text", "a.txt"], "no such folder"),
+        (["generate", "./nowhere", "--prompt", "a"], "no such folder"),
+        (["plan", "./nowhere"], "no such folder"),
+        (["convert", "./nowhere", "out", "--calibration", "a.txt"], "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there(source, text, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    assert main(["eval", str(source), "--text", text, "--device", "cuda"]) == 2
+    assert "not available here" in capsys.readouterr().err

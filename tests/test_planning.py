@@ -1,0 +1,153 @@
+"""Numbers known before anything runs."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from smolseek.config import ConvertSettings
+from smolseek.conversion.target import target_config
+from smolseek.planning import (
+    Machine,
+    cache_bytes_per_token,
+    count_parameters,
+    measure_machine,
+    payoff_context_tokens,
+    plan,
+    render,
+)
+from tests.configs import SMOLLM2_135M, TINY
+
+FAST_COMPUTE = Machine(flops_per_second=1e15, bytes_per_second=1e12)
+FAST_MEMORY = Machine(flops_per_second=1e11, bytes_per_second=1e12)
+
+
+def parameters_of(config: Any) -> int:
+    """What transformers builds, without memory for it."""
+    kind = DeepseekV3ForCausalLM if isinstance(config, DeepseekV3Config) else LlamaForCausalLM
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in kind(config).parameters())
+
+
+def test_smollm2_135m() -> None:
+    result = plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE)
+    assert result.source.total_parameters == result.source.active_parameters == 134_515_008
+    assert (result.source.cache_numbers_per_token_and_layer, result.source.cache_bytes_per_token) == (384, 23_040)
+    assert (result.target.cache_numbers_per_token_and_layer, result.target.cache_bytes_per_token) == (152, 9_120)
+    assert result.target.cache_bytes_at_max_context == 9_120 * 8_192
+    assert result.cache_share == pytest.approx(152 / 384)
+    assert result.config == target_config(SMOLLM2_135M, ConvertSettings())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ConvertSettings(),
+        ConvertSettings(exact=True),
+        ConvertSettings(experts="upcycle"),
+        ConvertSettings(experts="upcycle", moe_intermediate_size=8, n_shared_experts=2),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_that_transformers_builds(settings: ConvertSettings, tied: bool) -> None:
+    source = TINY | {"tie_word_embeddings": tied}
+    target = target_config(source, settings)
+    assert count_parameters(source)[0] == parameters_of(LlamaConfig.from_dict(source))
+    total, active = count_parameters(target)
+    assert total == parameters_of(DeepseekV3Config.from_dict(target))
+    unused = target["n_routed_experts"] - target["num_experts_per_tok"] if settings.experts == "upcycle" else 0
+    assert total - active == 2 * unused * 3 * 64 * target["moe_intermediate_size"]
+
+
+def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
+    target = target_config(TINY, ConvertSettings(experts="upcycle")) | {"first_k_dense_replace": 1}
+    for fields in ({"q_lora_rank": 24}, {"q_lora_rank": 24, "attention_bias": True}):
+        config = DeepseekV3Config.from_dict(target | fields)
+        assert count_parameters(config.to_dict())[0] == parameters_of(config)
+
+
+def test_cache_bytes() -> None:
+    assert cache_bytes_per_token(TINY) == 2 * 2 * 2 * 16 * 2  # layers, key and value, KV heads, head_dim, bf16
+    assert (
+        cache_bytes_per_token(target_config(TINY, ConvertSettings(kv_lora_rank=20, qk_rope_head_dim=4))) == 2 * 24 * 2
+    )
+
+
+def test_payoff_is_where_the_two_decoding_times_meet() -> None:
+    settings = ConvertSettings(kv_lora_rank=120, qk_rope_head_dim=32)
+    target = target_config(SMOLLM2_135M, settings)
+    length = payoff_context_tokens(SMOLLM2_135M, target, FAST_COMPUTE)
+    assert length is not None
+
+    def seconds(tokens: int, weights: int, numbers: int, flops: int) -> float:
+        start = 2 * weights * (1 / 1e12 + 1 / 1e15)
+        return start + tokens * 30 * (2 * numbers / 1e12 + flops / 1e15)
+
+    dense = [seconds(t, 134_515_008, 384, 4 * 9 * 64) for t in (length - 1, length)]
+    weights = count_parameters(target)[0]
+    latent = [seconds(t, weights, 152, 2 * 9 * 152 + 2 * 9 * 120) for t in (length - 1, length)]
+    assert latent[0] > dense[0] and latent[1] <= dense[1]
+
+
+def test_payoff_never_where_arithmetic_costs_more_than_the_cache_saves() -> None:
+    target = target_config(SMOLLM2_135M, ConvertSettings())
+    assert payoff_context_tokens(SMOLLM2_135M, target, FAST_MEMORY) is None
+    assert "never" in render(plan(SMOLLM2_135M, ConvertSettings(), FAST_MEMORY))
+
+
+def test_payoff_at_once_where_there_are_fewer_weights_too() -> None:
+    source = TINY | {"num_key_value_heads": 4, "hidden_size": 512}
+    target = target_config(source, ConvertSettings(kv_lora_rank=8, qk_rope_head_dim=2))
+    assert count_parameters(target)[0] < count_parameters(source)[0]
+    assert payoff_context_tokens(source, target, FAST_COMPUTE) == 0
+
+
+def test_an_untied_embedding_table_is_not_read_while_decoding() -> None:
+    wide = SMOLLM2_135M | {"tie_word_embeddings": False}
+    lengths = [
+        payoff_context_tokens(source, target_config(source, ConvertSettings()), FAST_COMPUTE)
+        for source in (SMOLLM2_135M, wide, wide | {"vocab_size": 2 * 49152})
+    ]
+    assert lengths[0] is not None and len(set(lengths)) == 1
+
+
+def test_costs_grow_with_the_work() -> None:
+    def cost(heal_tokens: int = 1000, **fields: Any) -> tuple[float, float, int]:
+        result = plan(SMOLLM2_135M, ConvertSettings(**fields), FAST_COMPUTE, heal_tokens=heal_tokens)
+        return result.convert.seconds, result.heal.seconds, result.heal.memory_bytes
+
+    convert, heal, memory = cost()
+    assert cost(heal_tokens=3000)[1] == pytest.approx(3 * heal)
+    assert cost(calibration_windows=256)[0] > convert > cost(exact=True)[0] > 0
+    assert cost(experts="upcycle")[2] > memory > 16 * 134_515_008
+    # Weights, gradients and AdamW's two moments; six flops a weight and token at half the peak.
+    assert heal == pytest.approx(1000 * 6 * 139_633_488 / 5e14)
+
+
+def test_plan_is_json_and_text_for_every_runtime() -> None:
+    result = plan(SMOLLM2_135M, ConvertSettings(experts="upcycle"), FAST_COMPUTE)
+    told = json.loads(json.dumps(result.to_dict()))
+    assert told["runtimes"]["transformers"] == "loads" and told["runtimes"]["vllm"].startswith("refuses")
+    assert told["target"]["active_parameters"] < told["target"]["total_parameters"]
+    text = render(result)
+    pieces = ("134,515,008", "39.6%", "sglang", "llama.cpp", f"from {result.payoff_context_tokens:,} tokens")
+    assert all(piece in text for piece in pieces)
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="kv_lora_rank 999"):
+        plan(SMOLLM2_135M, ConvertSettings(kv_lora_rank=999), FAST_COMPUTE)
+
+
+def test_measured_machine_is_plausible() -> None:
+    machine = measure_machine(0.1)
+    assert 1e7 < machine.flops_per_second < 1e15 and 1e7 < machine.bytes_per_second < 1e14
+
+
+def test_no_torch() -> None:
+    code = "import sys, smolseek.planning, smolseek.runtimes; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
