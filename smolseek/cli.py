@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -161,16 +162,35 @@ def _first_line(kind: type) -> str:
 
 def _parse(kind: type, verb: str, arguments: list[str]) -> Any:
     """Arguments of one verb; `train` and `plan` read their defaults from a recipe named first."""
-    config = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)[1:]
     if kind is not Train:
-        return tyro.cli(kind, prog=f"smolseek {verb}", args=arguments, config=config)
-    recipe = Recipe()
+        return _tyro(kind, f"smolseek {verb}", arguments)
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = load_recipe(arguments[0]), arguments[1:]
     else:
         recipe = load_recipe(recipes_folder() / "quickstart.yaml")
     default = Train(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)})
-    return tyro.cli(Train, prog=f"smolseek {verb} [RECIPE]", args=arguments, default=default, config=config)
+    return _tyro(Train, f"smolseek {verb} [RECIPE]", arguments, default=default)
+
+
+def _tyro(kind: type, program: str, arguments: list[str], **options: Any) -> Any:
+    """tyro's answer, its boxed error message as one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.AvoidSubcommands,), **options)
+    except SystemExit as stopped:
+        if stopped.code:
+            raise ValueError(_one_line(said.getvalue(), program)) from None
+        raise
+
+
+def _one_line(box: str, program: str) -> str:
+    """What an error box says: its first section, and the nearest known option where it names one."""
+    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
+    dividers = [number for number, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
+    said = " ".join(line for line in lines[: dividers[0]] if line and not line.startswith("─"))
+    near = next((line.split()[0] for line in lines if box.count("Perhaps you meant") and line.startswith("--")), None)
+    return f"{said}; {f'did you mean {near}? ' if near else ''}see {program} --help"
 
 
 # -- the verbs --------------------------------------------------------------------------------------------------------

@@ -139,16 +139,18 @@ def payoff_context_tokens(source: dict[str, Any], target: dict[str, Any], machin
 def measure_machine(seconds: float = 0.4) -> Machine:
     """This machine's fp32 matrix-product and matrix-vector rates, the best of what fits in `seconds`.
 
-    The two take turns, so that what else the machine does in a moment spoils neither.
+    Products small enough for one thread of the BLAS take turns with ones that use all: its threads wait for each other,
+    so other work on the machine can spoil the second kind a hundredfold.
     """
-    square, tall = np.ones((384, 384), np.float32), np.ones((8192, 2048), np.float32)
-    product, vector = np.empty_like(square), np.ones(2048, np.float32)
-    product_seconds = vector_seconds = math.inf
+    squares = [np.ones((side, side), np.float32) for side in (*[64] * 20, 384)]
+    weights = np.ones((4096, 64, 64), np.float32)
+    readings = [(weights, np.ones(64, np.float32)), (weights.reshape(8192, 2048), np.ones(2048, np.float32))]
+    flops = read = 0.0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        product_seconds = min(product_seconds, _seconds(lambda: np.matmul(square, square, out=product)))
-        vector_seconds = min(vector_seconds, _seconds(lambda: tall @ vector))
-    return Machine(2 * len(square) ** 3 / product_seconds, tall.nbytes / vector_seconds)
+        flops = max(flops, *(2 * len(square) ** 3 / _seconds(np.matmul, square, square) for square in squares))
+        read = max(read, *(weights.nbytes / _seconds(np.matmul, *reading) for reading in readings))
+    return Machine(flops_per_second=flops, bytes_per_second=read)
 
 
 def render(plan: Plan) -> str:
@@ -266,9 +268,9 @@ def _activation_bytes(config: dict[str, Any], tokens: int) -> int:
     return 4 * (tokens * config["num_hidden_layers"] * per_layer + logits)
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def _seconds(function: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
-    run()
+    function(*arguments)
     return time.perf_counter() - start
 
 

@@ -66,7 +66,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse recipes that name no start, or two."""
     if bool(recipe.source) == bool(recipe.model):
         raise ValueError(
-            "recipe: name either source (a checkpoint) or model (random weights), not both and not neither"
+            "recipe: name either source (a checkpoint) or model (random weights), and not both"
         )
     if recipe.model and recipe.convert:
         raise ValueError("recipe: convert needs a source checkpoint, and model asks for random weights; drop one")

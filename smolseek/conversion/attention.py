@@ -178,11 +178,15 @@ def refit_decoder(target_YD: Tensor, norm: NormMoments) -> Tensor:
     In place of a gain of E[rms] (design §2, the latent RMSNorm, 3); no weight on the error would change B.
     """
     diagonal_R = norm.latent_RR.diagonal()
-    damped_RR = norm.latent_RR + torch.diag_embed(torch.full_like(diagonal_R, _REFIT_DAMPING * float(diagonal_R.mean())))
+    damped_RR = norm.latent_RR + torch.diag_embed(
+        torch.full_like(diagonal_R, _REFIT_DAMPING * float(diagonal_R.mean()))
+    )
     return torch.linalg.solve(damped_RR, (target_YD @ norm.cross_DR).mT).mT
 
 
-def latent_errors(compression: Compression, decoder_YR: Tensor, moments: LayerMoments, norm: NormMoments) -> tuple[float, float]:
+def latent_errors(
+    compression: Compression, decoder_YR: Tensor, moments: LayerMoments, norm: NormMoments
+) -> tuple[float, float]:
     """E|Y x - B n|² / E|Y x|², Fisher-weighted and plain."""
     target_YD = compression.target_YD
     whole_YY = target_YD @ moments.input_DD @ target_YD.mT

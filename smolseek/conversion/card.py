@@ -1,0 +1,62 @@
+"""The model card of a converted folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [deepseek_v3, mla, smolseek]
+{base_model}---
+# {name}
+
+{source}, converted to a stock `DeepseekV3ForCausalLM` by smolseek {version}{form}.
+
+| per token | numbers | bytes ({dtype}) |
+|---|---|---|
+| key-value cache of the source | {source_numbers:,} | {source_bytes:,} |
+| key-value cache of this model | {numbers:,} | {bytes:,} |
+{losses}
+The error of every layer is in `conversion.json`. No training has followed; `smolseek train` does that.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Settings of the conversion:
+
+```yaml
+{settings}```
+"""
+
+
+def model_card(name: str, report: dict[str, Any], dtype: str) -> str:
+    """README.md with what was converted, how, and what it costs and keeps, from the contents of conversion.json."""
+    cache, held_out = report["cache"], report["calibration"].get("held_out_loss")
+    source = report["source"]
+    losses = ""
+    if held_out:
+        losses = (
+            f"\nLoss on calibration text kept from the moments ({held_out['tokens']:,} tokens): "
+            f"{held_out['dense']:.3f} dense, {held_out['converted']:.3f} converted.\n"
+        )
+    return _CARD.format(
+        base_model=f"base_model: {source}\n" if source.count("/") == 1 and not source.startswith((".", "/")) else "",
+        name=name,
+        source=source,
+        version=report["versions"]["smolseek"],
+        form=" (the exact form: loads in transformers only)" if report["settings"]["exact"] else "",
+        dtype=dtype,
+        source_numbers=cache["source_numbers_per_token"],
+        source_bytes=cache["source_bytes_per_token"],
+        numbers=cache["numbers_per_token"],
+        bytes=cache["bytes_per_token"],
+        losses=losses,
+        settings=yaml.safe_dump({**report["settings"], "source": source}, sort_keys=True, allow_unicode=True),
+    )
