@@ -35,7 +35,7 @@ class Projections(NamedTuple):
 
 @dataclass(frozen=True)
 class RopePlan:
-    """Which source frequencies each slot folds together; the slot turns like the first, source frequency stride * slot."""
+    """Which source frequencies each slot folds together; slot j turns like source frequency stride * j, its first."""
 
     stride: int
     folds: tuple[tuple[int, ...], ...]
@@ -79,7 +79,7 @@ def rope_plans(head_dim: int, rope_dim: int) -> list[RopePlan]:
 
 
 def to_complex(rows_KD: Tensor, head_dim: int) -> Tensor:
-    """Rows (heads * d, D) as complex channels (heads * d / 2, D): κ_i = k_i + j k_{i+d/2}, the pairs that Llama turns."""
+    """Rows (heads * d, D) as complex channels (heads * d / 2, D): κ_i = k_i + j k_{i+d/2}, the pairs Llama turns."""
     first, second = rows_KD.view(-1, 2, head_dim // 2, rows_KD.shape[-1]).unbind(1)
     return torch.complex(first, second).flatten(0, 1)
 
@@ -100,7 +100,7 @@ def complex_moment(moment_KK: Tensor, head_dim: int) -> Tensor:
 
 
 def interleave(rows_SD: Tensor) -> Tensor:
-    """Complex rows (..., S, D) as the real rows (..., 2S, D) that V3 turns: (2i, 2i + 1) are real and imaginary part."""
+    """Complex rows (..., S, D) as the real rows (..., 2S, D) that V3 turns: (2i, 2i + 1) are real, imaginary."""
     return torch.view_as_real(rows_SD).movedim(-1, -2).flatten(-3, -2)
 
 
@@ -119,11 +119,12 @@ def compress(weights: Projections, moments: LayerMoments, plan: RopePlan, head_d
     slot_KD = to_real(decoder_CS @ (encoder_SC @ key_CD), head_dim)
 
     paths = [UNROTATED, VALUE]
-    fisher_YY = damped(moments.fisher(paths, paths))
+    fisher_YY = moments.fisher(paths, paths)
+    extra_YY = damping(fisher_YY)
+    fisher_YY = fisher_YY + extra_YY
     stands_for = torch.cat([weights.key, -slot_KD, weights.value])
     plain_YD = torch.cat([weights.key - slot_KD, weights.value])
-    damping_Y = _FISHER_DAMPING * fisher_YY.diagonal()
-    pull_YD = moments.fisher(paths, [ROTATED, SLOT, VALUE]) @ stands_for + damping_Y[:, None] * plain_YD
+    pull_YD = moments.fisher(paths, [ROTATED, SLOT, VALUE]) @ stands_for + extra_YY @ plain_YD
     target_YD = torch.linalg.solve(fisher_YY, pull_YD)
 
     rotated_CC = complex_moment(moments.fisher([ROTATED], [ROTATED]), head_dim)
@@ -140,8 +141,8 @@ def rope_slots(
 
     Per slot, over the channels (KV head, frequency in the fold) with key covariance K and Fisher F at the slot's
     frequency: u is the top left singular vector of F^½ M K^½, M = F⁻¹ E[g_slot g_sourceᴴ]; encode uᴴ F^½ M, decode
-    F^-½ u with unit norm. Without a fold M = 1 and this is design §3, step 2: mixing the heads of one frequency commutes
-    with the rotation. Folding neighbouring frequencies does not, and M accounts for it.
+    F^-½ u with unit norm. Without a fold M = 1 and this is design §3, step 2: mixing the heads of one frequency
+    commutes with the rotation. Folding neighbouring frequencies does not, and M accounts for it.
     """
     channels_GF = torch.arange(len(energy_CC)).view(-1, head_dim // 2)
     encoder_SC = energy_CC.new_zeros(len(plan.folds), len(energy_CC))
@@ -149,10 +150,9 @@ def rope_slots(
     for slot, fold in enumerate(plan.folds):
         picked = channels_GF[:, list(fold)].flatten()
         block = (picked[:, None], picked)
-        fisher = damped(slot_CC[block])
-        damping = torch.diag_embed(_FISHER_DAMPING * fisher.diagonal())
-        root, inverse_root = roots(fisher)
-        seen = inverse_root @ (cross_CC[block] + damping)  # F^½ M
+        extra = damping(slot_CC[block])
+        inverse_root = roots(slot_CC[block] + extra)[1]
+        seen = inverse_root @ (cross_CC[block] + extra)  # F^½ M
         u = torch.linalg.eigh(seen @ energy_CC[block] @ seen.mH).eigenvectors[:, -1]
         decode = inverse_root @ u
         encoder_SC[slot, picked] = (u.conj() @ seen) * decode.norm()
@@ -235,11 +235,10 @@ def exact_tensors(weights: Projections, head_dim: int, nope_dim: int) -> dict[st
     return tensors | {"kv_a_proj_with_mqa.bias": bias_W, "o_proj.bias": zeros(hidden)}
 
 
-def damped(moment: Tensor) -> Tensor:
-    """A moment with a little of its own diagonal added, so that it can be inverted whatever its scale."""
+def damping(moment: Tensor) -> Tensor:
+    """Diagonal matrix with a little of the moment's own diagonal, enough to invert their sum whatever the scale."""
     diagonal = moment.diagonal().real
-    floor = 1e-9 * diagonal.mean() + 1e-300
-    return moment + torch.diag_embed(_FISHER_DAMPING * diagonal + floor).to(moment.dtype)
+    return torch.diag_embed(_FISHER_DAMPING * diagonal + 1e-9 * diagonal.mean() + 1e-300).to(moment.dtype)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WIDTH_MULTIPLE = 8  # torch's grouped matmul wants strides of 16 bytes, in bf16 too
 _ROUTER_SPREAD = 1.0
 _BALANCE_STEPS = 400
+
+
+def padded_width(width: int) -> int:
+    """The moe_intermediate_size that stock runtimes can run: `width` and as many silent neurons as it takes."""
+    return -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
 
 
 def upcycle(
@@ -21,18 +27,18 @@ def upcycle(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name under `mlp.`, tensor) of the experts made from gate_proj (I, D), up_proj (I, D) and down_proj (D, I).
 
-    The first n_shared_experts * M neurons are shared; every copy holds all the others, cut into G shards. Group-limited
-    routing takes exactly one copy (design §4: n_group = N, topk_group = 1, k = G, scaling G), so each of its shards
-    weighs 1 whichever copy it is. The shards of a copy share a router row and a bias.
+    The first neurons are shared; every copy holds all the others, cut into G shards. Group-limited routing takes
+    exactly one copy (design §4: n_group = N, topk_group = 1, k = G, scaling G), so its shards weigh 1 each whichever
+    copy it is. The shards of a copy share a router row and a bias. An expert wider than its neurons ends in zeros.
     """
-    width, shards = config["moe_intermediate_size"], config["num_experts_per_tok"]
-    shared = config["n_shared_experts"] * width
+    shards, shared, width = (config[f] for f in ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"))
+    neurons = config["intermediate_size"] // (shared + shards)
     for name, tensor in weights.items():
         axis = 1 if name == "down_proj" else 0
-        parts = tensor.split([shared] + [width] * shards, dim=axis)
-        yield f"shared_experts.{name}.weight", parts[0]
+        parts = tensor.split([shared * neurons] + [neurons] * shards, dim=axis)
+        yield f"shared_experts.{name}.weight", _fill(parts[0], shared * width, axis)
         for expert in range(config["n_routed_experts"]):
-            yield f"experts.{expert}.{name}.weight", parts[1 + expert % shards].clone()
+            yield f"experts.{expert}.{name}.weight", _fill(parts[1 + expert % shards], width, axis)
     yield "gate.weight", rows_ND.repeat_interleave(shards, dim=0)
     yield "gate.e_score_correction_bias", bias_N.repeat_interleave(shards)
 
@@ -64,3 +70,12 @@ def balancing_bias(inputs_TD: Tensor, rows_ND: Tensor) -> Tensor:
         bias_N = bias_N - bias_N.mean()
         speed *= 0.98
     return bias_N
+
+
+def _fill(tensor: Tensor, width: int, axis: int) -> Tensor:
+    """A copy with zeros behind, `width` long along `axis`."""
+    shape = list(tensor.shape)
+    shape[axis] = width
+    filled = tensor.new_zeros(shape)
+    filled.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+    return filled

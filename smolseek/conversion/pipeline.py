@@ -37,7 +37,7 @@ from smolseek.conversion.attention import (
     rope_plans,
 )
 from smolseek.conversion.card import model_card
-from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
+from smolseek.conversion.experts import balancing_bias, padded_width, router_rows, upcycle
 from smolseek.conversion.moments import LayerMoments, collect_mlp_inputs, collect_moments, collect_norm_moments
 from smolseek.conversion.sources import check_tensors
 from smolseek.conversion.target import inverse_frequencies, read_source, target_config
@@ -103,6 +103,8 @@ class _Conversion:
         target = target_config(self.config, self.settings, rope_theta=attention.rope_theta)
         if self.settings.exact:
             target |= {"dtype": "float32", "torch_dtype": "float32"}  # bf16 would round the exactness away
+        if routers is not None:
+            target["moe_intermediate_size"] = padded_width(target["moe_intermediate_size"])
         with FolderWriter(self.out, force=self.force) as writer:
             for name, tensor in self._target_tensors(attention, routers, target):
                 keep_fp32 = name.endswith("e_score_correction_bias")
@@ -186,12 +188,8 @@ class _Conversion:
 
     def _assemble(self, attention: _Attention) -> DeepseekV3:
         """The converted model in memory, its MLPs dense and every unconverted weight shared with the dense model."""
-        settings = dataclasses.replace(
-            self.settings,
-            experts="none",
-            **dict.fromkeys(("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")),
-        )
-        config = DeepseekV3Config(**target_config(self.config, settings, rope_theta=attention.rope_theta))
+        target = target_config(self.config, self.settings, rope_theta=attention.rope_theta)
+        config = DeepseekV3Config(**target | {"first_k_dense_replace": self.source["num_hidden_layers"]})
         with torch.device("meta"):
             model = DeepseekV3(config)
         model.model.rotary_emb = type(model.model.rotary_emb)(config)

@@ -40,8 +40,8 @@ def check_tensors(tensors: TensorFolder, source: dict[str, Any]) -> None:
     """Read the whole checkpoint once, before anything heavy runs.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than config.json says, is quantised, or holds NaN or infinity;
-            or the checkpoint has biases, which are not converted.
+        ValueError: a tensor is missing, has another shape than config.json says, is quantised, or holds NaN or
+            infinity; or the checkpoint has biases, which are not converted.
     """
     names = set(tensors.names())
     expected = dict(expected_tensors(source))

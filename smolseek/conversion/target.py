@@ -9,8 +9,8 @@ from smolseek.config import ConvertSettings
 
 CACHE_SHARE = 0.4
 """Share of the source's cache that a portable conversion keeps when no sizes are given."""
-EXACT_NOPE_DIM = 2
-"""Unrotated query width of the exact conversion, where the scores need none; the smallest the conversion works with."""
+EXACT_NOPE_DIM = 0
+"""Unrotated query width of the exact conversion, where the scores need none (stock transformers takes 0)."""
 COPIES = 4
 """Copies of the routed neurons that upcycling makes when the number of routed experts is not given."""
 

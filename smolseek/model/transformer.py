@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.length
         positions_BT = torch.arange(start, start + tokens, device=device).unsqueeze(0)
         if cache is not None and cache.padding_B is not None:
-            positions_BT = (positions_BT - cache.padding_B.unsqueeze(1)).clamp(min=0)
+            positions_BT = positions_BT - cache.padding_B.unsqueeze(1)  # nobody sees the negative ones
         like = torch.empty((), dtype=torch.float32, device=device)
         cos, sin = self.rotary_emb(like, positions_BT)  # each angle twice, (..., R)
         pairs = cos.shape[-1] // 2

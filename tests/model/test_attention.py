@@ -10,6 +10,7 @@ from torch import Tensor
 
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import rotate
+from smolseek.model.transformer import attention_mask
 from tests.factories import LIVELY_ROPE, layers_of, random_ids, tiny_v3
 
 TOKENS = 20
@@ -54,6 +55,20 @@ def test_left_padded_rows_equal_each_prompt_alone() -> None:
             with torch.no_grad():
                 alone = MODEL(ids[row : row + 1, -length:])
             torch.testing.assert_close(logits[row : row + 1, -length:], alone, rtol=0, atol=1e-4)
+
+
+def test_positions_count_from_the_first_real_token() -> None:
+    model = tiny_v3(rope_parameters=LIVELY_ROPE["longrope"])  # its frequencies change beyond position 16
+    ids = random_ids(1, TOKENS)
+    logits = decode(model, ids, [TOKENS], torch.tensor([8]))
+    with torch.no_grad():
+        torch.testing.assert_close(logits[:, 8:], model(ids[:, 8:]), rtol=0, atol=1e-4)
+
+
+def test_every_padding_token_sees_something() -> None:
+    cache = MODEL.new_cache(2, 9, torch.tensor([7, 0]))
+    mask_B1TS = attention_mask(9, None, cache, torch.device("cpu"))
+    assert mask_B1TS is not None and mask_B1TS.any(dim=-1).all()  # else NaN on kernels less kind than the CPU's
 
 
 def test_decoding_never_expands_the_prefix() -> None:

@@ -77,12 +77,14 @@ def assert_equals_transformers(case: dict[str, Any], *, starved: bool = False) -
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     (logits * direction).sum().backward()
     (expected * direction).sum().backward()
+    # A gradient that is nothing but rounding (one chosen expert, normalised: its weight is 1) has no relative error.
+    rounding = 1e-6 * torch.stack([p.grad.norm() for p in stock.parameters() if p.grad is not None]).norm()
     for (name, parameter), other in zip(ours.named_parameters(), stock.parameters(), strict=True):
         if not parameter.numel():
             continue
         assert parameter.grad is not None and other.grad is not None, name
         error = (parameter.grad - other.grad).norm()
-        assert error <= 1e-4 * other.grad.norm(), f"{name}: {error} of {other.grad.norm()}"
+        assert error <= 1e-4 * other.grad.norm() + rounding, f"{name}: {error} of {other.grad.norm()}"
 
 
 @pytest.mark.parametrize("name", NAMED_CASES)

@@ -1,0 +1,70 @@
+"""Upcycling keeps the function whatever the router says, and starts balanced."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from smolseek.conversion.experts import balancing_bias, padded_width, router_rows, upcycle
+
+
+def swiglu(weights, x):
+    return (F.silu(x @ weights["gate_proj"].T) * (x @ weights["up_proj"].T)) @ weights["down_proj"].T
+
+
+def made(shared, shards, copies, width, seed, padding=0):
+    g = torch.Generator().manual_seed(seed)
+    neurons = (shared + shards) * width
+    shapes = {"gate_proj": (neurons, 10), "up_proj": (neurons, 10), "down_proj": (10, neurons)}
+    weights = {name: torch.randn(shape, generator=g).double() for name, shape in shapes.items()}
+    config = {
+        "intermediate_size": neurons,
+        "n_shared_experts": shared,
+        "num_experts_per_tok": shards,
+        "n_routed_experts": copies * shards,
+        "moe_intermediate_size": width + padding,
+    }
+    rows, bias = torch.randn(copies, 10, generator=g), torch.randn(copies, generator=g)
+    return weights, rows, bias, dict(upcycle(weights, config, rows, bias)), g
+
+
+@given(
+    st.integers(0, 3), st.integers(2, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 999)
+)
+@settings(max_examples=20, deadline=None)
+def test_the_shared_part_and_any_one_copy_are_the_dense_mlp(shared, shards, copies, width, padding, seed):
+    weights, rows, bias, tensors, g = made(shared, shards, copies, width, seed, padding)
+    x = torch.randn(7, 10, generator=g).double()
+
+    def expert(prefix):
+        return swiglu({name: tensors[f"{prefix}.{name}.weight"] for name in weights}, x)
+
+    for copy in range(copies):
+        whole = expert("shared_experts") + sum(expert(f"experts.{copy * shards + s}") for s in range(shards))
+        torch.testing.assert_close(whole, swiglu(weights, x))
+    assert tensors["experts.0.down_proj.weight"].shape == (10, width + padding)
+    assert torch.equal(tensors["gate.weight"].view(copies, shards, 10), rows[:, None].expand(-1, shards, -1))
+    assert torch.equal(tensors["gate.e_score_correction_bias"], bias.repeat_interleave(shards))
+
+
+def test_tensors_share_no_memory():
+    _, _, _, tensors, _ = made(2, 2, 3, 4, 0)
+    assert len({t.untyped_storage().data_ptr() for t in tensors.values()}) == len(tensors)
+
+
+def test_router_starts_balanced_on_other_tokens_too():
+    """Inputs far off centre, as a network's are: without care one copy would get everything."""
+    g = torch.Generator().manual_seed(0)
+    mean = 3 * torch.randn(24, generator=g)
+    sample, fresh = (mean + torch.randn(4096, 24, generator=g) for _ in range(2))
+    rows = router_rows(sample, 4, g)
+    torch.testing.assert_close((sample @ rows.T).std(0), torch.ones(4), rtol=1e-4, atol=1e-4)
+    bias = balancing_bias(sample, rows)
+    assert abs(float(bias.mean())) < 1e-6
+    for tokens, limit in ((sample, 0.02), (fresh, 0.15)):
+        load = torch.bincount(((tokens @ rows.T).sigmoid() + bias).argmax(-1), minlength=4).float()
+        assert float(load.max() / load.mean() - 1) < limit
+
+
+def test_padding_goes_to_sixteen_bytes_of_bf16():
+    assert [padded_width(width) for width in (1, 8, 43, 48)] == [8, 8, 48, 48]

@@ -1,0 +1,111 @@
+"""The calibration pass against slow and plain versions of itself."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from smolseek.conversion.moments import (
+    ROTATED,
+    SLOT,
+    UNROTATED,
+    VALUE,
+    collect_mlp_inputs,
+    collect_moments,
+    collect_norm_moments,
+    rotate,
+)
+from tests.factories import random_ids, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def angles(model):
+    return model.model.rotary_emb.inv_freq.clone()
+
+
+def test_probing_changes_neither_the_logits_nor_the_model(model):
+    ids, before = random_ids(2, 12), model.config._attn_implementation
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+    collect_moments(model, ids, angles(model), seed=0)
+    handle.remove()
+    torch.testing.assert_close(seen[0], model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == before
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model):
+    """Rotated keys and values by autograd through transformers' own attention, one position of one window."""
+    ids = random_ids(1, 9)
+    kept = {}
+    hooks = [
+        getattr(model.model.layers[1].self_attn, f"{n}_proj").register_forward_hook(
+            lambda _, a, o, n=n: kept.update({n: o})
+        )
+        for n in "kv"
+    ]
+    logits = model(ids).logits
+    labels = torch.multinomial(logits.softmax(-1)[0], 1, generator=torch.Generator().manual_seed(3)).T
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    key, value = (g[0].double() for g in torch.autograd.grad(loss, [kept["k"], kept["v"]]))
+    for hook in hooks:
+        hook.remove()
+    moments = collect_moments(model, ids, angles(model), seed=3)[1]
+    for path, gradient in ((ROTATED, key), (VALUE, value)):
+        torch.testing.assert_close(moments.fisher([path], [path]), gradient.T @ gradient / 9, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(moments.fisher([VALUE], [ROTATED]), value.T @ key / 9, rtol=1e-3, atol=1e-6)
+
+
+def test_paths_agree_exactly_when_they_turn_alike(model):
+    still = torch.zeros_like(angles(model))
+    as_source = collect_moments(model, random_ids(2, 10), angles(model), seed=0)[0]
+    unturned = collect_moments(model, random_ids(2, 10), still, seed=0)[0]
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
+    close(as_source.fisher([SLOT], [SLOT]), as_source.fisher([ROTATED], [ROTATED]))
+    close(unturned.fisher([SLOT], [SLOT]), unturned.fisher([UNROTATED], [UNROTATED]))
+    assert not torch.allclose(as_source.fisher([SLOT], [SLOT]), as_source.fisher([UNROTATED], [UNROTATED]), rtol=0.1)
+
+
+def test_input_and_norm_moments_are_those_of_the_block_input(model):
+    ids = random_ids(3, 8)
+    inputs = []
+    projection = model.model.layers[0].self_attn.k_proj
+    handle = projection.register_forward_hook(
+        lambda _, args, out: inputs.append(args[0].detach().flatten(0, 1).double())
+    )
+    model(ids)
+    handle.remove()
+    x = inputs[0]
+    encoders = [torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()] * 2
+    moments = collect_moments(model, ids, angles(model), seed=0)[0]
+    norm = collect_norm_moments(model, ids, encoders)[0]
+    c = x @ encoders[0].T
+    n = c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(moments.input_DD, x.T @ x / 24, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.latent_RR, n.T @ n / 24, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.cross_DR, x.T @ n / 24, rtol=1e-5, atol=1e-6)
+
+
+def test_same_seed_same_moments_another_seed_others(model):
+    first, again, other = (collect_moments(model, random_ids(2, 8), angles(model), seed=s)[0] for s in (0, 0, 1))
+    assert torch.equal(first.fisher_PKPK, again.fisher_PKPK)
+    assert not torch.equal(first.fisher_PKPK, other.fisher_PKPK)
+
+
+def test_rotate_is_transformers_rope(model):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    x = torch.randn(1, 2, 6, 8)
+    cos, sin = model.model.rotary_emb(x, torch.arange(6)[None])
+    torch.testing.assert_close(rotate(x, angles(model)), apply_rotary_pos_emb(x, x, cos, sin)[0])
+
+
+def test_mlp_inputs_are_spread_over_the_windows(model):
+    inputs = collect_mlp_inputs(model, random_ids(4, 16), tokens=16)
+    assert [tuple(x.shape) for x in inputs] == [(16, 32)] * 2

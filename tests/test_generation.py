@@ -1,0 +1,147 @@
+"""Generation against transformers' own, and the promises it makes: limits, seeds, modes, ends."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+
+from smolseek import generation
+from smolseek.generation import Sampling, generate, repetition_rate, stream
+from smolseek.model import DeepseekV3, StockModel
+from tests.factories import VOCAB, random_ids, tiny_llama, tiny_v3, tiny_v3_pair
+
+NEW = 12
+MODELS: dict[str, DeepseekV3 | StockModel] = {"V3": tiny_v3(), "stock": StockModel(tiny_llama())}
+each_model = pytest.mark.parametrize("kind", MODELS)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_is_transformers(penalty: float) -> None:
+    ours, theirs = tiny_v3_pair(q_lora_rank=20)
+    llama = tiny_llama()
+    for model, oracle in ((ours, theirs), (StockModel(llama), llama)):
+        ids = random_ids(2, 9)
+        expected = oracle.generate(ids, max_new_tokens=NEW, do_sample=False, repetition_penalty=penalty)
+        assert torch.equal(generate(model, ids, max_new_tokens=NEW, repetition_penalty=penalty), expected)
+
+
+@each_model
+def test_rows_of_a_ragged_batch_equal_each_prompt_alone(kind: str) -> None:
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (11, 4, 1)]
+    together = generate(MODELS[kind], prompts, max_new_tokens=NEW, repetition_penalty=1.2)
+    alone = [generate(MODELS[kind], [prompt], max_new_tokens=NEW, repetition_penalty=1.2)[0] for prompt in prompts]
+    assert together == alone
+    assert [row[: len(prompt)] for row, prompt in zip(together, prompts, strict=True)] == prompts
+
+
+@each_model
+def test_prefill_in_chunks_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (17, 5)]
+    whole = generate(MODELS[kind], prompts, max_new_tokens=NEW)
+    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 4)
+    assert generate(MODELS[kind], prompts, max_new_tokens=NEW) == whole
+
+
+@each_model
+def test_same_seed_same_text_and_the_global_generator_is_left_alone(kind: str) -> None:
+    ids = random_ids(2, 5)
+    before = torch.get_rng_state()
+    first, again, other, unseeded = (
+        generate(MODELS[kind], ids, max_new_tokens=NEW, temperature=1.0, seed=seed) for seed in (1, 1, 2, None)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other) and not torch.equal(first, unseeded)
+
+
+@each_model
+def test_stream_gives_what_generate_gives_and_keeps_the_mode(kind: str) -> None:
+    model, ids = MODELS[kind], random_ids(1, 5)
+    model.train()
+    try:
+        tokens = stream(model, ids, max_new_tokens=NEW, temperature=0.8, top_p=0.9, seed=3)
+        first = next(tokens)
+        assert model.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        rest = list(tokens)
+    finally:
+        model.eval()
+    whole = generate(model, ids, max_new_tokens=NEW, temperature=0.8, top_p=0.9, seed=3)
+    assert [first, *rest] == whole[0, 5:].tolist()
+
+
+def test_a_sequence_ends_with_its_eos() -> None:
+    model, prompts = MODELS["V3"], [random_ids(1, 6, seed=5)[0].tolist(), random_ids(1, 6, seed=6)[0].tolist()]
+    free = generate(model, prompts, max_new_tokens=NEW)
+    end = free[0][8]  # the third new token of the first row
+    stop = 6 + free[0][6:].index(end) + 1
+    other = 6 + free[1][6:].index(end) + 1 if end in free[1][6:] else len(free[1])
+    assert generate(model, prompts, max_new_tokens=NEW, eos_token_id=end) == [free[0][:stop], free[1][:other]]
+    length = max(stop, other)
+    filled = generate(model, torch.tensor(prompts), max_new_tokens=NEW, eos_token_id=[end, VOCAB + 1])
+    assert filled[0].tolist() == free[0][:stop] + [end] * (length - stop)
+    assert list(stream(model, torch.tensor(prompts[:1]), max_new_tokens=NEW, eos_token_id=end)) == free[0][6 : stop - 1]
+
+
+@pytest.mark.parametrize(
+    ("how", "warper"),
+    [
+        ({"top_k": 3}, TopKLogitsWarper(3)),
+        ({"top_k": 500}, TopKLogitsWarper(500)),
+        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
+        ({"top_p": 1e-6}, TopPLogitsWarper(1e-6)),
+        ({"min_p": 0.3}, MinPLogitsWarper(0.3)),
+    ],
+)
+def test_filters_keep_what_transformers_keeps_and_draw_by_chance(how: dict[str, Any], warper: Any) -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, 0.5, 1.5]])
+    expected = warper(None, logits.clone() / 0.8).softmax(-1)[0]
+    draws = 4000
+    sampling, generator = Sampling(temperature=0.8, **how), torch.Generator().manual_seed(0)
+    tokens = draw(logits.expand(draws, -1), sampling, generator)
+    shares = torch.bincount(tokens, minlength=6) / draws
+    assert ((shares > 0) == (expected > 0)).all()
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.03)
+
+
+def test_penalty_is_transformers_and_spares_padding() -> None:
+    logits = torch.tensor([[1.0, -1.0, 0.9, -0.1]])
+    seen = torch.tensor([[3, 0, 1]])
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(seen[:, 1:], logits.clone())
+    penalised = generation._penalise(logits, seen, torch.tensor([1]), 1.5)  # 3 is padding
+    torch.testing.assert_close(penalised, expected)
+
+
+def draw(logits_BV: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
+    rows = len(logits_BV)
+    return generation._draw(logits_BV, torch.zeros(rows, 1).long(), torch.zeros(rows).long(), how, generator)
+
+
+@each_model
+def test_more_tokens_than_positions_are_refused_with_the_numbers(kind: str) -> None:
+    limit = MODELS[kind].config.max_position_embeddings
+    with pytest.raises(ValueError, match=rf"60 tokens \+ 5 new ones: the model has {limit} positions; shorten"):
+        generate(MODELS[kind], random_ids(1, 60), max_new_tokens=5)
+    assert generate(MODELS[kind], random_ids(1, 60), max_new_tokens=4).shape == (1, 64)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
+def test_empty_prompts_are_refused(prompts: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="prompt: empty"):
+        generate(MODELS["V3"], prompts)
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
+)
+def test_impossible_sampling_is_refused_by_name(how: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(how))):
+        generate(MODELS["V3"], random_ids(1, 3), **how)
+
+
+def test_repetition_rate_is_the_share_of_n_grams_seen_before() -> None:
+    assert repetition_rate([1, 2, 3, 4, 5, 6]) == 0
+    assert repetition_rate([7] * 11) == pytest.approx(7 / 8)
+    assert repetition_rate([1, 2, 1, 2, 3], n=2) == pytest.approx(1 / 4)
+    assert repetition_rate([1, 2, 3]) == 0
