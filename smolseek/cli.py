@@ -248,7 +248,8 @@ def _train(command: Train) -> None:
         )
         bar.update()
 
-    with _stop_signals() as received:
+    # The bar stands while steps are being trained: then a signal waits for the step's end, and the state is saved.
+    with _stop_signals(defer=lambda: bar is not None) as received:
         watcher = Watcher(on_stage, on_step, lambda: bool(received))
         try:
             summary = travel(
@@ -373,13 +374,13 @@ class _Stopped(Exception):
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Signals received inside the block: SIGINT and SIGTERM stop a run after its step, a second one at once."""
+def _stop_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
+    """Signals noted inside the block: while `defer` holds, the first SIGINT or SIGTERM waits; else it stops at once."""
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
+        if received or not defer():
+            raise _Stopped("stopped; go on with --resume", number)
         received.append(number)
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -157,7 +157,7 @@ def _steps(
         generator.seed()
     else:
         generator.manual_seed(how.seed)
-    cache = model.new_cache(len(prompts), longest + max_new_tokens, padding_B if padding_B.any() else None)
+    cache: Any = model.new_cache(len(prompts), longest + max_new_tokens, padding_B if padding_B.any() else None)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends_E = torch.tensor(sorted(ends), device=device)
     chunks = seen_BT.split(_PREFILL_TOKENS, dim=1)

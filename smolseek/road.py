@@ -65,9 +65,7 @@ def travel(
 def check_recipe(recipe: Recipe) -> None:
     """Refuse recipes that name no start, or two."""
     if bool(recipe.source) == bool(recipe.model):
-        raise ValueError(
-            "recipe: name either source (a checkpoint) or model (random weights), and not both"
-        )
+        raise ValueError("recipe: name either source (a checkpoint) or model (random weights), and not both")
     if recipe.model and recipe.convert:
         raise ValueError("recipe: convert needs a source checkpoint, and model asks for random weights; drop one")
     if recipe.model and not (recipe.tokenizer or recipe.train_tokenizer_entries):

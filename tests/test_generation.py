@@ -72,16 +72,21 @@ def test_stream_gives_what_generate_gives_and_keeps_the_mode(kind: str) -> None:
 
 
 def test_a_sequence_ends_with_its_eos() -> None:
-    model, prompts = MODELS["V3"], [random_ids(1, 6, seed=5)[0].tolist(), random_ids(1, 6, seed=6)[0].tolist()]
-    free = generate(model, prompts, max_new_tokens=NEW)
-    end = free[0][8]  # the third new token of the first row
-    stop = 6 + free[0][6:].index(end) + 1
-    other = 6 + free[1][6:].index(end) + 1 if end in free[1][6:] else len(free[1])
-    assert generate(model, prompts, max_new_tokens=NEW, eos_token_id=end) == [free[0][:stop], free[1][:other]]
-    length = max(stop, other)
-    filled = generate(model, torch.tensor(prompts), max_new_tokens=NEW, eos_token_id=[end, VOCAB + 1])
-    assert filled[0].tolist() == free[0][:stop] + [end] * (length - stop)
-    assert list(stream(model, torch.tensor(prompts[:1]), max_new_tokens=NEW, eos_token_id=end)) == free[0][6 : stop - 1]
+    model, prompts = MODELS["V3"], random_ids(2, 6, seed=5)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
+    free = generate(model, prompts.tolist(), **how)
+    end = free[0][8]  # the first row ends with its third new token, the second does not
+    assert end not in free[0][6:8] + free[0][9:] + free[1][6:]
+    assert generate(model, prompts.tolist(), eos_token_id=end, **how) == [free[0][:9], free[1]]
+    filled = generate(model, prompts, eos_token_id=[end, VOCAB + 1], **how)
+    assert filled.tolist() == [free[0][:9] + [end] * (NEW - 3), free[1]]
+
+
+def test_stream_leaves_the_eos_out() -> None:
+    model, prompt = MODELS["V3"], random_ids(1, 6, seed=5)
+    how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
+    free = list(stream(model, prompt, **how))
+    assert list(stream(model, prompt, eos_token_id=free[4], **how)) == free[: free.index(free[4])]
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def save(
     model: DeepseekV3 | StockModel,
     out: str | Path,
     *,
-    tokenizer_from: str | Path | Any | None = None,
+    tokenizer_from: Any = None,
     card: str | None = None,
     force: bool = False,
 ) -> Path:

@@ -12,6 +12,8 @@ class LatentCache:
     """Preallocated latent cache (DeepSeek-V2, section 2.1: c_KV and k_R are all that is kept); for inference.
 
     `padding_B` counts the left-padding tokens of each row, `length` the columns filled so far, padding included.
+    As in transformers, keys stay as they were rotated: a longrope model whose short and long factors differ decodes
+    other numbers than one full forward once it passes `original_max_position_embeddings`.
     """
 
     def __init__(
