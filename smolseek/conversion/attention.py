@@ -163,11 +163,13 @@ def rope_slots(
 def latent_encoder(target_YD: Tensor, fisher_YY: Tensor, moments: LayerMoments, rank: int) -> Tensor:
     """Encoder (R, D) of the best rank-R stand-in for `target`: Uᵀ F^½ Y, U the top R eigenvectors of F^½ Y Σ Yᵀ F^½.
 
-    Scaled to a root mean square of `LATENT_RMS` (design §3, step 3).
+    Scaled to a root mean square of `LATENT_RMS`, each coordinate by λ^-¼ first: half-way to white, the latent's norm
+    varies less from token to token (design §3, step 3, where full whitening hurt).
     """
     weighted_YD = roots(fisher_YY)[0] @ target_YD
-    u_YR = torch.linalg.eigh(weighted_YD @ moments.input_DD @ weighted_YD.mT).eigenvectors[:, -rank:].flip(-1)
-    encoder_RD = u_YR.mT @ weighted_YD
+    values, vectors = torch.linalg.eigh(weighted_YD @ moments.input_DD @ weighted_YD.mT)
+    values_R, u_YR = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
+    encoder_RD = values_R.clamp(min=float(values_R[0]) * 1e-12 + 1e-300)[:, None] ** -0.25 * (u_YR.mT @ weighted_YD)
     mean_square = float(((encoder_RD @ moments.input_DD) * encoder_RD).sum()) / rank
     return encoder_RD * (LATENT_RMS / math.sqrt(max(mean_square, 1e-300)))
 

@@ -197,6 +197,6 @@ def test_dead_channels_do_no_harm():
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_fold_beats_nothing_and_a_plan_names_its_neighbours():
+def test_narrow_rope_has_a_folded_plan_and_full_rope_only_one():
     assert RopePlan(2, ((0, 1), (2, 3))) in rope_plans(8, 4)
     assert [plan.stride for plan in rope_plans(8, 8)] == [1]
