@@ -13,7 +13,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy smolseek benchmarks
+	$(BIN)/mypy smolseek
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -261,8 +261,8 @@ def _train(command: Train) -> None:
             if bar is not None:
                 bar.close()
     print(f"\n{table(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
-    print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The '")
-    print("A real one: smolseek train recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
+    print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
+    print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
 
 
 def _generate(command: Generate) -> None:

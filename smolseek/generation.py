@@ -103,7 +103,7 @@ def continue_text(
     new = stream(
         model,
         ids,
-        max_new_tokens=min(settings.max_new_tokens, model.config.max_position_embeddings - ids.shape[1]),
+        max_new_tokens=max(1, min(settings.max_new_tokens, model.config.max_position_embeddings - ids.shape[1])),
         temperature=settings.temperature,
         top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
@@ -124,11 +124,13 @@ def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, the former mode after it."""
     was_training = model.training
-    model.eval()
+    if was_training:  # walking every module costs as much as a small decode step
+        model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
