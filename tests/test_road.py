@@ -132,7 +132,7 @@ model:
     topk_group: 1, first_k_dense_replace: 1, max_position_embeddings: 64, scoring_func: {scoring_func}}}
 train_tokenizer_entries: 300
 data: {{train: {text}, shuffle_windows: 8, held_out_share: 0.2, held_out_tokens: 300}}
-train: {{steps: 120, batch_windows: 4, window_tokens: 16, learning_rate: 1e-2, evaluate_every: 40, checkpoint_every: 7}}
+train: {{steps: 400, batch_windows: 4, window_tokens: 16, learning_rate: 1e-2, evaluate_every: 40, checkpoint_every: 7}}
 sample: {{every: 40, prompts: ["Anna "], max_new_tokens: 8}}
 """
 
@@ -163,7 +163,7 @@ def test_killed_at_random_and_resumed_the_run_ends_the_same(tmp_path):
         wait_for(tmp_path / "cut" / "scratch" / "checkpoints", cut)
         time.sleep(draw.uniform(0, 0.7))
         cut.send_signal([signal.SIGKILL, signal.SIGTERM][number])
-        cut.wait(60)
+        assert cut.wait(60) != 0, "the run ended before the signal came"
         cut = start(recipe, tmp_path / "cut", "--resume")
     for process in (whole, cut):
         output, _ = process.communicate(timeout=200)
