@@ -81,6 +81,20 @@ def test_convert_eval_generate_and_plan(source, text, tmp_path, capsys):
     }
 
 
+def test_the_python_interface(source, text, tmp_path):
+    import torch
+
+    import smolseek
+
+    out = smolseek.convert(
+        source, tmp_path / "out", kv_lora_rank=12, qk_rope_head_dim=4, calibration=text, calibration_window_tokens=32
+    )
+    model = smolseek.load(out)
+    ids = torch.tensor([[0, 5, 6]])
+    assert model(ids).shape == (1, 3, ENTRIES)
+    assert smolseek.generate(model, ids, max_new_tokens=4).shape == (1, 7)
+
+
 def test_chat_without_a_template_continues_one_text(source, capsys, monkeypatch):
     lines = iter(["Anna sees", "Ben likes", ""])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))

@@ -62,15 +62,23 @@ class _Attention:
     loss: float | None = None
 
 
-def convert(source: str | Path, out: str | Path, *, settings: ConvertSettings, force: bool = False) -> Path:
+def convert(
+    source: str | Path, out: str | Path, *, settings: ConvertSettings | None = None, force: bool = False, **fields: Any
+) -> Path:
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
 
-    Every refusal comes before anything heavy runs, and `out` is complete or absent.
+    `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
+    several. Every refusal comes before anything heavy runs, and `out` is complete or absent.
 
     Raises:
+        TypeError: a field that `ConvertSettings` does not have.
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
             text, or `out` exists and `force` is not set.
     """
+    if "calibration" in fields:
+        names = fields["calibration"]
+        fields["calibration"] = (str(names),) if isinstance(names, str | Path) else tuple(map(str, names))
+    settings = dataclasses.replace(settings or ConvertSettings(), **fields)
     return _Conversion(source, Path(out), settings, force).run()
 
 
