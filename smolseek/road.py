@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer, save
-from smolseek.checkpoint.source import resolve_folder
+from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import Recipe
 from smolseek.conversion.pipeline import convert
+from smolseek.conversion.target import target_config
 from smolseek.evaluation import measure_balance, measure_decode_speed, measure_quality
 from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
@@ -40,6 +41,8 @@ def travel(
     check_recipe(recipe)
     for source in filter(None, (recipe.source, recipe.teacher, recipe.tokenizer)):
         resolve_folder(source)  # what must be there is looked for before an old run is thrown away
+    if recipe.convert and recipe.source:
+        target_config(read_config(resolve_folder(recipe.source)), recipe.convert)  # and sizes that do not fit
     if folder.exists() and not (resume or force):
         raise ValueError(f"{folder}: exists already; pass --resume to go on with it, or --force to start over")
     if not resume:
