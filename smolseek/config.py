@@ -19,23 +19,37 @@ class ConvertSettings:
     kv_lora_rank: int | None = None
     """Width of the latent that holds values and unrotated keys."""
     qk_rope_head_dim: int | None = None
-    """Width of the one rotated key that all heads share (even, divides the head)."""
+    """Width of the one rotated key that all heads share (even)."""
     calibration: tuple[str, ...] = ()
     """Text for the moments: files, globs, hub:ID or builtin:python (its training split)."""
     calibration_windows: int = 128
     """How many windows of calibration text are read."""
     calibration_window_tokens: int = 256
     """Tokens in a calibration window."""
-    experts: Literal["none", "upcycle"] = "none"
-    """Keep the MLP dense, or upcycle it to shared and routed experts."""
+    qk_nope_head_dim: int | None = None
+    """Width of a head's unrotated query and key; none: the source's head_dim."""
+    v_head_dim: int | None = None
+    """Width of a head's value; none: the source's head_dim."""
+    q_lora_rank: int | None = None
+    """Width of a latent query; none: queries straight from the hidden state."""
+    cache: float | None = None
+    """Share of the source's cache to keep, in place of kv_lora_rank and qk_rope_head_dim; none: 0.4."""
+    profile: Literal["portable", "vllm", "transformers"] = "portable"
+    """What the result may use: what most runtimes read, vLLM's head sizes, or all that transformers reads."""
+    experts: Literal["none", "upcycle", "carve"] = "none"
+    """Keep the MLP dense, copy it to more neurons (upcycle) or divide its neurons (carve) among experts."""
+    active: float | None = None
+    """Share of the dense neurons that a token meets (carve); none: 0.75."""
     n_shared_experts: int | None = None
-    """Shared experts (upcycle)."""
+    """Shared experts."""
     n_routed_experts: int | None = None
-    """Routed experts in all (upcycle)."""
+    """Routed experts in all."""
     num_experts_per_tok: int | None = None
-    """Routed experts a token meets (upcycle)."""
+    """Routed experts a token meets."""
     moe_intermediate_size: int | None = None
-    """Neurons in one expert (upcycle)."""
+    """Neurons in one expert, before padding to a multiple of 8."""
+    first_k_dense_replace: int = 0
+    """First layers that keep their dense MLP."""
     exact: bool = False
     """The exact conversion: same logits, larger cache, loads in transformers only."""
     seed: int = 0

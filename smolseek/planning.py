@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
-from smolseek.conversion.target import read_source, target_config
+from smolseek.conversion.target import attention_biases, read_source, target_config
 from smolseek.runtimes import check, verdict
 
 CACHE_NUMBER_BYTES = 2
@@ -24,6 +24,8 @@ CACHE_NUMBER_BYTES = 2
 EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
 
+_ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+_REFINED_TOKENS = 4096  # what one step of the refinement reads
 _LOGITS_AT_ONCE = 2**25  # what calibration and training hold of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 
@@ -68,6 +70,7 @@ class Plan:
     heal: Cost
     heal_tokens: int
     machine: Machine
+    profile: str
     runtimes: dict[str, str]
     config: dict[str, Any]
 
@@ -96,6 +99,7 @@ def plan(
         heal=_heal_cost(config, machine, heal_tokens),
         heal_tokens=heal_tokens,
         machine=machine,
+        profile="transformers" if settings.exact else settings.profile,
         runtimes={runtime: verdict(findings) for runtime, findings in check(config).items()},
         config=config,
     )
@@ -160,7 +164,8 @@ def render(plan: Plan) -> str:
     pays = "never decodes faster" if length is None else f"decodes faster from {length:,} tokens of context on"
     cache = f"{before.cache_bytes_per_token:,} -> {after.cache_bytes_per_token:,} bytes ({plan.cache_share:.1%})"
     lines = [
-        ("attention", ", ".join(f"{name} {config[name]}" for name in ("kv_lora_rank", "qk_rope_head_dim"))),
+        ("attention", ", ".join(f"{name} {config[name]}" for name in _ATTENTION_FIELDS if config[name] is not None)),
+        ("MLP", _experts(config)),
         (
             "parameters",
             f"{before.total_parameters:,} -> {after.total_parameters:,} ({after.active_parameters:,} active)",
@@ -171,9 +176,21 @@ def render(plan: Plan) -> str:
         ("this machine", f"{plan.machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(plan.machine.bytes_per_second)}/s"),
         ("convert", _cost(plan.convert)),
         ("heal", f"{tokens}: {_cost(plan.heal)}"),
+        ("profile", plan.profile),
         *plan.runtimes.items(),
     ]
     return "\n".join(f"{name:16} {text}" for name, text in lines)
+
+
+def _experts(config: dict[str, Any]) -> str:
+    """What a token meets of the MLPs."""
+    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
+    if dense >= layers:
+        return f"dense, {config['intermediate_size']:,} neurons"
+    shared, chosen = config["n_shared_experts"], config["num_experts_per_tok"]
+    behind = f" behind {dense} dense layers" if dense else ""
+    routed, width = config["n_routed_experts"], config["moe_intermediate_size"]
+    return f"{shared} shared + {chosen} of {routed} routed experts of {width} neurons{behind}"
 
 
 def _is_mla(config: dict[str, Any]) -> bool:
@@ -190,7 +207,9 @@ def _attention_parameters(config: dict[str, Any]) -> int:
     hidden = config["hidden_size"]
     if not _is_mla(config):
         heads, kv_heads, head_dim = _heads(config)
-        return 2 * hidden * (heads + kv_heads) * head_dim
+        widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
+        biases = sum(widths[letter] for letter in attention_biases(config))
+        return 2 * hidden * (heads + kv_heads) * head_dim + biases
     heads, rank, rope_dim = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope_dim, v_dim, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config["q_lora_rank"] or 0
     q_width = heads * (nope_dim + rope_dim)
@@ -236,9 +255,9 @@ def _decode(config: dict[str, Any], machine: Machine) -> tuple[float, float]:
 
 def _convert_cost(source: dict[str, Any], target: dict[str, Any], settings: ConvertSettings, machine: Machine) -> Cost:
     """Calibration: forward, backward to activations and a second forward (6 W a token), moments in fp64, which counts
-    double (4 (D² + Y²) a token and layer), and about 30 (D³ + Y³) a layer for the decompositions; then reading and
-    writing fp32. The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments,
-    one batch's activations and logits.
+    double (4 (D² + Y²) a token and layer), and about 30 (D³ + Y³) a layer for the decompositions; refinement, 6 flops
+    for each attention weight, token and step; then reading and writing fp32. The exact form calibrates nothing unless
+    experts do. Memory: the dense model in fp32, the moments, one batch's activations and logits.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
@@ -248,6 +267,9 @@ def _convert_cost(source: dict[str, Any], target: dict[str, Any], settings: Conv
     window = settings.calibration_window_tokens
     tokens = settings.calibration_windows * window
     flops = tokens * (6 * weights + 4 * layers * (hidden**2 + width**2)) + 30 * layers * (hidden**3 + width**3)
+    if not settings.exact:
+        steps = getattr(settings, "refine_steps", 0)
+        flops += steps * _REFINED_TOKENS * 6 * layers * _attention_parameters(target)
     batch = min(tokens, window * max(1, _LOGITS_AT_ONCE // (window * source["vocab_size"])))
     memory = 4 * parameters + 8 * layers * (hidden**2 + width**2) + _activation_bytes(source, batch)
     return Cost(copied + flops / (EFFICIENCY * machine.flops_per_second), memory)

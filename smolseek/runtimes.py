@@ -10,7 +10,9 @@ from typing import Any
 
 RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
 
-_VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
+"""(qk_nope_head_dim, qk_rope_head_dim, v_head_dim) of vLLM's CUDA prefill."""
+
 _TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.23", "read in vLLM 0.33", "read in SGLang 0.5.10"
 _LLAMA_CPP = "run with the llama.cpp of llama-cpp-python 0.3.36"
 _PAPER = "DeepSeek-V3, section 2.1.2"
@@ -110,7 +112,7 @@ RULES = (
         Finding(
             "attention_bias",
             "the bias of kv_a_proj_with_mqa is dropped, so the output is wrong",
-            "convert without --exact",
+            "convert with --profile portable and without --exact",
             f"{_VLLM}; {_SGLANG}",
         ),
     ),
@@ -118,16 +120,19 @@ RULES = (
         ("llama.cpp",),
         lambda config: bool(config.get("attention_bias")),
         Finding(
-            "attention_bias", "loading fails at the bias of kv_a_proj_with_mqa", "convert without --exact", _LLAMA_CPP
+            "attention_bias",
+            "loading fails at the bias of kv_a_proj_with_mqa",
+            "convert with --profile portable and without --exact",
+            _LLAMA_CPP,
         ),
     ),
     Rule(
         ("vllm", "sglang", "llama.cpp"),
-        lambda config: _rope_type(config) == "longrope",
+        lambda config: _rope_type(config) not in ("default", "yarn"),
         Finding(
             "rope_parameters",
-            "longrope's frequency factors are not read",
-            "convert without --exact",
+            "of rope types only the default and yarn are read",
+            "convert with --profile portable and without --exact",
             f"{_VLLM}; {_SGLANG}; {_LLAMA_CPP}",
         ),
     ),
@@ -137,18 +142,18 @@ RULES = (
         Finding(
             "tie_word_embeddings",
             "lm_head is not taken from the embeddings",
-            "write lm_head.weight, and tie_word_embeddings: false",
+            "convert with --profile vllm, which writes lm_head.weight",
             _VLLM,
         ),
     ),
     Rule(
         ("vllm",),
-        lambda config: _heads(config) not in _VLLM_HEADS,
+        lambda config: _heads(config) not in VLLM_HEADS,
         Finding(
             "v_head_dim",
             "CUDA prefill (Hopper and older) takes no head sizes (nope, rope, v) = ({qk_nope_head_dim}, "
             "{qk_rope_head_dim}, {v_head_dim})",
-            f"use one of {', '.join(map(str, _VLLM_HEADS))}",
+            f"use --profile vllm, or one of {', '.join(map(str, VLLM_HEADS))}",
             _VLLM,
         ),
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaForCausalLM
 
 from smolseek.model import DeepseekV3
 
@@ -139,6 +139,11 @@ def tiny_v3_pair(**overrides: Any) -> tuple[DeepseekV3, DeepseekV3ForCausalLM]:
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
     """A lively dense Llama with grouped queries (4 heads, 2 KV heads), in eval mode."""
+    return tiny_dense("llama", **overrides)
+
+
+def tiny_dense(model_type: str, **overrides: Any) -> Any:
+    """As `tiny_llama`, of another family by transformers' own classes."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -153,7 +158,8 @@ def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
         "eos_token_id": None,
         "tie_word_embeddings": True,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+    config = AutoConfig.for_model(model_type, **(settings | overrides))
+    model = AutoModelForCausalLM.from_config(config).eval()
     enliven(model)
     assert liveliness(model) >= 1
     return model

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from smolseek.config import ConvertSettings
 from smolseek.conversion.target import target_config
@@ -28,9 +28,8 @@ FAST_MEMORY = Machine(flops_per_second=1e11, bytes_per_second=1e12)
 
 def parameters_of(config: Any) -> int:
     """What transformers builds, without memory for it."""
-    kind = DeepseekV3ForCausalLM if isinstance(config, DeepseekV3Config) else LlamaForCausalLM
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in kind(config).parameters())
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def test_smollm2_135m() -> None:
@@ -50,6 +49,8 @@ def test_smollm2_135m() -> None:
         ConvertSettings(exact=True),
         ConvertSettings(experts="upcycle"),
         ConvertSettings(experts="upcycle", moe_intermediate_size=8, n_shared_experts=2),
+        ConvertSettings(experts="carve", active=0.5),
+        ConvertSettings(profile="vllm", q_lora_rank=24, v_head_dim=128),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
@@ -59,7 +60,7 @@ def test_parameters_are_those_that_transformers_builds(settings: ConvertSettings
     assert count_parameters(source)[0] == parameters_of(LlamaConfig.from_dict(source))
     total, active = count_parameters(target)
     assert total == parameters_of(DeepseekV3Config.from_dict(target))
-    unused = target["n_routed_experts"] - target["num_experts_per_tok"] if settings.experts == "upcycle" else 0
+    unused = target["n_routed_experts"] - target["num_experts_per_tok"] if settings.experts != "none" else 0
     assert total - active == 2 * unused * 3 * 64 * target["moe_intermediate_size"]
 
 
@@ -68,6 +69,38 @@ def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
     for fields in ({"q_lora_rank": 24}, {"q_lora_rank": 24, "attention_bias": True}):
         config = DeepseekV3Config.from_dict(target | fields)
         assert count_parameters(config.to_dict())[0] == parameters_of(config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "qwen2"},
+        {"attention_bias": True},
+        {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": None},
+        {"model_type": "mistral", "sliding_window": None},
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_parameters_of_every_family(fields: dict[str, Any], exact: bool) -> None:
+    source = TINY | fields
+    result = plan(source, ConvertSettings(exact=exact), FAST_COMPUTE)
+    assert result.source.total_parameters == parameters_of(AutoConfig.for_model(**source))
+    assert result.target.total_parameters == parameters_of(DeepseekV3Config.from_dict(result.config))
+    assert result.profile == ("transformers" if exact else "portable")
+
+
+def test_carving_adds_routers_alone_and_a_token_meets_its_share() -> None:
+    dense, carved = (plan(SMOLLM2_135M, ConvertSettings(experts=e), FAST_COMPUTE).target for e in ("none", "carve"))
+    assert carved.total_parameters - dense.total_parameters == 30 * 12 * 576
+    assert dense.total_parameters - carved.active_parameters == 30 * (576 * 1536 * 3 // 4 - 12 * 576)
+    kept = plan(SMOLLM2_135M, ConvertSettings(experts="carve", first_k_dense_replace=2), FAST_COMPUTE)
+    assert "4 shared + 8 of 12 routed experts of 96 neurons behind 2 dense layers" in render(kept)
+
+
+def test_profile_vllm_is_one_that_vllm_loads() -> None:
+    told = plan(SMOLLM2_135M, ConvertSettings(profile="vllm"), FAST_COMPUTE)
+    assert all(said.startswith("loads") for said in told.runtimes.values())
+    assert "profile          vllm" in render(told)
 
 
 def test_cache_bytes() -> None:

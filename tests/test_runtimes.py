@@ -37,6 +37,14 @@ def test_a_config_in_vllm_s_sizes_loads_everywhere() -> None:
     ("config", "refusing_runtimes"),
     [
         (PORTABLE, {"vllm"}),
+        (target_config(TINY, ConvertSettings(profile="vllm", experts="carve")), set()),
+        (target_config(TINY | {"model_type": "qwen2"}, ConvertSettings()), {"vllm"}),
+        (
+            target_config(TINY | {"model_type": "qwen2"}, ConvertSettings(profile="transformers")),
+            {"vllm", "sglang", "llama.cpp"},
+        ),
+        (EVERYWHERE | {"rope_parameters": {"rope_type": "llama3"}}, {"vllm", "sglang", "llama.cpp"}),
+        (EVERYWHERE | {"rope_parameters": {"rope_type": "yarn"}}, set()),
         (target_config(TINY, ConvertSettings(exact=True)), {"vllm", "sglang", "llama.cpp"}),
         (EVERYWHERE | {"tie_word_embeddings": True}, {"vllm"}),
         (EVERYWHERE | {"v_head_dim": 64}, {"vllm"}),

@@ -1,8 +1,9 @@
 """Grouped-query attention to multi-head latent attention in closed form; pure functions on tensors (design §3).
 
-Shapes: D hidden, H query heads, G KV heads, d head_dim, K = G * d key (or value) channels, Y = 2K (keys, then values),
-C = K / 2 complex key channels (head by head, d / 2 frequencies each), S rope slots (qk_rope_head_dim / 2), R latent
-rank, N qk_nope_head_dim. The algebra is float64 and complex128.
+Shapes: D hidden, E = D, or D + 1 where the source has biases (their column comes last, and inputs have a 1 there),
+H query heads, G KV heads, d head_dim, K = G * d key (or value) channels, Y = 2K (keys, then values), C = K / 2 complex
+key channels (head by head, d / 2 frequencies each), S rope slots (qk_rope_head_dim / 2), R latent rank, P query rank,
+N qk_nope_head_dim, V v_head_dim, Q = N + 2S, X = H * Q. The algebra is float64 and complex128.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.moments import ROTATED, SLOT, UNROTATED, VALUE, LayerMoments, NormMoments
@@ -26,11 +28,38 @@ _REFIT_DAMPING = 1e-6
 
 
 class Projections(NamedTuple):
-    """The dense block's weights: query (H * d, D), key and value (K, D)."""
+    """The dense block's weights: query (H * d, E), key and value (K, E), output (D, H * d) and its bias (D,)."""
 
     query: Tensor
     key: Tensor
     value: Tensor
+    output: Tensor
+    output_bias: Tensor | None = None
+
+
+class HeadSizes(NamedTuple):
+    """Widths of a head: the source's, and the target's qk_nope_head_dim and v_head_dim."""
+
+    head_dim: int
+    nope_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One layer's heads in the target's sizes, V3's softmax scale taken up by the query."""
+
+    query_XE: Tensor
+    up_k_HNR: Tensor
+    up_v_HVR: Tensor
+    output_DHV: Tensor
+
+
+class QueryLatent(NamedTuple):
+    """Queries by way of a normalised latent: encoder (P, E) before the norm, decoder (X, P) behind it."""
+
+    encoder_PE: Tensor
+    decoder_XP: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,10 @@ class RopePlan:
         """Per source frequency, the one that its slot turns like; what lies beyond the last slot keeps its own."""
         covered = self.stride * len(self.folds)
         return [i - i % self.stride if i < covered else i for i in range(head_dim // 2)]
+
+    def silent(self) -> RopePlan:
+        """The same slots with nothing in them, for a layer that rotates nothing."""
+        return RopePlan(self.stride, ((),) * len(self.folds))
 
 
 @dataclass(frozen=True)
@@ -67,8 +100,11 @@ def rope_plans(head_dim: int, rope_dim: int) -> list[RopePlan]:
     """Ways to place rope_dim / 2 slots on the head_dim / 2 frequencies of the source, fastest first.
 
     With stride s slot j takes frequency s * j, alone or folded with its s - 1 slower neighbours; what no slot takes
-    stays unrotated.
+    stays unrotated. Slots beyond the source's frequencies stay silent.
     """
+    if rope_dim > head_dim:
+        extra = ((),) * ((rope_dim - head_dim) // 2)
+        return [RopePlan(1, tuple((i,) for i in range(head_dim // 2)) + extra)]
     slots, widest = rope_dim // 2, head_dim // rope_dim
     plans = []
     for stride in [s for s in (1, 2, 4, 8, 16) if s < widest] + [widest]:
@@ -148,6 +184,8 @@ def rope_slots(
     encoder_SC = energy_CC.new_zeros(len(plan.folds), len(energy_CC))
     decoder_CS = energy_CC.new_zeros(len(energy_CC), len(plan.folds))
     for slot, fold in enumerate(plan.folds):
+        if not fold:
+            continue
         picked = channels_GF[:, list(fold)].flatten()
         block = (picked[:, None], picked)
         extra = damping(slot_CC[block])
@@ -169,9 +207,7 @@ def latent_encoder(target_YD: Tensor, fisher_YY: Tensor, moments: LayerMoments, 
     weighted_YD = roots(fisher_YY)[0] @ target_YD
     values, vectors = torch.linalg.eigh(weighted_YD @ moments.input_DD @ weighted_YD.mT)
     values_R, u_YR = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
-    encoder_RD = values_R.clamp(min=float(values_R[0]) * 1e-12 + 1e-300)[:, None] ** -0.25 * (u_YR.mT @ weighted_YD)
-    mean_square = float(((encoder_RD @ moments.input_DD) * encoder_RD).sum()) / rank
-    return encoder_RD * (LATENT_RMS / math.sqrt(max(mean_square, 1e-300)))
+    return _scaled(u_YR.mT @ weighted_YD, values_R, moments.input_DD)
 
 
 def refit_decoder(target_YD: Tensor, norm: NormMoments) -> Tensor:
@@ -199,42 +235,158 @@ def latent_errors(
     return weighted, float(error_YY.trace() / whole_YY.trace().clamp(min=1e-300))
 
 
+def fold_bias(weights: Projections, moments: LayerMoments) -> tuple[Projections, LayerMoments, float]:
+    """The same without the column of biases: W x + b is nearly (W + b wᵀ) x where wᵀ x stays near 1.
+
+    w = E[x xᵀ]⁻¹ E[x] minimises E(wᵀ x - 1)², the share of the biases' energy that is lost, given as the third.
+    """
+    hidden = len(weights.output)
+    if weights.key.shape[1] == hidden:
+        return weights, moments, 0.0
+    input_DD, mean_D = moments.input_DD[:hidden, :hidden], moments.input_DD[:hidden, hidden]
+    damped_DD = input_DD + 1e-9 * input_DD.diagonal().mean() * torch.eye(hidden, dtype=input_DD.dtype)
+    w_D = torch.linalg.solve(damped_DD, mean_D)
+    lost = 1 - 2 * mean_D @ w_D + w_D @ input_DD @ w_D
+    query, key, value = (rows[:, :hidden] + torch.outer(rows[:, hidden], w_D) for rows in weights[:3])
+    return Projections(query, key, value, *weights[3:]), LayerMoments(input_DD, moments.fisher_PKPK), float(lost)
+
+
+def fit_heads(
+    weights: Projections,
+    compression: Compression,
+    decoder_YR: Tensor,
+    sizes: HeadSizes,
+    input_EE: Tensor,
+    latent_RR: Tensor,
+) -> Heads:
+    """The heads in the target's widths: wider ones end in zeros, narrower ones keep each head's best bilinear form.
+
+    That is q_nopeᵀ up_k for the scores and output up_v for what a head adds, each weighed by the second moments of
+    what stands on its sides (the inputs E[x xᵀ] and the normalised latent E[n nᵀ]).
+    """
+    head_dim = sizes.head_dim
+    query_HdE = weights.query.view(-1, head_dim, weights.query.shape[-1])
+    output_HdD = weights.output.T.reshape(len(query_HdE), head_dim, -1)
+    up_k_HdR, up_v_HdR = (
+        up.repeat_interleave(head_dim * len(query_HdE) // len(weights.key), dim=0)
+        for up in decoder_YR.view(2, -1, head_dim, decoder_YR.shape[-1])
+    )
+    q_nope_HNE, up_k_HNR = resize_heads(query_HdE, up_k_HdR, input_EE, latent_RR, sizes.nope_dim)
+    output_HVD, up_v_HVR = resize_heads(output_HdD, up_v_HdR, None, latent_RR, sizes.v_dim)
+    q_rope_HSE = _slot_queries(weights.query, compression.slot_decoder_CS, head_dim)
+    return Heads(_scaled_queries(q_nope_HNE, q_rope_HSE, head_dim), up_k_HNR, up_v_HVR, output_HVD.movedim(2, 0))
+
+
+def resize_heads(
+    left_HdX: Tensor, right_HdY: Tensor, left_XX: Tensor | None, right_YY: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """`width` rows of both in place of d, such that leftᵀ right stays, or the best that so few rows can give of it.
+
+    Best in E|xᵀ leftᵀ right y|² where E[x xᵀ] = left_XX (None: the identity) and E[y yᵀ] = right_YY: with A and B the
+    rows' second moments, the top of U S Vᵀ = A^½ B^½, left S^-½ Vᵀ B^½ and right S^-½ Uᵀ A^½.
+    """
+    head_dim = left_HdX.shape[1]
+    if width >= head_dim:
+        left, right = (F.pad(rows, (0, 0, 0, width - head_dim)) for rows in (left_HdX, right_HdY))
+        return left, right
+    left_Hdd = left_HdX @ (left_HdX if left_XX is None else left_HdX @ left_XX).mT
+    roots_A, roots_B = (_batched_roots(m) for m in (left_Hdd, right_HdY @ right_YY @ right_HdY.mT))
+    u_Hdd, s_Hd, v_Hdd = torch.linalg.svd(roots_A @ roots_B)
+    kept_HN = s_Hd[:, :width]
+    scale_HN1 = torch.where(kept_HN > 1e-10 * s_Hd[:, :1], kept_HN.rsqrt(), 0.0).unsqueeze(-1)
+    left_HNX = scale_HN1 * (v_Hdd[:, :width] @ roots_B @ left_HdX)
+    return left_HNX, scale_HN1 * (u_Hdd.mT[:, :width] @ roots_A @ right_HdY)
+
+
+def query_encoder(
+    heads: Heads, weights: Projections, compression: Compression, input_EE: Tensor, latent_RR: Tensor, rank: int
+) -> Tensor:
+    """Encoder (P, E) of the best rank-P stand-in for the queries, their error weighed by the keys that they meet.
+
+    As `latent_encoder`, with F in one block a head: E[k kᵀ] of its unrotated keys, and each slot's mean energy for both
+    numbers that it turns. Decomposed on the inputs' side, Σ^½ Yᵀ F Y Σ^½, the smaller one: rows S⁻¹ Vᵀ Σ^½ Yᵀ F Y.
+    """
+    query_HQE = heads.query_XE.view(len(heads.up_k_HNR), -1, heads.query_XE.shape[-1])
+    nope_dim = heads.up_k_HNR.shape[1]
+    nope_HNN = heads.up_k_HNR @ latent_RR @ heads.up_k_HNR.mT
+    head_dim = len(weights.query) // len(query_HQE)
+    slots_SE = compression.slot_encoder_SC @ to_complex(weights.key, head_dim)
+    energy_S = ((slots_SE @ input_EE.to(slots_SE.dtype)) * slots_SE.conj()).sum(-1).real / 2
+    nope_HNE, rope_HUE = query_HQE[:, :nope_dim], query_HQE[:, nope_dim:]
+    weighed = torch.cat([nope_HNN @ nope_HNE, energy_S.repeat_interleave(2)[:, None] * rope_HUE], dim=1)
+    form_EE = heads.query_XE.mT @ weighed.flatten(0, 1)
+    root_EE = _batched_roots(input_EE)
+    values, vectors = torch.linalg.eigh(root_EE @ form_EE @ root_EE)
+    values_P, v_EP = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
+    norms_P = values_P.clamp(min=float(values_P[0]) * 1e-12 + 1e-300)
+    return _scaled(v_EP.mT @ root_EE @ form_EE / norms_P.sqrt()[:, None], values_P, input_EE)
+
+
 def portable_tensors(
-    weights: Projections, compression: Compression, decoder_YR: Tensor, head_dim: int
+    weights: Projections, compression: Compression, heads: Heads, head_dim: int, query: QueryLatent | None = None
 ) -> dict[str, Tensor]:
-    """The tensors under `self_attn.` of a stock V3 block without query rank; o_proj stays the source's."""
-    up_k_GdR, up_v_GdR = decoder_YR.view(2, -1, head_dim, decoder_YR.shape[-1])
-    key_CD = to_complex(weights.key, head_dim)
+    """The tensors under `self_attn.` of a stock V3 block, with biases where the weights have their column."""
+    key_CE = to_complex(weights.key, head_dim)
     return _mla_tensors(
-        q_nope_HND=weights.query.view(-1, head_dim, weights.query.shape[-1]),
-        q_rope_HSD=_slot_queries(weights.query, compression.slot_decoder_CS, head_dim),
-        down_WD=torch.cat([compression.encoder_RD, interleave(compression.slot_encoder_SC @ key_CD)]),
-        gain_R=torch.ones_like(decoder_YR[0]),
-        up_k_GNR=up_k_GdR,
-        up_v_GdR=up_v_GdR,
-        head_dim=head_dim,
+        weights,
+        heads,
+        down_WE=torch.cat([compression.encoder_RD, interleave(compression.slot_encoder_SC @ key_CE)]),
+        gain_R=torch.ones_like(compression.encoder_RD[:, 0]),
+        query=query,
     )
 
 
-def exact_tensors(weights: Projections, head_dim: int, nope_dim: int) -> dict[str, Tensor]:
+def exact_query(query_XE: Tensor, gain_D: Tensor, rank: int) -> QueryLatent | None:
+    """A query latent that loses nothing (design §2, the latent RMSNorm), or None where the rank is too small for one.
+
+    With biases one coordinate is held at `CONSTANT`. Without, the input's own norm is undone (`gain_D` is its gain):
+    the latent then has the same root mean square at every token, up to that norm's eps; a gain of 0 allows none.
+    """
+    hidden, columns = len(gain_D), query_XE.shape[1]
+    if rank != columns or (columns == hidden and gain_D.abs().min() < 1e-6 * gain_D.abs().max()):
+        return None
+    if columns > hidden:
+        scale_E = torch.ones_like(query_XE[0])
+        scale_E[hidden] = CONSTANT
+        return QueryLatent(torch.diag(scale_E), query_XE / scale_E * (CONSTANT / math.sqrt(rank)))
+    return QueryLatent(torch.diag(LATENT_RMS / gain_D), query_XE * gain_D)
+
+
+def exact_tensors(weights: Projections, head_dim: int, nope_dim: int, *, rotates: bool = True) -> dict[str, Tensor]:
     """The same function in V3's form (design §2): every KV head's key has rope slots of its own, the latent is the
-    values and one coordinate that a bias holds at `CONSTANT`, so that RMSNorm divides all tokens by the same number."""
-    kv_channels, hidden = weights.key.shape
-    kv_heads, rank = kv_channels // head_dim, kv_channels + 1
-    zeros = weights.query.new_zeros
-    slots_CC = torch.eye(kv_channels // 2, dtype=torch.complex128)
-    tensors = _mla_tensors(
-        q_nope_HND=zeros(len(weights.query) // head_dim, nope_dim, hidden),
-        q_rope_HSD=_slot_queries(weights.query, slots_CC, head_dim),
-        down_WD=torch.cat([weights.value, zeros(1, hidden), interleave(to_complex(weights.key, head_dim))]),
-        gain_R=torch.full((rank,), CONSTANT / math.sqrt(rank), dtype=torch.float64),
-        up_k_GNR=zeros(kv_heads, nope_dim, rank),
-        up_v_GdR=torch.eye(kv_channels, rank, dtype=torch.float64).view(kv_heads, head_dim, rank),
-        head_dim=head_dim,
+    values and one coordinate that a bias holds at `CONSTANT`, so that RMSNorm divides all tokens by the same number.
+
+    With a `nope_dim` (the head's width) the latent has room for unrotated keys as well, taken where the layer does not
+    rotate. Biases of the queries go through a latent query with a constant coordinate of its own.
+    """
+    hidden, biased = len(weights.output), weights.key.shape[1] > len(weights.output)
+    query, key, value = (rows if biased else _with_column(rows) for rows in weights[:3])
+    channels, heads = len(key), len(query) // head_dim
+    zeros, eye = query.new_zeros, torch.eye(len(key), dtype=query.dtype)
+    constant_1E = zeros(1, hidden + 1)
+    constant_1E[0, hidden] = CONSTANT
+    latent_keys = [zeros(channels, hidden + 1) if rotates else key] if nope_dim else []
+    rope_keys = interleave(to_complex(key, head_dim)) if rotates else zeros(channels, hidden + 1)
+    down_WE = torch.cat([value, *latent_keys, constant_1E, rope_keys])
+    rank = len(down_WE) - channels
+
+    up_KR = F.pad(eye, (channels, rank - 2 * channels)) if nope_dim and not rotates else None
+    up_k = zeros(channels // head_dim, nope_dim, rank) if up_KR is None else up_KR.view(-1, head_dim, rank)
+    up_v = F.pad(eye, (0, rank - channels)).view(-1, head_dim, rank)
+    repeats = heads * head_dim // channels
+    slots_CC = torch.eye(channels // 2, dtype=torch.complex128)
+    q_nope = zeros(heads, nope_dim, hidden + 1) if up_KR is None else query.view(heads, head_dim, -1)
+    q_rope = _slot_queries(query, slots_CC if rotates else 0 * slots_CC, head_dim)
+    query_XE = _scaled_queries(q_nope, q_rope, head_dim)
+    made = Heads(
+        query_XE if biased else query_XE[:, :hidden],
+        up_k.repeat_interleave(repeats, dim=0),
+        up_v.repeat_interleave(repeats, dim=0),
+        weights.output.view(hidden, heads, head_dim),
     )
-    bias_W = zeros(rank + kv_channels)
-    bias_W[rank - 1] = CONSTANT
-    return tensors | {"kv_a_proj_with_mqa.bias": bias_W, "o_proj.bias": zeros(hidden)}
+    latent = exact_query(query_XE, zeros(hidden), hidden + 1) if biased else None
+    gain_R = torch.full((rank,), CONSTANT / math.sqrt(rank), dtype=query.dtype)
+    return _mla_tensors(weights, made, down_WE=down_WE, gain_R=gain_R, query=latent)
 
 
 def damping(moment: Tensor) -> Tensor:
@@ -258,26 +410,55 @@ def _slot_queries(query_KD: Tensor, decoder_CS: Tensor, head_dim: int) -> Tensor
     return decoder_HFS.mH @ query_HFD
 
 
+def _scaled_queries(q_nope_HNE: Tensor, q_rope_HSE: Tensor, head_dim: int) -> Tensor:
+    """Queries (X, E) in V3's layout; they take up what its softmax scale, (nope + rope)^-½, differs by."""
+    query_HQE = torch.cat([q_nope_HNE, interleave(q_rope_HSE)], dim=1)
+    return query_HQE.flatten(0, 1) * math.sqrt(query_HQE.shape[1] / head_dim)
+
+
 def _mla_tensors(
-    *,
-    q_nope_HND: Tensor,
-    q_rope_HSD: Tensor,
-    down_WD: Tensor,
-    gain_R: Tensor,
-    up_k_GNR: Tensor,
-    up_v_GdR: Tensor,
-    head_dim: int,
+    weights: Projections, heads: Heads, *, down_WE: Tensor, gain_R: Tensor, query: QueryLatent | None
 ) -> dict[str, Tensor]:
-    """Stock names and layout; the query takes up what V3's softmax scale, (nope + rope)^-½, differs by."""
-    query = torch.cat([q_nope_HND, interleave(q_rope_HSD)], dim=1)
-    up_GXR = torch.cat([up_k_GNR, up_v_GdR], dim=1)
-    up_HXR = up_GXR.repeat_interleave(len(query) // len(up_GXR), dim=0)
-    return {
-        "q_proj.weight": query.flatten(0, 1) * math.sqrt(query.shape[1] / head_dim),
-        "kv_a_proj_with_mqa.weight": down_WD,
-        "kv_a_layernorm.weight": gain_R,
-        "kv_b_proj.weight": up_HXR.flatten(0, 1),
-    }
+    """Stock names and layout; a last column beyond the hidden size is a bias."""
+    hidden = len(weights.output)
+    tensors = {}
+    if query is None:
+        tensors["q_proj.weight"] = heads.query_XE
+    else:
+        tensors |= _linear("q_a_proj", query.encoder_PE, hidden)
+        tensors["q_a_layernorm.weight"] = torch.ones_like(query.encoder_PE[:, 0])
+        tensors["q_b_proj.weight"] = query.decoder_XP
+    tensors |= _linear("kv_a_proj_with_mqa", down_WE, hidden)
+    tensors["kv_a_layernorm.weight"] = gain_R
+    tensors["kv_b_proj.weight"] = torch.cat([heads.up_k_HNR, heads.up_v_HVR], dim=1).flatten(0, 1)
+    tensors["o_proj.weight"] = heads.output_DHV.flatten(1)
+    if down_WE.shape[1] > hidden:
+        bias_D = weights.output_bias
+        tensors["o_proj.bias"] = down_WE.new_zeros(hidden) if bias_D is None else bias_D
+    return tensors
+
+
+def _linear(name: str, rows_XE: Tensor, hidden: int) -> dict[str, Tensor]:
+    """Weight and, where there is a column for it, bias."""
+    bias = {f"{name}.bias": rows_XE[:, hidden]} if rows_XE.shape[1] > hidden else {}
+    return {f"{name}.weight": rows_XE[:, :hidden]} | bias
+
+
+def _with_column(rows_XD: Tensor) -> Tensor:
+    return F.pad(rows_XD, (0, 1))
+
+
+def _batched_roots(moment_Hdd: Tensor) -> Tensor:
+    """M^½ of each of a batch of positive semidefinite matrices."""
+    values, vectors = torch.linalg.eigh(moment_Hdd)
+    return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def _scaled(rows_RE: Tensor, values_R: Tensor, input_EE: Tensor) -> Tensor:
+    """Encoder rows, each times λ^-¼, together at a root mean square of `LATENT_RMS`."""
+    encoder_RE = values_R.clamp(min=float(values_R[0]) * 1e-12 + 1e-300)[:, None] ** -0.25 * rows_RE
+    mean_square = float(((encoder_RE @ input_EE) * encoder_RE).sum()) / len(encoder_RE)
+    return encoder_RE * (LATENT_RMS / math.sqrt(max(mean_square, 1e-300)))
 
 
 def _weighted(fisher: Tensor, moment: Tensor) -> float:

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WIDTH_MULTIPLE = 8  # torch's grouped matmul wants strides of 16 bytes, in bf16 too
 _ROUTER_SPREAD = 1.0
 _BALANCE_STEPS = 400
-
-
-def padded_width(width: int) -> int:
-    """The moe_intermediate_size that stock runtimes can run: `width` and as many silent neurons as it takes."""
-    return -(-width // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
 
 
 def upcycle(

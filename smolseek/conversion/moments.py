@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ NORM_EPS = 1e-6
 UNROTATED, VALUE, ROTATED, SLOT = range(4)
 """The paths of `LayerMoments.fisher_PKPK`."""
 
-_LOGITS_AT_ONCE = 2**25
+_LOGITS_AT_ONCE = 2**23
+_SPILL_BYTES = 2**30  # more moments than this are kept on disk
 _PROBE = "smolseek_probe"
 
 
 @dataclass(frozen=True)
 class LayerMoments:
     """E[x xᵀ] (D, D) of the normed block input x, and E[g gᵀ] (4, K, 4, K) of the log-likelihood's gradient g.
+
+    Where the key projection has a bias, x ends in a 1 of its own (D + 1 entries), here and in `NormMoments`.
 
     g is taken at a token's values and at its keys on three paths to the scores: not rotated at all, rotated as in the
     source, and rotated by the frequencies of the target's rope slots.
@@ -50,14 +54,22 @@ class NormMoments:
     cross_DR: Tensor
 
 
-def collect_moments(model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, seed: int) -> list[LayerMoments]:
-    """Per layer, the moments that the closed form weighs errors by, streamed in float64; one forward and backward.
+def collect_moments(
+    model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, seed: int, spill: Path | None = None
+) -> list[Callable[[], LayerMoments]]:
+    """Per layer, what reads the moments that the closed form weighs errors by; one forward and backward pass.
 
     The Fisher takes log p of labels sampled from the model itself (the true Fisher, not the empirical one; design §3,
-    step 1). Beyond the design it also holds the gradient on the paths that keys may take in the target.
+    step 1). Beyond the design it also holds the gradient on the paths that keys may take in the target. Sums are
+    streamed in float64; where those of all layers are large they live as files in the folder `spill`, each in memory
+    only while it is added to or read.
     """
     generator = torch.Generator().manual_seed(seed)
-    probes = [_Probe(slot_angles_F) for _ in model.model.layers]
+    layers = model.model.layers
+    width = layers[0].self_attn.k_proj.out_features
+    large = 8 * len(layers) * (4 * width) ** 2 > _SPILL_BYTES
+    files = [spill / f"moments-{i}" if spill and large else None for i in range(len(layers))]
+    probes = [_Probe(slot_angles_F, file) for file in files]
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(model.model.layers, probes, strict=True):
         hooks += [(getattr(layer.self_attn, f"{name}_proj"), getattr(probe, f"see_{name}")) for name in "qkv"]
@@ -69,7 +81,7 @@ def collect_moments(model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, se
             gradients = torch.autograd.grad(loss, [tensor for probe in probes for tensor in probe.paths])
             for index, probe in enumerate(probes):
                 probe.add(gradients[4 * index : 4 * index + 4])
-    return [probe.moments() for probe in probes]
+    return [probe.moments for probe in probes]
 
 
 @torch.no_grad()
@@ -78,6 +90,7 @@ def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[T
     sums = [(_Sum(), _Sum()) for _ in encoders_RD]
 
     def add(x_BTD: Tensor, encoder_RD: Tensor, latent: _Sum, cross: _Sum) -> None:
+        x_BTD = F.pad(x_BTD, (0, encoder_RD.shape[1] - x_BTD.shape[-1]), value=1.0)
         c_BTR = x_BTD.double() @ encoder_RD.T
         normed_BTR = c_BTR * torch.rsqrt(c_BTR.square().mean(-1, keepdim=True) + NORM_EPS)
         latent.add(normed_BTR)
@@ -109,35 +122,47 @@ def collect_mlp_inputs(model: Any, windows_NT: Tensor, tokens: int) -> list[Tens
 
 
 class _Sum:
-    """Streaming sum of outer products over tokens, in float64."""
+    """Streaming sum of outer products over tokens, in float64; in `file` where one is given."""
 
-    def __init__(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.tokens = 0
+    def __init__(self, file: Path | None = None) -> None:
+        self.file, self.tokens = file, 0
+        self.shape = (0, 0)
+        self.held: Tensor | None = None
+        if file is not None:
+            file.unlink(missing_ok=True)
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         left = left.detach().flatten(0, -2).double()
         right = left if right is None else right.detach().flatten(0, -2).double()
-        self.total = self.total + left.T @ right
+        self.shape = (left.shape[1], right.shape[1])
+        self._total().addmm_(left.T, right)
         self.tokens += len(left)
 
     def mean(self) -> Tensor:
-        assert isinstance(self.total, Tensor)
-        return self.total / self.tokens
+        return self._total() / self.tokens
+
+    def _total(self) -> Tensor:
+        """The sum so far, to be changed in place: zeros at first, as is a file that is new."""
+        if self.file is not None:  # mapped anew each time, so that no page outlives its use in this process
+            size = self.shape[0] * self.shape[1]
+            return torch.from_file(str(self.file), shared=True, size=size, dtype=torch.float64).view(self.shape)
+        if self.held is None:
+            self.held = torch.zeros(self.shape, dtype=torch.float64)
+        return self.held
 
 
 class _Probe:
     """One layer's attention with zero keys on the other paths, so that the gradient there can be read."""
 
-    def __init__(self, slot_angles_F: Tensor) -> None:
+    def __init__(self, slot_angles_F: Tensor, file: Path | None) -> None:
         self.slot_angles_F = slot_angles_F
-        self.inputs, self.gradients = _Sum(), _Sum()
+        self.inputs, self.gradients = _Sum(), _Sum(file)
 
     def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.query_BTK = output
 
     def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.inputs.add(args[0])
+        self.inputs.add(args[0] if module.bias is None else F.pad(args[0], (0, 1), value=1.0))
         self.key_BTK = output
 
     def see_v(self, module: nn.Module, args: Any, output: Tensor) -> None:

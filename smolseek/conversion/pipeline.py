@@ -27,20 +27,34 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings
 from smolseek.conversion.attention import (
+    Compression,
+    Heads,
+    HeadSizes,
     Projections,
+    QueryLatent,
     RopePlan,
     compress,
+    exact_query,
     exact_tensors,
+    fit_heads,
+    fold_bias,
     latent_errors,
     portable_tensors,
+    query_encoder,
     refit_decoder,
     rope_plans,
 )
 from smolseek.conversion.card import model_card
-from smolseek.conversion.experts import balancing_bias, padded_width, router_rows, upcycle
-from smolseek.conversion.moments import LayerMoments, collect_mlp_inputs, collect_moments, collect_norm_moments
-from smolseek.conversion.sources import check_tensors
-from smolseek.conversion.target import inverse_frequencies, read_source, target_config
+from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
+from smolseek.conversion.moments import (
+    LayerMoments,
+    NormMoments,
+    collect_mlp_inputs,
+    collect_moments,
+    collect_norm_moments,
+)
+from smolseek.conversion.sources import check_tensors, read_projections
+from smolseek.conversion.target import inverse_frequencies, read_source, target_config, target_rope
 from smolseek.data import calibration_windows
 from smolseek.model import DeepseekV3
 
@@ -90,7 +104,7 @@ class _Conversion:
         self.name, self.out, self.settings, self.force = str(source), out, settings, force
         self.folder = resolve_folder(source)
         self.config = read_config(self.folder)
-        target_config(self.config, settings)
+        target = target_config(self.config, settings)
         self.source = read_source(self.config)
         refuse_existing(out, force)
         self.calibrated = not settings.exact or settings.experts != "none"
@@ -99,7 +113,7 @@ class _Conversion:
                 "calibration: none given, and the low-rank cut is weighed by it; name text files or builtin:python"
             )
         self.tensors = TensorFolder(self.folder)
-        check_tensors(self.tensors, self.source)
+        check_tensors(self.tensors, self.source, attention_bias=target["attention_bias"])
 
     def run(self) -> Path:
         """Calibrate, convert, write."""
@@ -111,8 +125,6 @@ class _Conversion:
         target = target_config(self.config, self.settings, rope_theta=attention.rope_theta)
         if self.settings.exact:
             target |= {"dtype": "float32", "torch_dtype": "float32"}  # bf16 would round the exactness away
-        if routers is not None:
-            target["moe_intermediate_size"] = padded_width(target["moe_intermediate_size"])
         with FolderWriter(self.out, force=self.force) as writer:
             for name, tensor in self._target_tensors(attention, routers, target):
                 keep_fp32 = name.endswith("e_score_correction_bias")
@@ -151,7 +163,7 @@ class _Conversion:
         """The plan of rope slots with the lowest loss on the judged windows; rope_theta is one for the whole model."""
         head_dim = self.source["head_dim"]
         rope_dim = target_config(self.config, self.settings)["qk_rope_head_dim"]
-        angles = torch.tensor(inverse_frequencies(self.source["rope"], head_dim))
+        angles = torch.tensor(inverse_frequencies(target_rope(self.source, self.settings), head_dim))
         best: _Attention | None = None
         stride, moments = 0, []
         for plan in rope_plans(head_dim, rope_dim):
@@ -172,15 +184,31 @@ class _Conversion:
 
     def _attention(self, plan: RopePlan, moments: list[LayerMoments]) -> _Attention:
         """All blocks under one plan: the closed form, then the decoder refitted behind the latent norm."""
-        head_dim = self.source["head_dim"]
-        rank = target_config(self.config, self.settings)["kv_lora_rank"]
+        head_dim, target = self.source["head_dim"], target_config(self.config, self.settings)
+        sizes = HeadSizes(head_dim, target["qk_nope_head_dim"], target["v_head_dim"])
+        blocks, lost = [], 0.0
+        for index, layer in enumerate(moments):
+            weights = self._projections(index)
+            if not target["attention_bias"]:
+                weights, layer, lost_here = fold_bias(weights, layer)
+                lost = max(lost, lost_here)
+            used = plan if self.source["rope_layers"][index] else plan.silent()
+            blocks.append((weights, layer, compress(weights, layer, used, head_dim, target["kv_lora_rank"])))
+        if self.source["biases"] and not target["attention_bias"]:
+            log.warning(
+                "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", lost
+            )
+        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for _, _, c in blocks])
+        decoders = [refit_decoder(c.target_YD, norm) for (_, _, c), norm in zip(blocks, norms, strict=True)]
+        fitted = [
+            fit_heads(weights, compression, decoder_YR, sizes, layer.input_DD, norm.latent_RR)
+            for (weights, layer, compression), decoder_YR, norm in zip(blocks, decoders, norms, strict=True)
+        ]
+        queries = self._queries(blocks, fitted, norms, target["q_lora_rank"])
         layers, errors = [], []
-        compressions = [compress(self._projections(i), layer, plan, head_dim, rank) for i, layer in enumerate(moments)]
-        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for c in compressions])
-        for index, (compression, layer, norm) in enumerate(zip(compressions, moments, norms, strict=True)):
-            decoder_YR = refit_decoder(compression.target_YD, norm)
-            weighted, plain = latent_errors(compression, decoder_YR, layer, norm)
-            tensors = portable_tensors(self._projections(index), compression, decoder_YR, head_dim)
+        for index, (weights, layer, compression) in enumerate(blocks):
+            weighted, plain = latent_errors(compression, decoders[index], layer, norms[index])
+            tensors = portable_tensors(weights, compression, fitted[index], head_dim, queries[index])
             layers.append({name: tensor.float() for name, tensor in tensors.items()})
             errors.append(
                 {
@@ -193,6 +221,29 @@ class _Conversion:
         attention = _Attention(layers, errors, plan, plan.rope_theta(self.source["rope"]["rope_theta"], head_dim))
         attention.loss = _loss(self._assemble(attention), self.judged_NT)
         return attention
+
+    def _queries(
+        self,
+        blocks: list[tuple[Projections, LayerMoments, Compression]],
+        fitted: list[Heads],
+        norms: list[NormMoments],
+        rank: int | None,
+    ) -> list[QueryLatent | None]:
+        """Per layer the query latent, where the target has one: exact at full rank, else refitted behind its norm."""
+        if rank is None:
+            return [None] * len(blocks)
+        names = (f"model.layers.{index}.input_layernorm.weight" for index in range(len(blocks)))
+        gains = [self.tensors.get(name).double() for name in names]
+        exact = [exact_query(heads.query_XE, gain, rank) for heads, gain in zip(fitted, gains, strict=True)]
+        if None not in exact:
+            return exact
+        encoders = [
+            query_encoder(heads, weights, compression, layer.input_DD, norm.latent_RR, rank)
+            for (weights, layer, compression), heads, norm in zip(blocks, fitted, norms, strict=True)
+        ]
+        query_norms = collect_norm_moments(self.dense, self.windows_NT, encoders)
+        refitted = (refit_decoder(heads.query_XE, norm) for heads, norm in zip(fitted, query_norms, strict=True))
+        return [a or QueryLatent(*b) for a, *b in zip(exact, encoders, refitted, strict=True)]
 
     def _assemble(self, attention: _Attention) -> DeepseekV3:
         """The converted model in memory, its MLPs dense and every unconverted weight shared with the dense model."""
@@ -231,29 +282,33 @@ class _Conversion:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 yield self._source_tensor(f"{layer}{norm}.weight")
             if self.settings.exact:
-                block = exact_tensors(self._projections(index), self.source["head_dim"], target["qk_nope_head_dim"])
+                block = exact_tensors(
+                    self._projections(index),
+                    self.source["head_dim"],
+                    target["qk_nope_head_dim"],
+                    rotates=self.source["rope_layers"][index],
+                )
             else:
                 block = attention.layers[index]
-            yield self._source_tensor(f"{layer}self_attn.o_proj.weight")
             for name, tensor in block.items():
                 yield f"{layer}self_attn.{name}", tensor
             mlp = {name: f"{layer}mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
-            if routers is None:
+            if routers is None or index < target["first_k_dense_replace"]:
                 yield from (self._source_tensor(name) for name in mlp.values())
             else:
                 dense = {name: self.tensors.get(full) for name, full in mlp.items()}
                 for name, tensor in upcycle(dense, target, *routers[index]):
                     yield f"{layer}mlp.{name}", tensor
         yield self._source_tensor("model.norm.weight")
-        if not self.source["tie_word_embeddings"]:
-            yield self._source_tensor("lm_head.weight")
+        if not target["tie_word_embeddings"]:
+            tied = self.source["tie_word_embeddings"]
+            yield "lm_head.weight", self.tensors.get("model.embed_tokens.weight" if tied else "lm_head.weight").clone()
 
     def _source_tensor(self, name: str) -> tuple[str, Tensor]:
         return name, self.tensors.get(name)
 
     def _projections(self, index: int) -> Projections:
-        names = (f"model.layers.{index}.self_attn.{name}_proj.weight" for name in "qkv")
-        return Projections(*(self.tensors.get(name).double() for name in names))
+        return read_projections(self.tensors, self.source, index)
 
     def _report(self, attention: _Attention, target: dict[str, Any]) -> dict[str, Any]:
         """conversion.json."""

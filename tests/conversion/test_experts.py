@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from smolseek.conversion.experts import balancing_bias, padded_width, router_rows, upcycle
+from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
 
 
 def swiglu(weights, x):
@@ -64,7 +64,3 @@ def test_router_starts_balanced_on_other_tokens_too():
     for tokens, limit in ((sample, 0.02), (fresh, 0.15)):
         load = torch.bincount(((tokens @ rows.T).sigmoid() + bias).argmax(-1), minlength=4).float()
         assert float(load.max() / load.mean() - 1) < limit
-
-
-def test_padding_goes_to_sixteen_bytes_of_bf16():
-    assert [padded_width(width) for width in (1, 8, 43, 48)] == [8, 8, 48, 48]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from smolseek.conversion import moments
 from smolseek.conversion.moments import (
     ROTATED,
     SLOT,
@@ -56,16 +57,16 @@ def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model):
     key, value = (g[0].double() for g in torch.autograd.grad(loss, [kept["k"], kept["v"]]))
     for hook in hooks:
         hook.remove()
-    moments = collect_moments(model, ids, angles(model), seed=3)[1]
+    layer = collect_moments(model, ids, angles(model), seed=3)[1]()
     for path, gradient in ((ROTATED, key), (VALUE, value)):
-        torch.testing.assert_close(moments.fisher([path], [path]), gradient.T @ gradient / 9, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(moments.fisher([VALUE], [ROTATED]), value.T @ key / 9, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(layer.fisher([path], [path]), gradient.T @ gradient / 9, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(layer.fisher([VALUE], [ROTATED]), value.T @ key / 9, rtol=1e-3, atol=1e-6)
 
 
 def test_paths_agree_exactly_when_they_turn_alike(model):
     still = torch.zeros_like(angles(model))
-    as_source = collect_moments(model, random_ids(2, 10), angles(model), seed=0)[0]
-    unturned = collect_moments(model, random_ids(2, 10), still, seed=0)[0]
+    as_source = collect_moments(model, random_ids(2, 10), angles(model), seed=0)[0]()
+    unturned = collect_moments(model, random_ids(2, 10), still, seed=0)[0]()
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
     close(as_source.fisher([SLOT], [SLOT]), as_source.fisher([ROTATED], [ROTATED]))
     close(unturned.fisher([SLOT], [SLOT]), unturned.fisher([UNROTATED], [UNROTATED]))
@@ -83,19 +84,29 @@ def test_input_and_norm_moments_are_those_of_the_block_input(model):
     handle.remove()
     x = inputs[0]
     encoders = [torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()] * 2
-    moments = collect_moments(model, ids, angles(model), seed=0)[0]
+    layer = collect_moments(model, ids, angles(model), seed=0)[0]()
     norm = collect_norm_moments(model, ids, encoders)[0]
     c = x @ encoders[0].T
     n = c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(moments.input_DD, x.T @ x / 24, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.input_DD, x.T @ x / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.latent_RR, n.T @ n / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.cross_DR, x.T @ n / 24, rtol=1e-5, atol=1e-6)
 
 
 def test_same_seed_same_moments_another_seed_others(model):
-    first, again, other = (collect_moments(model, random_ids(2, 8), angles(model), seed=s)[0] for s in (0, 0, 1))
+    first, again, other = (collect_moments(model, random_ids(2, 8), angles(model), seed=s)[0]() for s in (0, 0, 1))
     assert torch.equal(first.fisher_PKPK, again.fisher_PKPK)
     assert not torch.equal(first.fisher_PKPK, other.fisher_PKPK)
+
+
+def test_spilled_moments_are_the_same(model, tmp_path, monkeypatch):
+    ids = random_ids(3, 10)
+    held = [read() for read in collect_moments(model, ids, angles(model), seed=0)]
+    monkeypatch.setattr(moments, "_SPILL_BYTES", 0)
+    spilled = [read() for read in collect_moments(model, ids, angles(model), seed=0, spill=tmp_path)]
+    assert len(list(tmp_path.iterdir())) == 2
+    for ours, theirs in zip(spilled, held, strict=True):
+        assert torch.equal(ours.fisher_PKPK, theirs.fisher_PKPK) and torch.equal(ours.input_DD, theirs.input_DD)
 
 
 def test_rotate_is_transformers_rope(model):

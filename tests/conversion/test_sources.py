@@ -1,0 +1,184 @@
+"""Source families, sizes and profiles, folder to folder through unmodified transformers."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import smolseek
+from smolseek.checkpoint.hub import save
+from smolseek.config import ConvertSettings
+from smolseek.conversion.pipeline import convert
+from smolseek.model import StockModel
+from smolseek.runtimes import check, verdict
+from tests.factories import tiny_dense
+from tests.text import ENTRIES, tiny_tokenizer, write_stories
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True}),
+    "llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear rope": ("llama", {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "smollm3 without rope": ("smollm3", {"no_rope_layers": [0, 0]}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 untied": ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+}
+WITHOUT_O_BIAS = [name for name in FAMILIES if name not in ("llama with biases", "linear rope")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return str(write_stories(tmp_path_factory.mktemp("text") / "stories.txt"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Per family a folder, written when first asked for."""
+    root = tmp_path_factory.mktemp("sources")
+
+    def folder(family: str) -> Path:
+        kind, fields = FAMILIES[family]
+        path = root / family.replace(" ", "-")
+        if not path.exists():
+            save(StockModel(tiny_dense(kind, vocab_size=ENTRIES, **fields)), path, tokenizer_from=tiny_tokenizer())
+        return path
+
+    return folder
+
+
+@pytest.fixture
+def quick(text):
+    return lambda **fields: ConvertSettings(
+        **{"calibration": (text,), "calibration_windows": 16, "calibration_window_tokens": 32} | fields
+    )
+
+
+def stock(folder):
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, text):
+    ids = tiny_tokenizer()(Path(text).read_text()[:400], return_tensors="pt")["input_ids"][:, :48]
+    out = model(ids)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def set_eps(model, eps):
+    """What runtimes other than transformers do: rms_norm_eps in the latent norms too."""
+    for layer in model.model.layers:
+        for name in ("q_a_layernorm", "kv_a_layernorm"):
+            if getattr(layer.self_attn, name, None) is not None:
+                getattr(layer.self_attn, name).variance_epsilon = eps
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_conversion_keeps_the_logits_of_every_family(family, folders, text, tmp_path):
+    out = convert(folders(family), tmp_path / "out", settings=ConvertSettings(exact=True))
+    dense = logits(stock(folders(family)), text)
+    torch.testing.assert_close(logits(stock(out), text), dense, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(smolseek.load(out), text), dense, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(set_eps(stock(out), 1e-3), text), dense, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WITHOUT_O_BIAS)
+def test_every_family_converts_to_what_most_runtimes_take(family, folders, text, quick, caplog, tmp_path):
+    with caplog.at_level(logging.WARNING):
+        out = convert(folders(family), tmp_path / "out", settings=quick(kv_lora_rank=16, qk_rope_head_dim=8))
+    config = json.loads((out / "config.json").read_text())
+    assert not config["attention_bias"] and config["rope_parameters"]["rope_type"] == "default"
+    said = {runtime: verdict(found) for runtime, found in check(config).items()}
+    assert all(said[runtime].startswith("loads") for runtime in ("transformers", "sglang", "llama.cpp"))
+    assert ("biases are approximated" in caplog.text) == family.startswith("qwen2")
+    dense, made = logits(stock(folders(family)), text), logits(stock(out), text)
+    assert (made - dense).square().mean() < 0.7 * dense.square().mean()
+
+
+@pytest.mark.parametrize("family", ["llama with biases", "qwen2", "llama3 rope", "linear rope"])
+def test_profile_transformers_keeps_biases_and_rope_types(family, folders, text, quick, tmp_path):
+    """One KV head with every frequency and the whole rank: what is left is the latent norm's."""
+    settings = quick(profile="transformers", kv_lora_rank=32, qk_rope_head_dim=8)
+    out = convert(folders(family), tmp_path / "out", settings=settings)
+    config = json.loads((out / "config.json").read_text())
+    assert config["attention_bias"] == ("rope" not in family)
+    assert config["q_lora_rank"] == (None if "rope" in family else 33)
+    source = json.loads((folders(family) / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == source["rope_parameters"]["rope_type"]
+    dense, made = logits(stock(folders(family)), text), logits(stock(out), text)
+    assert (made - dense).square().mean() < 0.3 * dense.square().mean()
+
+
+def test_biases_of_the_output_need_the_transformers_profile(folders, quick, tmp_path):
+    with pytest.raises(ValueError, match=r"o_proj\.bias.*--exact or --profile transformers"):
+        convert(folders("llama with biases"), tmp_path / "out", settings=quick())
+
+
+def test_a_layer_without_rope_has_its_keys_in_the_latent_alone(folders, quick, tmp_path):
+    out = convert(folders("smollm3"), tmp_path / "out", settings=quick(kv_lora_rank=24, qk_rope_head_dim=4))
+    tensors = load_file(out / "model.safetensors")
+    rope_keys = [tensors[f"model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight"][24:] for i in (0, 1)]
+    assert rope_keys[0].any() and not rope_keys[1].any()
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "wide heads": {"qk_nope_head_dim": 20, "v_head_dim": 12},
+    "wide rope": {"qk_rope_head_dim": 12},
+    "vllm": {"profile": "vllm"},
+    "full query rank": {"q_lora_rank": 32},
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_that_hold_everything_change_nothing(case, folders, text, quick, tmp_path):
+    same = {"kv_lora_rank": 24} if "rope" in case or case == "vllm" else {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    plain = convert(folders("llama"), tmp_path / "plain", settings=quick(**{"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
+    out = convert(folders("llama"), tmp_path / "out", settings=quick(**same | SIZES[case]))
+    atol = 2e-3 if "query" in case else 1e-4  # a query latent inherits the input norm's eps (design section 2)
+    torch.testing.assert_close(logits(stock(out), text), logits(stock(plain), text), rtol=0, atol=atol)
+    torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (case == "vllm")
+
+
+@pytest.mark.parametrize("field", ["qk_nope_head_dim", "v_head_dim", "q_lora_rank"])
+def test_narrow_sizes_lose_less_the_wider_they_are(field, folders, text, quick, tmp_path):
+    dense, errors = logits(stock(folders("llama")), text), []
+    for size in (2, 7) if "head" in field else (4, 30):
+        settings = quick(**{"kv_lora_rank": 32, "qk_rope_head_dim": 8, field: size})
+        made = logits(stock(convert(folders("llama"), tmp_path / str(size), settings=settings)), text)
+        errors.append(float((made - dense).square().mean()))
+    assert errors[0] > errors[1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"q_lora_rank": 12}, {"q_lora_rank": 32}])
+def test_the_latent_norms_eps_does_not_matter(fields, folders, text, quick, tmp_path):
+    settings = quick(kv_lora_rank=16, qk_rope_head_dim=4, **fields)
+    model = stock(convert(folders("llama"), tmp_path / "out", settings=settings))
+    made = logits(set_eps(model, 1e-6), text)
+    for eps in (1e-5, 1e-3):
+        torch.testing.assert_close(logits(set_eps(model, eps), text), made, rtol=0, atol=1e-4)
+
+
+def test_first_layers_keep_their_dense_mlp(folders, text, quick, tmp_path):
+    out = convert(folders("llama"), tmp_path / "out", settings=quick(experts="upcycle", first_k_dense_replace=1))
+    names = set(load_file(out / "model.safetensors"))
+    assert "model.layers.0.mlp.gate_proj.weight" in names and "model.layers.1.mlp.gate.weight" in names
+    assert logits(stock(out), text).isfinite().all()
