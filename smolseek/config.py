@@ -50,6 +50,10 @@ class ConvertSettings:
     """Neurons in one expert, before padding to a multiple of 8."""
     first_k_dense_replace: int = 0
     """First layers that keep their dense MLP."""
+    refine_steps: int = 300
+    """Steps in which each converted layer learns the dense layer's output; 0: the closed form only."""
+    distill_steps: int | None = None
+    """Steps of end-to-end KL to the dense model after that; none: 600 where they take minutes on a CPU, else 0."""
     exact: bool = False
     """The exact conversion: same logits, larger cache, loads in transformers only."""
     seed: int = 0

@@ -9,80 +9,63 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek import __version__
 from smolseek.checkpoint.atomic import refuse_existing
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.hub import load_stock, load_tokenizer
+from smolseek.checkpoint.hub import load_stock, load_tokenizer, named_disk_tensors
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings
-from smolseek.conversion.attention import (
-    Compression,
-    Heads,
-    HeadSizes,
-    Projections,
-    QueryLatent,
-    RopePlan,
-    compress,
-    exact_query,
-    exact_tensors,
-    fit_heads,
-    fold_bias,
-    latent_errors,
-    portable_tensors,
-    query_encoder,
-    refit_decoder,
-    rope_plans,
-)
+from smolseek.conversion.attention import exact_tensors
 from smolseek.conversion.card import model_card
+from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
+from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_loss
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
-from smolseek.conversion.moments import (
-    LayerMoments,
-    NormMoments,
-    collect_mlp_inputs,
-    collect_moments,
-    collect_norm_moments,
-)
-from smolseek.conversion.sources import check_tensors, read_projections
-from smolseek.conversion.target import inverse_frequencies, read_source, target_config, target_rope
+from smolseek.conversion.moments import collect_mlp_inputs
+from smolseek.conversion.progress import WorkFolder
+from smolseek.conversion.refine import ResidualStream, attention_error, distill, matrices, refine_attention
+from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
+from smolseek.conversion.target import distill_steps, read_source, target_config
 from smolseek.data import calibration_windows
 from smolseek.model import DeepseekV3
+from smolseek.model.experts import MixtureOfExperts
 
 log = logging.getLogger(__name__)
 
-_HELD_OUT_WINDOWS = 16
-_JUDGED_TOKENS = 512  # plans are compared at the length that perplexity is measured at
+_WINDOW_TOKENS = 512
+"""Length at which blocks are refined and losses compared: that at which perplexity is measured."""
+_JUDGED_WINDOWS = 8
+_STREAM_NUMBERS = 2**26
+"""Most numbers of the residual stream held while layers are refined: 256 MiB."""
 _ROUTER_TOKENS = 4096
+_CARVE_TOKENS = 16384
 
-
-@dataclass
-class _Attention:
-    """Converted attention blocks, what they cost, and the rope base that they want."""
-
-    layers: list[dict[str, Tensor]]
-    errors: list[dict[str, float]] = field(default_factory=list)
-    plan: RopePlan | None = None
-    rope_theta: float | None = None
-    loss: float | None = None
+OnProgress = Callable[[str, int, int], None]
 
 
 def convert(
-    source: str | Path, out: str | Path, *, settings: ConvertSettings | None = None, force: bool = False, **fields: Any
+    source: str | Path,
+    out: str | Path,
+    *,
+    settings: ConvertSettings | None = None,
+    force: bool = False,
+    on_progress: OnProgress = lambda stage, done, count: None,
+    **fields: Any,
 ) -> Path:
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
 
     `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
-    several. Every refusal comes before anything heavy runs, and `out` is complete or absent.
+    several. Every refusal comes before anything heavy runs, and `out` is complete or absent: an interrupted conversion
+    leaves its finished layers beside `out`, and the same call goes on from there. `on_progress(stage, done, count)`
+    tells how far it is.
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
@@ -93,19 +76,23 @@ def convert(
         names = fields["calibration"]
         fields["calibration"] = (str(names),) if isinstance(names, str | Path) else tuple(map(str, names))
     settings = dataclasses.replace(settings or ConvertSettings(), **fields)
-    return _Conversion(source, Path(out), settings, force).run()
+    return _Conversion(source, Path(out), settings, force, on_progress).run()
 
 
 class _Conversion:
     """One conversion: what was read and measured on the way."""
 
-    def __init__(self, source: str | Path, out: Path, settings: ConvertSettings, force: bool) -> None:
+    def __init__(
+        self, source: str | Path, out: Path, settings: ConvertSettings, force: bool, on_progress: OnProgress
+    ) -> None:
         self.started = time.perf_counter()
         self.name, self.out, self.settings, self.force = str(source), out, settings, force
+        self.on_progress = on_progress
         self.folder = resolve_folder(source)
         self.config = read_config(self.folder)
-        target = target_config(self.config, settings)
+        self.target = target_config(self.config, settings)
         self.source = read_source(self.config)
+        self.steps = distill_steps(self.config, settings)
         refuse_existing(out, force)
         self.calibrated = not settings.exact or settings.experts != "none"
         if self.calibrated and not settings.calibration:
@@ -113,218 +100,259 @@ class _Conversion:
                 "calibration: none given, and the low-rank cut is weighed by it; name text files or builtin:python"
             )
         self.tensors = TensorFolder(self.folder)
-        check_tensors(self.tensors, self.source, attention_bias=target["attention_bias"])
+        check_tensors(self.tensors, self.source, attention_bias=self.target["attention_bias"])
+        self.calibration: dict[str, Any] = {}
+        self.losses: dict[str, float] = {}
+        self.layers: list[dict[str, Any]] = [{"layer": index} for index in range(self.source["num_hidden_layers"])]
+        self.folds: tuple[tuple[int, ...], ...] | None = None
 
     def run(self) -> Path:
-        """Calibrate, convert, write."""
-        self.calibration: dict[str, Any] = {}
-        if self.calibrated:
-            self._read_calibration()
-        attention = _Attention([]) if self.settings.exact else self._best_attention()
-        routers = self._routers(attention) if self.settings.experts == "upcycle" else None
-        target = target_config(self.config, self.settings, rope_theta=attention.rope_theta)
+        """Calibrate, convert, refine, write."""
         if self.settings.exact:
-            target |= {"dtype": "float32", "torch_dtype": "float32"}  # bf16 would round the exactness away
+            self.target |= {"dtype": "float32", "torch_dtype": "float32"}  # bf16 would round the exactness away
+        if not self.calibrated:
+            return self._write(None)
+        self._read_calibration()
+        with WorkFolder(self.out, self._fingerprint()) as work:
+            self.dense = load_stock(self.folder).model.requires_grad_(False)
+            self.losses["dense"] = mean_loss(self.dense, self.judged_NT)
+            return self._write(self._student(work))
+
+    # -- calibration --------------------------------------------------------------------------------------------------
+
+    def _read_calibration(self) -> None:
+        """Windows for the moments, for refinement and, apart from both, to judge by."""
+        settings, limit = self.settings, self.source["max_position_embeddings"]
+        tokens = min(settings.calibration_window_tokens, limit)
+        length = max(1, min(_WINDOW_TOKENS, limit) // tokens) * tokens
+        wanted = -(-settings.calibration_windows * tokens // length)
+        if settings.refine_steps:
+            wanted = max(wanted, _STREAM_NUMBERS // self.source["hidden_size"] // length)
+        windows_NT = calibration_windows(
+            load_tokenizer(self.folder),
+            settings.calibration,
+            windows=wanted + _JUDGED_WINDOWS,
+            window_tokens=length,
+            separator=settings.separator,
+            seed=settings.seed,
+        )
+        judged = max(1, min(_JUDGED_WINDOWS, len(windows_NT) // 4)) if len(windows_NT) > 1 else 0
+        self.judged_NT = windows_NT[:judged] if judged else windows_NT
+        self.refined_NT = windows_NT[judged:]
+        self.windows_NT = self.refined_NT.reshape(-1, tokens)[: settings.calibration_windows]
+        digest = hashlib.sha256(windows_NT.to(torch.int64).numpy().tobytes()).hexdigest()
+        self.calibration = {
+            "windows": len(self.windows_NT),
+            "window_tokens": tokens,
+            "refinement_tokens": self.refined_NT.numel(),
+            "judged_tokens": self.judged_NT.numel(),
+            "tokens_sha256": digest,
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """All that the finished parts depend on."""
+        files = [path.stat() for path in sorted(self.folder.resolve().glob("*.safetensors"))]
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "source": [str(self.folder.resolve()), self.config, [(f.st_size, f.st_mtime_ns) for f in files]],
+            "calibration": self.calibration,
+            "version": __version__,
+        }
+
+    # -- the converted model ------------------------------------------------------------------------------------------
+
+    def _student(self, work: WorkFolder) -> DeepseekV3:
+        """The converted model in memory, all but upcycled experts; every unconverted weight shared with the dense."""
+        if self.settings.exact:
+            layers = [self._exact_block(index) for index in range(len(self.layers))]
+        else:
+            closed = self._closed_form(work)
+            layers, self.folds = closed.layers, closed.folds
+            self.target = target_config(self.config, self.settings, rope_theta=closed.rope_theta)
+            for facts, errors in zip(self.layers, closed.errors, strict=True):
+                facts |= errors
+        student = assemble(self.dense, self.target, layers)
+        self.losses["closed_form"] = mean_loss(student, self.judged_NT)
+        carving = self.settings.experts == "carve"
+        if carving or (self.settings.refine_steps and not self.settings.exact):
+            self._refine_layers(student, work)
+            self.losses["refined"] = mean_loss(student, self.judged_NT)
+        if self.steps and (carving or not self.settings.exact):
+            self._distill(student)
+        return student
+
+    def _closed_form(self, work: WorkFolder) -> ClosedForm:
+        """The closed form of every attention block, from the work folder where it is there."""
+        if (kept := work.get("closed-form")) is not None:
+            tensors, facts = kept
+            layers: list[dict[str, Tensor]] = [{} for _ in self.layers]
+            for name, tensor in tensors.items():
+                index, _, rest = name.partition(".")
+                layers[int(index)][rest] = tensor
+            return ClosedForm(layers, facts["errors"], facts["rope_theta"], tuple(map(tuple, facts["folds"])))
+        self.on_progress("closed form", 0, 1)
+        closed = ClosedFormConverter(
+            self.dense,
+            self.tensors,
+            self.config,
+            self.source,
+            self.settings,
+            self.windows_NT,
+            self.judged_NT,
+            work.path,
+        ).best()
+        named = {f"{i}.{name}": tensor for i, layer in enumerate(closed.layers) for name, tensor in layer.items()}
+        work.put("closed-form", named, {k: getattr(closed, k) for k in ("errors", "rope_theta", "folds")})
+        self.on_progress("closed form", 1, 1)
+        return closed
+
+    def _refine_layers(self, student: DeepseekV3, work: WorkFolder) -> None:
+        """Layer by layer, on the dense model's residual stream: attention refined, then the MLP carved and refined."""
+        stream = ResidualStream(self.dense.model, self.refined_NT)
+        rope = student.model.rope(self.refined_NT.shape[1])
+        student.config = DeepseekV3Config(**self.target)
+        for index, layer in enumerate(student.model.layers):
+            self.on_progress("refine layers", index, len(self.layers))
+            kept = work.get(f"layer-{index}")
+            carved = self.settings.experts == "carve" and index >= self.target["first_k_dense_replace"]
+            if carved:
+                layer.mlp = MixtureOfExperts(student.config).requires_grad_(False).eval()
+            facts = {} if kept is None else kept[1]
+            if kept is None and self.settings.refine_steps and not self.settings.exact:
+                facts |= self._refine_attention(layer.self_attn, rope, stream, index)
+            stream.pass_attention(index)
+            if kept is None and carved:
+                facts |= self._carve(layer.mlp, stream, index)
+            stream.pass_mlp(index)
+            parts = {"self_attn": layer.self_attn} | ({"mlp": layer.mlp} if carved else {})
+            block = nn.ModuleDict(parts)
+            if kept is None:
+                work.put(f"layer-{index}", block.state_dict(), facts)
+            else:
+                block.load_state_dict(kept[0])
+            self.layers[index] |= facts
+        self.on_progress("refine layers", len(self.layers), len(self.layers))
+
+    def _refine_attention(
+        self, block: Any, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
+    ) -> dict[str, float]:
+        """One attention block refined in place; its error relative to the dense output's energy, before and after."""
+        before = attention_error(block, rope, stream, index)
+        refine_attention(block, rope, stream, index, steps=self.settings.refine_steps, seed=self.settings.seed + index)
+        return {"attention_error": before, "attention_error_refined": attention_error(block, rope, stream, index)}
+
+    def _carve(self, block: MixtureOfExperts, stream: ResidualStream, index: int) -> dict[str, float]:
+        """One MLP carved and refined into `block`; its error relative to the dense output's energy, before and after."""
+        chosen, steps = self.target["num_experts_per_tok"], self.settings.refine_steps
+        mlp = self.dense.model.layers[index].mlp
+        weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
+        inputs_TD = stream.mlp_inputs(index)
+        sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)]
+        generator = torch.Generator().manual_seed(self.settings.seed + index)
+        carving = carve(weights, sample_TD, self.target)
+        facts = {"mlp_error": relative_error(carving, weights, sample_TD, chosen)}
+        if steps:
+            carving = refine_carving(carving, weights, inputs_TD, chosen, steps=steps, generator=generator)
+            facts["mlp_error_refined"] = relative_error(carving, weights, sample_TD, chosen)
+        load_carving(block, carving)
+        return facts
+
+    def _distill(self, student: DeepseekV3) -> None:
+        """The last stage, end to end; undone should the loss on the judged windows rise by it."""
+        before = self.losses.get("refined", self.losses["closed_form"])
+        trained = _own_weights(student, experts_only=self.settings.exact)
+        kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        distill(
+            student,
+            self.dense,
+            self.refined_NT,
+            trained,
+            steps=self.steps,
+            seed=self.settings.seed,
+            on_step=lambda done: self.on_progress("end-to-end KL", done, self.steps),
+        )
+        loss = mean_loss(student, self.judged_NT)
+        if loss < before:
+            self.losses["distilled"] = loss
+            return
+        log.warning("end-to-end KL raised the loss from %.4f to %.4f and is undone; name more text", before, loss)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(kept[name])
+
+    def _exact_block(self, index: int) -> dict[str, Tensor]:
+        return exact_tensors(
+            read_projections(self.tensors, self.source, index),
+            self.source["head_dim"],
+            self.target["qk_nope_head_dim"],
+            rotates=self.source["rope_layers"][index],
+        )
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _write(self, student: DeepseekV3 | None) -> Path:
+        """The folder, tensor by tensor."""
+        target = self.target
         with FolderWriter(self.out, force=self.force) as writer:
-            for name, tensor in self._target_tensors(attention, routers, target):
+            for name, tensor in self._target_tensors(student):
                 keep_fp32 = name.endswith("e_score_correction_bias")
                 writer.add(name, tensor.to(torch.float32 if keep_fp32 else getattr(torch, target["dtype"])))
-            report = self._report(attention, target)
+            report = self._report()
             writer.write_json("config.json", target)
             writer.write_json("conversion.json", report)
             writer.write_text("README.md", model_card(self.out.name, report, target["dtype"]))
             writer.copy_tokenizer(self.folder)
         return self.out
 
-    # -- calibration --------------------------------------------------------------------------------------------------
+    def _target_tensors(self, student: DeepseekV3 | None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the target: the student's, or without one the exact form's; dense MLPs copied if upcycled."""
+        routers = self._routers(student) if student is not None and self.settings.experts == "upcycle" else []
+        for name, tensor in self._exact_tensors() if student is None else named_disk_tensors(student):
+            layer, is_mlp, part = name.partition(".mlp.")
+            index = int(layer.rpartition(".")[2]) if is_mlp else 0
+            if not (routers and is_mlp) or index < self.target["first_k_dense_replace"]:
+                yield name, tensor
+            elif part == "gate_proj.weight":
+                names = ("gate_proj", "up_proj", "down_proj")
+                assert student is not None
+                dense = {n: student.get_submodule(f"{layer}.mlp.{n}").weight for n in names}
+                for expert, expert_tensor in upcycle(dense, self.target, *routers[index]):
+                    yield f"{layer}.mlp.{expert}", expert_tensor
 
-    def _read_calibration(self) -> None:
-        """Windows for the moments and, apart from them, windows to judge by; the dense model that reads them."""
-        settings = self.settings
-        tokens = min(settings.calibration_window_tokens, self.source["max_position_embeddings"])
-        windows_NT = calibration_windows(
-            load_tokenizer(self.folder),
-            settings.calibration,
-            windows=settings.calibration_windows + _HELD_OUT_WINDOWS,
-            window_tokens=tokens,
-            separator=settings.separator,
-            seed=settings.seed,
-        )
-        held_out = max(1, min(_HELD_OUT_WINDOWS, len(windows_NT) // 4))
-        self.windows_NT = windows_NT[held_out:] if len(windows_NT) > 1 else windows_NT
-        judged_T = windows_NT[:held_out].flatten()
-        length = min(len(judged_T), _JUDGED_TOKENS, self.source["max_position_embeddings"])
-        self.judged_NT = judged_T[: len(judged_T) // length * length].view(-1, length)
-        digest = hashlib.sha256(windows_NT.to(torch.int64).numpy().tobytes()).hexdigest()
-        self.calibration = {"windows": len(self.windows_NT), "window_tokens": tokens, "tokens_sha256": digest}
-        self.dense = load_stock(self.folder).model
+    def _exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The exact form without experts, each source tensor read when its turn comes."""
+        for name, _ in expected_tensors(self.source):
+            layer, is_attention, part = name.partition(".self_attn.")
+            if not is_attention:
+                yield name, self.tensors.get(name)
+            elif part == "q_proj.weight":
+                for converted, tensor in self._exact_block(int(layer.rpartition(".")[2])).items():
+                    yield f"{layer}.self_attn.{converted}", tensor
 
-    def _best_attention(self) -> _Attention:
-        """The plan of rope slots with the lowest loss on the judged windows; rope_theta is one for the whole model."""
-        head_dim = self.source["head_dim"]
-        rope_dim = target_config(self.config, self.settings)["qk_rope_head_dim"]
-        angles = torch.tensor(inverse_frequencies(target_rope(self.source, self.settings), head_dim))
-        best: _Attention | None = None
-        stride, moments = 0, []
-        for plan in rope_plans(head_dim, rope_dim):
-            if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
-                stride, slots = plan.stride, plan.slot_frequencies(head_dim)
-                moments = collect_moments(self.dense, self.windows_NT, angles[slots], seed=self.settings.seed)
-            attention = self._attention(plan, moments)
-            log.info("rope slots %s: loss %.4f", plan.folds, attention.loss)
-            if best is None or best.loss is None or (attention.loss or 0.0) < best.loss:
-                best = attention
-        assert best is not None
-        self.calibration["held_out_loss"] = {
-            "tokens": self.judged_NT.numel(),
-            "dense": _loss(self.dense, self.judged_NT),
-            "converted": best.loss,
-        }
-        return best
-
-    def _attention(self, plan: RopePlan, moments: list[LayerMoments]) -> _Attention:
-        """All blocks under one plan: the closed form, then the decoder refitted behind the latent norm."""
-        head_dim, target = self.source["head_dim"], target_config(self.config, self.settings)
-        sizes = HeadSizes(head_dim, target["qk_nope_head_dim"], target["v_head_dim"])
-        blocks, lost = [], 0.0
-        for index, layer in enumerate(moments):
-            weights = self._projections(index)
-            if not target["attention_bias"]:
-                weights, layer, lost_here = fold_bias(weights, layer)
-                lost = max(lost, lost_here)
-            used = plan if self.source["rope_layers"][index] else plan.silent()
-            blocks.append((weights, layer, compress(weights, layer, used, head_dim, target["kv_lora_rank"])))
-        if self.source["biases"] and not target["attention_bias"]:
-            log.warning(
-                "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", lost
-            )
-        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for _, _, c in blocks])
-        decoders = [refit_decoder(c.target_YD, norm) for (_, _, c), norm in zip(blocks, norms, strict=True)]
-        fitted = [
-            fit_heads(weights, compression, decoder_YR, sizes, layer.input_DD, norm.latent_RR)
-            for (weights, layer, compression), decoder_YR, norm in zip(blocks, decoders, norms, strict=True)
-        ]
-        queries = self._queries(blocks, fitted, norms, target["q_lora_rank"])
-        layers, errors = [], []
-        for index, (weights, layer, compression) in enumerate(blocks):
-            weighted, plain = latent_errors(compression, decoders[index], layer, norms[index])
-            tensors = portable_tensors(weights, compression, fitted[index], head_dim, queries[index])
-            layers.append({name: tensor.float() for name, tensor in tensors.items()})
-            errors.append(
-                {
-                    "layer": index,
-                    "latent_error_weighted": weighted,
-                    "latent_error": plain,
-                    "rope_energy_kept": compression.rope_energy_kept,
-                }
-            )
-        attention = _Attention(layers, errors, plan, plan.rope_theta(self.source["rope"]["rope_theta"], head_dim))
-        attention.loss = _loss(self._assemble(attention), self.judged_NT)
-        return attention
-
-    def _queries(
-        self,
-        blocks: list[tuple[Projections, LayerMoments, Compression]],
-        fitted: list[Heads],
-        norms: list[NormMoments],
-        rank: int | None,
-    ) -> list[QueryLatent | None]:
-        """Per layer the query latent, where the target has one: exact at full rank, else refitted behind its norm."""
-        if rank is None:
-            return [None] * len(blocks)
-        names = (f"model.layers.{index}.input_layernorm.weight" for index in range(len(blocks)))
-        gains = [self.tensors.get(name).double() for name in names]
-        exact = [exact_query(heads.query_XE, gain, rank) for heads, gain in zip(fitted, gains, strict=True)]
-        if None not in exact:
-            return exact
-        encoders = [
-            query_encoder(heads, weights, compression, layer.input_DD, norm.latent_RR, rank)
-            for (weights, layer, compression), heads, norm in zip(blocks, fitted, norms, strict=True)
-        ]
-        query_norms = collect_norm_moments(self.dense, self.windows_NT, encoders)
-        refitted = (refit_decoder(heads.query_XE, norm) for heads, norm in zip(fitted, query_norms, strict=True))
-        return [a or QueryLatent(*b) for a, *b in zip(exact, encoders, refitted, strict=True)]
-
-    def _assemble(self, attention: _Attention) -> DeepseekV3:
-        """The converted model in memory, its MLPs dense and every unconverted weight shared with the dense model."""
-        target = target_config(self.config, self.settings, rope_theta=attention.rope_theta)
-        config = DeepseekV3Config(**target | {"first_k_dense_replace": self.source["num_hidden_layers"]})
-        with torch.device("meta"):
-            model = DeepseekV3(config)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        state = {name: tensor for name, tensor in self.dense.state_dict().items() if name in model.state_dict()}
-        for index, layer in enumerate(attention.layers):
-            state |= {f"model.layers.{index}.self_attn.{name}": tensor for name, tensor in layer.items()}
-        model.load_state_dict(state, assign=True)
-        return model.eval()
-
-    def _routers(self, attention: _Attention) -> list[tuple[Tensor, Tensor]]:
+    def _routers(self, student: DeepseekV3) -> list[tuple[Tensor, Tensor]]:
         """Per layer, router rows and bias that spread the converted model's own MLP inputs evenly over the copies."""
-        model = self.dense if self.settings.exact else self._assemble(attention)
-        copies = target_config(self.config, self.settings)["n_group"]
-        dtype = getattr(torch, self.source["dtype"])
+        copies, dtype = self.target["n_group"], getattr(torch, self.target["dtype"])
         generator = torch.Generator().manual_seed(self.settings.seed)
         routers = []
-        for inputs_TD in collect_mlp_inputs(model, self.windows_NT, _ROUTER_TOKENS):
+        for inputs_TD in collect_mlp_inputs(student, self.windows_NT, _ROUTER_TOKENS):
             rows_ND = router_rows(inputs_TD, copies, generator).to(dtype)  # balanced as they will be written
             routers.append((rows_ND, balancing_bias(inputs_TD, rows_ND.float())))
         return routers
 
-    # -- writing ------------------------------------------------------------------------------------------------------
-
-    def _target_tensors(
-        self, attention: _Attention, routers: list[tuple[Tensor, Tensor]] | None, target: dict[str, Any]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the target in order, each source tensor read when its turn comes."""
-        yield self._source_tensor("model.embed_tokens.weight")
-        for index in range(self.source["num_hidden_layers"]):
-            layer = f"model.layers.{index}."
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                yield self._source_tensor(f"{layer}{norm}.weight")
-            if self.settings.exact:
-                block = exact_tensors(
-                    self._projections(index),
-                    self.source["head_dim"],
-                    target["qk_nope_head_dim"],
-                    rotates=self.source["rope_layers"][index],
-                )
-            else:
-                block = attention.layers[index]
-            for name, tensor in block.items():
-                yield f"{layer}self_attn.{name}", tensor
-            mlp = {name: f"{layer}mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")}
-            if routers is None or index < target["first_k_dense_replace"]:
-                yield from (self._source_tensor(name) for name in mlp.values())
-            else:
-                dense = {name: self.tensors.get(full) for name, full in mlp.items()}
-                for name, tensor in upcycle(dense, target, *routers[index]):
-                    yield f"{layer}mlp.{name}", tensor
-        yield self._source_tensor("model.norm.weight")
-        if not target["tie_word_embeddings"]:
-            tied = self.source["tie_word_embeddings"]
-            yield "lm_head.weight", self.tensors.get("model.embed_tokens.weight" if tied else "lm_head.weight").clone()
-
-    def _source_tensor(self, name: str) -> tuple[str, Tensor]:
-        return name, self.tensors.get(name)
-
-    def _projections(self, index: int) -> Projections:
-        return read_projections(self.tensors, self.source, index)
-
-    def _report(self, attention: _Attention, target: dict[str, Any]) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         """conversion.json."""
-        layers, source = self.source["num_hidden_layers"], self.source
-        before = layers * 2 * source["num_key_value_heads"] * source["head_dim"]
-        after = layers * (target["kv_lora_rank"] + target["qk_rope_head_dim"])
+        source, target = self.source, self.target
+        before = len(self.layers) * 2 * source["num_key_value_heads"] * source["head_dim"]
+        after = len(self.layers) * (target["kv_lora_rank"] + target["qk_rope_head_dim"])
         source_bytes, target_bytes = (getattr(torch, tree["dtype"]).itemsize for tree in (source, target))
+        sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank", "rope_theta")
         return {
             "source": self.name,
             "settings": {
                 k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.settings).items()
             },
-            "kv_lora_rank": target["kv_lora_rank"],
-            "qk_rope_head_dim": target["qk_rope_head_dim"],
-            "rope_theta": target["rope_theta"],
-            "rope_slots": None if attention.plan is None else [list(fold) for fold in attention.plan.folds],
+            **{field: target[field] for field in sizes},
+            "rope_slots": None if self.folds is None else [list(fold) for fold in self.folds],
             "cache": {
                 "source_numbers_per_token": before,
                 "source_bytes_per_token": before * source_bytes,
@@ -332,18 +360,26 @@ class _Conversion:
                 "bytes_per_token": after * target_bytes,
             },
             "calibration": self.calibration,
-            "layers": attention.errors,
+            "losses": self.losses,
+            "layers": self.layers,
+            "distill_steps": self.steps,
             "versions": {"smolseek": __version__, **{name: version(name) for name in ("torch", "transformers")}},
             "seconds": round(time.perf_counter() - self.started, 3),
         }
 
 
-@torch.no_grad()
-def _loss(model: Any, windows_NT: Tensor) -> float:
-    """Mean next-token loss over windows, in nats."""
-    total = 0.0
-    for ids_1T in windows_NT.split(1):
-        out = model(ids_1T)
-        logits_TV = (out if isinstance(out, Tensor) else out.logits)[0, :-1].float()
-        total += F.cross_entropy(logits_TV, ids_1T[0, 1:]).item()
-    return total / len(windows_NT)
+def _own_weights(student: DeepseekV3, *, experts_only: bool) -> dict[str, nn.Parameter]:
+    """What the end-to-end stage trains, no longer shared with the dense model.
+
+    Everything: it keeps more of the model, on text of another domain too, than attention and experts alone (LOG.md).
+    Attention in the exact form has to stand still: then only the experts.
+    """
+    trained = {}
+    for module_name, module in student.named_modules():
+        if experts_only and not isinstance(module, MixtureOfExperts):
+            continue
+        for name, parameter in module.named_parameters(module_name):
+            trained[name] = parameter
+    for parameter in trained.values():
+        parameter.data = parameter.data.clone()
+    return trained

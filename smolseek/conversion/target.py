@@ -12,6 +12,10 @@ CACHE_SHARE = 0.4
 """Share of the source's cache that a conversion keeps when no sizes are given."""
 ACTIVE_SHARE = 0.75
 """Share of the dense neurons that a token meets after carving when neither it nor the experts per token are given."""
+DISTILL_STEPS = 600
+"""Steps of the end-to-end stage when their number is not given and the source is small."""
+SMALL_PARAMETERS = 20_000_000
+"""Most parameters of a source whose end-to-end stage takes minutes on a CPU."""
 COPIES = 4
 """Copies of the routed neurons that upcycling makes when the number of routed experts is not given."""
 
@@ -194,6 +198,23 @@ def cache_sizes(source: dict[str, Any], share: float, profile: str, rope_dim: in
     unit = 8 if share * numbers >= 64 else 4
     rank = unit * round((share * numbers - rope_dim) / unit)
     return min(rank, source["hidden_size"], numbers), rope_dim
+
+
+def distill_steps(source_config: dict[str, Any], settings: ConvertSettings) -> int:
+    """Steps of end-to-end KL; those not given follow from the source's size, never from the machine.
+
+    Raises:
+        ValueError: a number of steps is negative.
+    """
+    for field in ("refine_steps", "distill_steps"):
+        if (getattr(settings, field) or 0) < 0:
+            raise ValueError(f"{field} {getattr(settings, field)}: must be 0 or more; 0 leaves the stage out")
+    if settings.distill_steps is not None:
+        return settings.distill_steps
+    source = read_source(source_config)
+    hidden, neurons, layers = (source[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    parameters = source["vocab_size"] * hidden + layers * hidden * (4 * hidden + 3 * neurons)
+    return DISTILL_STEPS if settings.refine_steps and parameters <= SMALL_PARAMETERS else 0
 
 
 def padded_width(neurons: int) -> int:

@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.reserve(tokens)
         h_BTD = self.embed_tokens(input_ids)
-        rope = self._rope(tokens, cache, h_BTD.device)
+        rope = self.rope(tokens, cache)
         mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
         for layer in self.layers:
             h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
@@ -61,9 +61,9 @@ class Transformer(nn.Module):
             cache.length += tokens
         return self.norm(h_BTD)
 
-    def _rope(self, tokens: int, cache: LatentCache | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    def rope(self, tokens: int, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
         """fp32 cos and sin, (B or 1, T, 1, R / 2); positions count from each row's first real token."""
-        start = 0 if cache is None else cache.length
+        start, device = 0 if cache is None else cache.length, self.embed_tokens.weight.device
         positions_BT = torch.arange(start, start + tokens, device=device).unsqueeze(0)
         if cache is not None and cache.padding_B is not None:
             positions_BT = positions_BT - cache.padding_B.unsqueeze(1)  # nobody sees the negative ones

@@ -46,6 +46,27 @@ def next_token_loss(
     return torch.stack(losses).sum() / len(labels_N), torch.stack(entropies).sum() / len(labels_N)
 
 
+def divergence(hidden_ND: Tensor, head_VD: Tensor, teacher_hidden_ND: Tensor, teacher_head_VD: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ student) in nats per position; chunks as in `next_token_loss`."""
+    chunk = max(1, _MAX_CHUNK_LOGITS // head_VD.shape[0])
+    parts = list(zip(hidden_ND.split(chunk), teacher_hidden_ND.split(chunk), strict=True))
+
+    def part_divergence(part_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        return _divergence(F.linear(part_ND, head_VD).float(), (teacher_ND, teacher_head_VD))
+
+    if len(parts) == 1:
+        return part_divergence(*parts[0]) / len(hidden_ND)
+    total = torch.stack([checkpoint(part_divergence, *part, use_reentrant=False) for part in parts]).sum()
+    return total / len(hidden_ND)
+
+
+def _divergence(logits_NV: Tensor, teacher: tuple[Tensor, Tensor]) -> Tensor:
+    """Sum of KL(teacher ‖ student) over positions."""
+    with torch.no_grad():
+        target_NV = F.linear(*teacher).float().log_softmax(-1)
+    return F.kl_div(logits_NV.log_softmax(-1), target_NV, reduction="sum", log_target=True)
+
+
 def _chunk_loss(
     hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor, teacher: tuple[Tensor, Tensor] | None, distill_weight: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +75,4 @@ def _chunk_loss(
     entropy = F.cross_entropy(logits_NV, labels_N, reduction="sum")
     if teacher is None:
         return entropy, entropy
-    with torch.no_grad():
-        target_NV = F.linear(*teacher).float().log_softmax(-1)
-    divergence = F.kl_div(logits_NV.log_softmax(-1), target_NV, reduction="sum", log_target=True)
-    return (1 - distill_weight) * entropy + distill_weight * divergence, entropy
+    return (1 - distill_weight) * entropy + distill_weight * _divergence(logits_NV, teacher), entropy

@@ -1,0 +1,187 @@
+"""The closed form over all attention blocks: calibrate, convert under each plan of rope slots, keep the best.
+
+Shapes: N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DeepseekV3Config
+
+from smolseek.checkpoint.folder import TensorFolder
+from smolseek.config import ConvertSettings
+from smolseek.conversion.attention import (
+    Compression,
+    Heads,
+    HeadSizes,
+    Projections,
+    QueryLatent,
+    RopePlan,
+    compress,
+    exact_query,
+    fit_heads,
+    fold_bias,
+    latent_errors,
+    portable_tensors,
+    query_encoder,
+    refit_decoder,
+    rope_plans,
+)
+from smolseek.conversion.moments import LayerMoments, NormMoments, collect_moments, collect_norm_moments
+from smolseek.conversion.sources import read_projections
+from smolseek.conversion.target import inverse_frequencies, target_config, target_rope
+from smolseek.model import DeepseekV3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Converted attention blocks (tensors under `self_attn.`), what they cost, and the rope base that they want."""
+
+    layers: list[dict[str, Tensor]]
+    errors: list[dict[str, Any]]
+    rope_theta: float
+    folds: tuple[tuple[int, ...], ...]
+
+
+class ClosedFormConverter:
+    """One source's attention under `settings`, weighed by what the dense model does on `windows_NT`.
+
+    Plans are compared by the loss of the whole converted model on `judged_NT`, other windows of the same text.
+    """
+
+    def __init__(
+        self,
+        dense: Any,
+        tensors: TensorFolder,
+        config: dict[str, Any],
+        source: dict[str, Any],
+        settings: ConvertSettings,
+        windows_NT: Tensor,
+        judged_NT: Tensor,
+        spill: Path,
+    ) -> None:
+        self.dense, self.tensors, self.config, self.source, self.settings = dense, tensors, config, source, settings
+        self.windows_NT, self.judged_NT, self.spill = windows_NT, judged_NT, spill
+        self.target = target_config(config, settings)
+        self.head_dim = source["head_dim"]
+
+    def best(self) -> ClosedForm:
+        """The plan of rope slots with the lowest loss; rope_theta is one for the whole model."""
+        angles = torch.tensor(inverse_frequencies(target_rope(self.source, self.settings), self.head_dim))
+        best: tuple[float, ClosedForm] | None = None
+        stride, moments = 0, []
+        for plan in rope_plans(self.head_dim, self.target["qk_rope_head_dim"]):
+            if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
+                stride, slots = plan.stride, plan.slot_frequencies(self.head_dim)
+                moments = collect_moments(
+                    self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, spill=self.spill
+                )
+            closed = self.under(plan, moments)
+            loss = mean_loss(assemble(self.dense, self.target_under(closed), closed.layers), self.judged_NT)
+            log.info("rope slots %s: loss %.4f", plan.folds, loss)
+            if best is None or loss < best[0]:
+                best = loss, closed
+        assert best is not None
+        return best[1]
+
+    def target_under(self, closed: ClosedForm) -> dict[str, Any]:
+        """config.json with the plan's rope base."""
+        return target_config(self.config, self.settings, rope_theta=closed.rope_theta)
+
+    def under(self, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> ClosedForm:
+        """All blocks under one plan: the closed form, then decoders refitted behind the latent norms."""
+        sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
+        blocks, lost = [], []
+        for index, read in enumerate(moments):
+            weights, layer = read_projections(self.tensors, self.source, index), read()
+            if not self.target["attention_bias"]:
+                weights, layer, lost_here = fold_bias(weights, layer)
+                lost.append(lost_here)
+            used = plan if self.source["rope_layers"][index] else plan.silent()
+            blocks.append((weights, layer, compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"])))
+        if self.source["biases"] and lost:
+            log.warning(
+                "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", max(lost)
+            )
+        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for _, _, c in blocks])
+        decoders = [refit_decoder(c.target_YD, norm) for (_, _, c), norm in zip(blocks, norms, strict=True)]
+        fitted = [
+            fit_heads(weights, compression, decoder_YR, sizes, layer.input_DD, norm.latent_RR)
+            for (weights, layer, compression), decoder_YR, norm in zip(blocks, decoders, norms, strict=True)
+        ]
+        queries = self._queries(blocks, fitted, norms)
+        layers, errors = [], []
+        for index, (weights, layer, compression) in enumerate(blocks):
+            weighted, plain = latent_errors(compression, decoders[index], layer, norms[index])
+            tensors = portable_tensors(weights, compression, fitted[index], self.head_dim, queries[index])
+            layers.append({name: tensor.float() for name, tensor in tensors.items()})
+            errors.append(
+                {
+                    "latent_error_weighted": weighted,
+                    "latent_error": plain,
+                    "rope_energy_kept": compression.rope_energy_kept,
+                }
+                | ({"bias_energy_lost": lost[index]} if lost and self.source["biases"] else {})
+            )
+        return ClosedForm(
+            layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds
+        )
+
+    def _queries(
+        self,
+        blocks: list[tuple[Projections, LayerMoments, Compression]],
+        fitted: list[Heads],
+        norms: list[NormMoments],
+    ) -> list[QueryLatent | None]:
+        """Per layer the query latent, where the target has one: exact at full rank, else refitted behind its norm."""
+        rank = self.target["q_lora_rank"]
+        if rank is None:
+            return [None] * len(blocks)
+        gains = [layer.input_layernorm.weight.double() for layer in self.dense.model.layers]
+        exact = [exact_query(heads.query_XE, gain, rank) for heads, gain in zip(fitted, gains, strict=True)]
+        if None not in exact:
+            return exact
+        encoders = [
+            query_encoder(heads, weights, compression, layer.input_DD, norm.latent_RR, rank)
+            for (weights, layer, compression), heads, norm in zip(blocks, fitted, norms, strict=True)
+        ]
+        query_norms = collect_norm_moments(self.dense, self.windows_NT, encoders)
+        refitted = (refit_decoder(heads.query_XE, norm) for heads, norm in zip(fitted, query_norms, strict=True))
+        return [a or QueryLatent(*b) for a, *b in zip(exact, encoders, refitted, strict=True)]
+
+
+def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]) -> DeepseekV3:
+    """The converted model in memory, its MLPs dense and every unconverted weight shared with the dense model."""
+    config = DeepseekV3Config(**target | {"first_k_dense_replace": len(layers)})
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    wanted = model.state_dict()
+    state = {name: tensor for name, tensor in dense.state_dict().items() if name in wanted}
+    for index, layer in enumerate(layers):
+        state |= {f"model.layers.{index}.self_attn.{name}": tensor.float() for name, tensor in layer.items()}
+    model.load_state_dict(state, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def mean_loss(model: Any, windows_NT: Tensor) -> float:
+    """Mean next-token loss over windows, in nats."""
+    total = 0.0
+    for ids_1T in windows_NT.split(1):
+        out = model(ids_1T)
+        logits_TV = (out if isinstance(out, Tensor) else out.logits)[0, :-1].float()
+        total += F.cross_entropy(logits_TV, ids_1T[0, 1:]).item()
+    return total / len(windows_NT)

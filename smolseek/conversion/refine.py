@@ -1,0 +1,215 @@
+"""Refinement by gradient: each converted block learns the dense block's output, then the whole model the dense logits.
+
+Shapes: N windows, T tokens, B windows in a batch, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolseek.config import TrainSettings
+from smolseek.conversion.attention import LATENT_RMS
+from smolseek.model import DeepseekV3
+from smolseek.model.attention import MultiheadLatentAttention
+from smolseek.model.balance import take_expert_counts, update_biases
+from smolseek.training.loss import divergence
+from smolseek.training.optimizer import learning_rate
+
+REFINE_BATCH_TOKENS = 2048
+"""Tokens in a step, here as in the planning of its cost."""
+
+_REFINE_RATE = 0.015
+_DISTILL_RATE = 0.005
+_ROUTER_FACTOR = 10.0  # a fitted router starts small, and has to keep pace with its experts
+_MUON_RMS = 0.2  # root mean square of a Muon update at learning rate 1, as torch scales it to match AdamW's
+_BALANCE_SPEED = 1e-3
+
+
+class ResidualStream:
+    """The dense model's residual stream over all windows (N, T, D), moved on block by block: the only activations kept.
+
+    `model` is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
+    """
+
+    def __init__(self, model: Any, windows_NT: Tensor) -> None:
+        self.model = model
+        self.batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
+        with torch.no_grad():
+            self.hidden_NTD = model.embed_tokens(windows_NT)
+            positions_1T = torch.arange(windows_NT.shape[1])[None]
+            self.rope = model.rotary_emb(self.hidden_NTD[:1], positions_1T)
+
+    @torch.no_grad()
+    def attention(self, index: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Input (normed) and output of the dense attention block."""
+        layer = self.model.layers[index]
+        x_BTD = layer.input_layernorm(hidden_BTD)
+        return x_BTD, layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0]
+
+    def pass_attention(self, index: int) -> None:
+        """Add the dense attention block's output to the stream."""
+        for part_BTD in self.hidden_NTD.split(self.batch):
+            part_BTD += self.attention(index, part_BTD)[1]
+
+    @torch.no_grad()
+    def mlp_inputs(self, index: int) -> Tensor:
+        """Inputs (N * T, D) of the dense MLP block, once the stream has passed the attention block before it."""
+        norm = self.model.layers[index].post_attention_layernorm
+        return torch.cat([norm(part_BTD) for part_BTD in self.hidden_NTD.split(self.batch)]).flatten(0, 1)
+
+    @torch.no_grad()
+    def pass_mlp(self, index: int) -> None:
+        """Add the dense MLP block's output to the stream."""
+        layer = self.model.layers[index]
+        for part_BTD in self.hidden_NTD.split(self.batch):
+            part_BTD += layer.mlp(layer.post_attention_layernorm(part_BTD))
+
+    def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
+        """`steps` batches (B, T, D) of the stream as it stands, every window once before any comes again."""
+        return (self.hidden_NTD[rows] for rows in shuffled(len(self.hidden_NTD), self.batch, steps, seed))
+
+
+def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` times the numbers of `batch` windows out of `count`, in an order drawn from `seed`, epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(left) < min(batch, count):
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        rows, left = left[:batch], left[batch:]
+        yield rows
+
+
+class Descent:
+    """Muon for matrices and Adam for the rest and for routers; a step moves each parameter by `rate` of its own size.
+
+    Relative, because checkpoints differ in the scale of their weights and the matrices of one block do as well. Warm-up
+    over the first twentieth of the steps, then a cosine to zero.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int) -> None:
+        self.steps, self.done = steps, 0
+        muon, adam = [], []
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(True)
+            size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
+            if parameter.dim() == 2 and not name.endswith("gate.weight"):
+                muon.append({"params": [parameter], "lr": rate * size / _MUON_RMS})
+            else:
+                factor = _ROUTER_FACTOR if name.endswith("gate.weight") else 1.0
+                adam.append({"params": [parameter], "lr": rate * size * factor})
+        self.parameters = list(parameters.values())
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if muon:
+            self.optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+        if adam:
+            self.optimizers.append(torch.optim.Adam(adam, betas=(0.9, 0.95), fused=True))
+        settings = TrainSettings(steps=steps, warmup_steps=max(1, steps // 20), learning_rate=1.0)
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings))
+            for optimizer in self.optimizers
+        ]
+
+    def step(self, loss: Tensor) -> None:
+        """One step down; after the last the parameters are frozen again."""
+        loss.backward()
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        if self.done == self.steps:
+            for parameter in self.parameters:
+                parameter.requires_grad_(False)
+
+
+def refine_attention(
+    block: MultiheadLatentAttention,
+    rope: tuple[Tensor, Tensor],
+    stream: ResidualStream,
+    index: int,
+    *,
+    steps: int,
+    seed: int,
+) -> None:
+    """Train a converted attention block in place to give the dense block's output on the dense block's input.
+
+    In stock form, norm and all (design §3, step 4); `rope` is cos and sin of the target, as the block takes them.
+    """
+    scale_latents(block, 1 / LATENT_RMS)
+    descent = Descent(matrices(block), rate=_REFINE_RATE, steps=steps)
+    for hidden_BTD in stream.batches(steps, seed):
+        x_BTD, target_BTD = stream.attention(index, hidden_BTD)
+        descent.step((block(x_BTD, rope) - target_BTD).square().mean() / target_BTD.square().mean())
+    scale_latents(block, LATENT_RMS)
+
+
+@torch.no_grad()
+def attention_error(
+    block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
+) -> float:
+    """E|converted - dense|² / E|dense|² of an attention block's output, over the first batch of windows."""
+    x_BTD, target_BTD = stream.attention(index, stream.hidden_NTD[: stream.batch])
+    error = (block(x_BTD, rope) - target_BTD).square().sum()
+    return float(error / target_BTD.square().sum().clamp(min=1e-30))
+
+
+def distill(
+    student: DeepseekV3,
+    dense: Any,
+    windows_NT: Tensor,
+    parameters: dict[str, nn.Parameter],
+    *,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None],
+) -> None:
+    """Train `parameters` of the converted model in place by KL(dense ‖ converted) of the next token, biases balancing.
+
+    `dense` is the transformers model that it came from; `on_step(done)` reports progress (design §3, step 5).
+    """
+    for block in attention_blocks(student):
+        scale_latents(block, 1 / LATENT_RMS)
+    take_expert_counts(student)
+    descent = Descent(parameters, rate=_DISTILL_RATE, steps=steps)
+    batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
+    for step, rows in enumerate(shuffled(len(windows_NT), batch, steps, seed)):
+        ids_BT = windows_NT[rows]
+        with torch.no_grad():
+            target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
+        loss = divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)
+        descent.step(loss)
+        update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
+        on_step(step + 1)
+    for block in attention_blocks(student):
+        scale_latents(block, LATENT_RMS)
+
+
+def attention_blocks(model: nn.Module) -> list[MultiheadLatentAttention]:
+    """The attention blocks of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MultiheadLatentAttention)]
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained: norms are left alone, for the matrices about them can do the same."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() > 1}
+
+
+@torch.no_grad()
+def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
+    """Multiply what goes into the latent norms, which changes nothing behind them.
+
+    A latent at `LATENT_RMS` is safe from every eps, but its encoder would stand still beside other weights in training.
+    """
+    down = block.kv_a_proj_with_mqa
+    for tensor in (down.weight, down.bias):
+        if tensor is not None:
+            tensor[: block.kv_lora_rank] *= factor
+    for name, tensor in block.named_parameters():
+        if name.startswith("q_a_proj"):
+            tensor *= factor
