@@ -49,8 +49,9 @@ def router_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> T
     return rows_ND * (_ROUTER_SPREAD / spread_N1)
 
 
-def balancing_bias(inputs_TD: Tensor, rows_ND: Tensor) -> Tensor:
-    """Routing bias (N,), mean 0, under which every copy gets about the same number of the sample's tokens.
+def balancing_bias(inputs_TD: Tensor, rows_ND: Tensor, chosen: int = 1) -> Tensor:
+    """Routing bias (N,), mean 0, under which every copy gets about the same number of the sample's tokens when each
+    token goes to the `chosen` best.
 
     The loss-less update b += u · sign(mean load - load) in closed loop, u falling from the spread of the scores.
     """
@@ -59,7 +60,8 @@ def balancing_bias(inputs_TD: Tensor, rows_ND: Tensor) -> Tensor:
     bias_N = scores_TN.new_zeros(copies)
     speed = float(scores_TN.std()) / 4
     for _ in range(_BALANCE_STEPS):
-        load_N = torch.bincount((scores_TN + bias_N).argmax(-1), minlength=copies).float()
+        picks = (scores_TN + bias_N).topk(chosen, dim=-1, sorted=False).indices.flatten()
+        load_N = torch.bincount(picks, minlength=copies).float()
         bias_N = bias_N + speed * (load_N.mean() - load_N).sign()
         bias_N = bias_N - bias_N.mean()
         speed *= 0.98
