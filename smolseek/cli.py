@@ -214,8 +214,15 @@ def _convert(command: Convert) -> None:
     _quiet()
     from smolseek.conversion.pipeline import convert
 
-    out = convert(command.source, command.out, settings=command.settings, force=command.force)
+    with _stage_bars() as on_progress:
+        out = convert(
+            command.source, command.out, settings=command.settings, force=command.force, on_progress=on_progress
+        )
     report = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+    judged = report["calibration"].get("judged_tokens", 0)
+    for stage in ("dense", "closed_form", "refined", "distilled"):
+        if stage in report["losses"]:
+            print(f"{stage.replace('_', ' '):12} loss {report['losses'][stage]:.4f} on {judged:,} tokens kept aside")
     print(f"{out}: a stock DeepSeek-V3 folder, in {report['seconds']:.0f} s; next: smolseek eval {out} --text FILE")
 
 
@@ -389,6 +396,25 @@ def _stop_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage of a conversion, on a terminal's standard error."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def on_progress(stage: str, done: int, count: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=count, desc=stage, disable=not sys.stderr.isatty())
+        bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield on_progress
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def _model(command: Generate) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import yaml
@@ -38,14 +39,14 @@ Settings of the conversion:
 
 def model_card(name: str, report: dict[str, Any], dtype: str) -> str:
     """README.md with what was converted, how, and what it costs and keeps, from the contents of conversion.json."""
-    cache, held_out = report["cache"], report["calibration"].get("held_out_loss")
-    source = report["source"]
+    cache, source = report["cache"], report["source"]
     losses = ""
-    if held_out:
-        losses = (
-            f"\nLoss on calibration text kept from the moments ({held_out['tokens']:,} tokens): "
-            f"{held_out['dense']:.3f} dense, {held_out['converted']:.3f} converted.\n"
+    if report["losses"]:
+        stages = ", ".join(
+            f"{math.exp(loss):.3f} {stage.replace('_', ' ')}" for stage, loss in report["losses"].items()
         )
+        tokens = report["calibration"]["judged_tokens"]
+        losses = f"\nPerplexity on {tokens:,} tokens of the text that the conversion did not learn from: {stages}.\n"
     return _CARD.format(
         base_model=f"base_model: {source}\n" if source.count("/") == 1 and not source.startswith((".", "/")) else "",
         name=name,

@@ -7,7 +7,6 @@ M neurons in a part, P = S + E parts (the shared ones first).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.experts import balancing_bias
+from smolseek.model.experts import MixtureOfExperts
 
 _CLUSTER_ROUNDS = 8
 _ROUTER_DAMPING = 1e-3
@@ -136,7 +136,7 @@ def apply_carving(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, 
     return hidden_NJ @ carving.down_PMD.flatten(0, 1), counts_E
 
 
-def refine(
+def refine_carving(
     carving: Carving,
     weights: dict[str, Tensor],
     inputs_TD: Tensor,
@@ -179,25 +179,23 @@ def relative_error(carving: Carving, weights: dict[str, Tensor], inputs_TD: Tens
     return float(error_TD.square().sum() / target_TD.square().sum().clamp(min=1e-30))
 
 
-def carved_tensors(carving: Carving) -> Iterator[tuple[str, Tensor]]:
-    """(name under `mlp.`, tensor) of the stock block."""
-    shared = len(carving.gate_PMD) - len(carving.rows_ED)
-    stacks = {"gate_proj": carving.gate_PMD, "up_proj": carving.up_PMD, "down_proj": carving.down_PMD}
-    for name, stack_PMD in stacks.items():
-        parts = [stack_PMD[:shared].flatten(0, 1), *stack_PMD[shared:]]
-        for number, part_MD in enumerate(parts):
-            owner = f"experts.{number - 1}" if number else "shared_experts"
-            yield (
-                f"{owner}.{name}.weight",
-                (part_MD.T if name == "down_proj" else part_MD).clone(memory_format=torch.contiguous_format),
-            )
-    yield "gate.weight", carving.rows_ED
-    yield "gate.e_score_correction_bias", carving.bias_E
-
-
 def swiglu(weights: dict[str, Tensor], x_ND: Tensor) -> Tensor:
     """The dense MLP (N, D)."""
     return (F.silu(x_ND @ weights["gate_proj"].T) * (x_ND @ weights["up_proj"].T)) @ weights["down_proj"].T
+
+
+@torch.no_grad()
+def load_carving(block: MixtureOfExperts, carving: Carving) -> None:
+    """Put a carved MLP into the stock block."""
+    shared = len(carving.gate_PMD) - len(carving.rows_ED)
+    gate_PMD, up_PMD, down_PMD = carving[:3]
+    block.shared_experts.gate_proj.weight.copy_(gate_PMD[:shared].flatten(0, 1))
+    block.shared_experts.up_proj.weight.copy_(up_PMD[:shared].flatten(0, 1))
+    block.shared_experts.down_proj.weight.copy_(down_PMD[:shared].flatten(0, 1).T)
+    block.experts.gate_up_proj.copy_(torch.cat([gate_PMD[shared:], up_PMD[shared:]], dim=1))
+    block.experts.down_proj.copy_(down_PMD[shared:].mT)
+    block.gate.weight.copy_(carving.rows_ED)
+    block.gate.e_score_correction_bias.copy_(carving.bias_E)
 
 
 def _routed_activations(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:

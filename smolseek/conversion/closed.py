@@ -133,9 +133,7 @@ class ClosedFormConverter:
                 }
                 | ({"bias_energy_lost": lost[index]} if lost and self.source["biases"] else {})
             )
-        return ClosedForm(
-            layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds
-        )
+        return ClosedForm(layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds)
 
     def _queries(
         self,

@@ -31,7 +31,7 @@ from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
 from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.conversion.progress import WorkFolder
-from smolseek.conversion.refine import ResidualStream, attention_error, distill, matrices, refine_attention
+from smolseek.conversion.refine import ResidualStream, attention_error, distill, layers_of, refine_attention
 from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
 from smolseek.conversion.target import distill_steps, read_source, target_config
 from smolseek.data import calibration_windows
@@ -211,7 +211,7 @@ class _Conversion:
         stream = ResidualStream(self.dense.model, self.refined_NT)
         rope = student.model.rope(self.refined_NT.shape[1])
         student.config = DeepseekV3Config(**self.target)
-        for index, layer in enumerate(student.model.layers):
+        for index, layer in enumerate(layers_of(student)):
             self.on_progress("refine layers", index, len(self.layers))
             kept = work.get(f"layer-{index}")
             carved = self.settings.experts == "carve" and index >= self.target["first_k_dense_replace"]
@@ -242,7 +242,7 @@ class _Conversion:
         return {"attention_error": before, "attention_error_refined": attention_error(block, rope, stream, index)}
 
     def _carve(self, block: MixtureOfExperts, stream: ResidualStream, index: int) -> dict[str, float]:
-        """One MLP carved and refined into `block`; its error relative to the dense output's energy, before and after."""
+        """One MLP carved and refined into `block`; its error relative to the dense output's, before and after."""
         chosen, steps = self.target["num_experts_per_tok"], self.settings.refine_steps
         mlp = self.dense.model.layers[index].mlp
         weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
@@ -315,7 +315,8 @@ class _Conversion:
             elif part == "gate_proj.weight":
                 names = ("gate_proj", "up_proj", "down_proj")
                 assert student is not None
-                dense = {n: student.get_submodule(f"{layer}.mlp.{n}").weight for n in names}
+                mlp = layers_of(student)[index].mlp
+                dense = {n: getattr(mlp, n).weight for n in names}
                 for expert, expert_tensor in upcycle(dense, self.target, *routers[index]):
                     yield f"{layer}.mlp.{expert}", expert_tensor
 
@@ -374,12 +375,9 @@ def _own_weights(student: DeepseekV3, *, experts_only: bool) -> dict[str, nn.Par
     Everything: it keeps more of the model, on text of another domain too, than attention and experts alone (LOG.md).
     Attention in the exact form has to stand still: then only the experts.
     """
-    trained = {}
-    for module_name, module in student.named_modules():
-        if experts_only and not isinstance(module, MixtureOfExperts):
-            continue
-        for name, parameter in module.named_parameters(module_name):
-            trained[name] = parameter
+    experts = {name: module for name, module in student.named_modules() if isinstance(module, MixtureOfExperts)}
+    owners: dict[str, nn.Module] = {**experts} if experts_only else {"": student}
+    trained = {name: p for owner, module in owners.items() for name, p in module.named_parameters(owner)}
     for parameter in trained.values():
         parameter.data = parameter.data.clone()
     return trained

@@ -85,46 +85,39 @@ def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 class Descent:
-    """Muon for matrices and Adam for the rest and for routers; a step moves each parameter by `rate` of its own size.
+    """An optimizer whose step moves each parameter by `rate` of its own root mean square, with its schedule.
 
     Relative, because checkpoints differ in the scale of their weights and the matrices of one block do as well. Warm-up
     over the first twentieth of the steps, then a cosine to zero.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int) -> None:
-        self.steps, self.done = steps, 0
-        muon, adam = [], []
+    def __init__(self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int, muon: bool = False) -> None:
+        self.parameters = list(parameters.values())
+        groups = []
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
             size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
-            if parameter.dim() == 2 and not name.endswith("gate.weight"):
-                muon.append({"params": [parameter], "lr": rate * size / _MUON_RMS})
-            else:
-                factor = _ROUTER_FACTOR if name.endswith("gate.weight") else 1.0
-                adam.append({"params": [parameter], "lr": rate * size * factor})
-        self.parameters = list(parameters.values())
-        self.optimizers: list[torch.optim.Optimizer] = []
-        if muon:
-            self.optimizers.append(torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
-        if adam:
-            self.optimizers.append(torch.optim.Adam(adam, betas=(0.9, 0.95), fused=True))
+            factor = _ROUTER_FACTOR if name.endswith("mlp.gate.weight") else 1 / _MUON_RMS if muon else 1.0
+            groups.append({"params": [parameter], "lr": rate * size * factor})
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Muon(groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+            if muon
+            else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+        )
         settings = TrainSettings(steps=steps, warmup_steps=max(1, steps // 20), learning_rate=1.0)
-        self.schedules = [
-            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings))
-            for optimizer in self.optimizers
-        ]
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, settings))
 
     def step(self, loss: Tensor) -> None:
-        """One step down; after the last the parameters are frozen again."""
+        """One step down."""
         loss.backward()
-        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        if self.done == self.steps:
-            for parameter in self.parameters:
-                parameter.requires_grad_(False)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def end(self) -> None:
+        """Freeze the parameters again."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
 
 
 def refine_attention(
@@ -141,10 +134,12 @@ def refine_attention(
     In stock form, norm and all (design §3, step 4); `rope` is cos and sin of the target, as the block takes them.
     """
     scale_latents(block, 1 / LATENT_RMS)
-    descent = Descent(matrices(block), rate=_REFINE_RATE, steps=steps)
+    matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # which can do all that norms could
+    descent = Descent(matrices, rate=_REFINE_RATE, steps=steps, muon=True)
     for hidden_BTD in stream.batches(steps, seed):
         x_BTD, target_BTD = stream.attention(index, hidden_BTD)
         descent.step((block(x_BTD, rope) - target_BTD).square().mean() / target_BTD.square().mean())
+    descent.end()
     scale_latents(block, LATENT_RMS)
 
 
@@ -172,8 +167,8 @@ def distill(
 
     `dense` is the transformers model that it came from; `on_step(done)` reports progress (design §3, step 5).
     """
-    for block in attention_blocks(student):
-        scale_latents(block, 1 / LATENT_RMS)
+    for layer in layers_of(student):
+        scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
     descent = Descent(parameters, rate=_DISTILL_RATE, steps=steps)
     batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
@@ -186,18 +181,14 @@ def distill(
         descent.step(loss)
         update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
         on_step(step + 1)
-    for block in attention_blocks(student):
-        scale_latents(block, LATENT_RMS)
+    descent.end()
+    for layer in layers_of(student):
+        scale_latents(layer.self_attn, LATENT_RMS)
 
 
-def attention_blocks(model: nn.Module) -> list[MultiheadLatentAttention]:
-    """The attention blocks of a model, in order."""
-    return [module for module in model.modules() if isinstance(module, MultiheadLatentAttention)]
-
-
-def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained: norms are left alone, for the matrices about them can do the same."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.dim() > 1}
+def layers_of(model: DeepseekV3) -> list[Any]:
+    """The decoder layers, untyped: nn.ModuleList hides what they are."""
+    return list(model.model.layers)
 
 
 @torch.no_grad()
@@ -206,10 +197,8 @@ def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
 
     A latent at `LATENT_RMS` is safe from every eps, but its encoder would stand still beside other weights in training.
     """
-    down = block.kv_a_proj_with_mqa
-    for tensor in (down.weight, down.bias):
-        if tensor is not None:
-            tensor[: block.kv_lora_rank] *= factor
     for name, tensor in block.named_parameters():
-        if name.startswith("q_a_proj"):
-            tensor *= factor
+        if name.startswith("kv_a_proj_with_mqa"):
+            tensor[: block.kv_lora_rank].mul_(factor)
+        elif name.startswith("q_a_proj"):
+            tensor.mul_(factor)

@@ -44,6 +44,7 @@ def quick(text):
             "calibration": (text,),
             "calibration_windows": 12,
             "calibration_window_tokens": 32,
+            "refine_steps": 0,
         }
         return ConvertSettings(**defaults | changes)
 
@@ -93,6 +94,71 @@ def test_more_rank_is_closer_to_the_dense_model(source, quick, text, tmp_path):
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_refinement_brings_the_logits_nearer_stage_by_stage(source, quick, text, tmp_path):
+    dense = logits(stock(source), text)
+    errors = []
+    for steps in ({}, {"refine_steps": 40, "distill_steps": 0}, {"refine_steps": 40, "distill_steps": 40}):
+        settings = quick(kv_lora_rank=8, qk_rope_head_dim=4, **steps)
+        out = convert(source, tmp_path / str(len(errors)), settings=settings)
+        errors.append(float((logits(stock(out), text) - dense).square().mean()))
+    assert errors[0] > errors[1] > errors[2]
+    report = json.loads((out / "conversion.json").read_text())
+    losses = report["losses"]
+    assert losses["closed_form"] > losses["refined"] > losses["distilled"] > 0 and losses["dense"] > 0
+    assert all(layer["attention_error_refined"] < layer["attention_error"] for layer in report["layers"])
+    assert "distilled" in (out / "README.md").read_text()
+    torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_carving_leaves_fewer_active_neurons_and_refinement_wins_back(exact, source, quick, text, tmp_path):
+    dense = logits(stock(source), text)
+    errors = []
+    for steps in ({}, {"refine_steps": 60, "distill_steps": 60}):
+        settings = quick(experts="carve", active=0.75, exact=exact, first_k_dense_replace=1, **steps)
+        out = convert(source, tmp_path / str(len(errors)), settings=settings)
+        model = stock(out)
+        torch.testing.assert_close(logits(smolseek.load(out), text), logits(model, text), rtol=1e-3, atol=1e-3)
+        errors.append(float((logits(model, text) - dense).square().mean()))
+    assert errors[0] > errors[1]
+    config = json.loads((out / "config.json").read_text())
+    met = config["n_shared_experts"] + config["num_experts_per_tok"]
+    assert met < config["n_shared_experts"] + config["n_routed_experts"] and config["n_group"] == 1
+    report = json.loads((out / "conversion.json").read_text())
+    assert "mlp_error" not in report["layers"][0] and report["layers"][1]["mlp_error_refined"] > 0
+
+
+def test_an_interrupted_conversion_goes_on_at_the_layer_it_reached(source, quick, tmp_path):
+    settings = quick(refine_steps=3, distill_steps=0, experts="carve")
+    whole = convert(source, tmp_path / "whole", settings=settings)
+    seen = []
+
+    def stop_at_the_second_layer(stage, done, count):
+        seen.append((stage, done))
+        if (stage, done) == ("refine layers", 1) and seen.count((stage, done)) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", settings=settings, on_progress=stop_at_the_second_layer)
+    assert not (tmp_path / "out").exists()
+    convert(source, tmp_path / "out", settings=settings, on_progress=stop_at_the_second_layer)
+    assert seen.count(("closed form", 0)) == 1
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+    reports = [json.loads((tmp_path / n / "conversion.json").read_text()) for n in ("out", "whole")]
+    assert reports[0]["layers"] == reports[1]["layers"]
+
+
+def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolseek.conversion.refine._DISTILL_RATE", 3.0)
+    plain, harmed = (
+        convert(source, tmp_path / str(steps), settings=quick(refine_steps=1, distill_steps=steps)) for steps in (0, 3)
+    )
+    assert (plain / "model.safetensors").read_bytes() == (harmed / "model.safetensors").read_bytes()
+    assert "distilled" not in json.loads((harmed / "conversion.json").read_text())["losses"]
+
+
 def test_one_kv_head_with_full_rope_and_rank_loses_only_what_the_norm_does(tmp_path, quick, text):
     """All scores are kept; the error left is the latent's, which is as wide as keys and values."""
     single = write_source(tmp_path / "single", num_key_value_heads=1)
@@ -134,10 +200,11 @@ def test_upcycling_changes_nothing_at_first(exact, neurons, quick, text, tmp_pat
     assert json.loads((experts / "config.json").read_text())["moe_intermediate_size"] % 8 == 0
 
 
-def test_same_seed_same_bytes(source, quick, tmp_path):
-    settings = quick(experts="upcycle", qk_rope_head_dim=4)
-    first, again = (convert(source, tmp_path / name, settings=settings) for name in ("first", "again"))
-    other = convert(source, tmp_path / "other", settings=quick(experts="upcycle", qk_rope_head_dim=4, seed=1))
+@pytest.mark.parametrize("experts", ["upcycle", "carve"])
+def test_same_seed_same_bytes(experts, source, quick, tmp_path):
+    changes = {"experts": experts, "qk_rope_head_dim": 4, "refine_steps": 2, "distill_steps": 2}
+    first, again = (convert(source, tmp_path / name, settings=quick(**changes)) for name in ("first", "again"))
+    other = convert(source, tmp_path / "other", settings=quick(**changes, seed=1))
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, again, other)]
     assert weights[0] == weights[1] != weights[2]
 
@@ -245,7 +312,7 @@ def test_stories260k_keeps_its_sense_at_half_its_cache(tmp_path):
     from smolseek.data import calibration_windows
 
     source, text = DATA / "stories260K", str(DATA / "text" / "tinystories-train.txt")
-    settings = ConvertSettings(24, 8, (text,), calibration_windows=24, experts="upcycle")
+    settings = ConvertSettings(24, 8, (text,), calibration_windows=24, experts="upcycle", refine_steps=0)
     out = convert(source, tmp_path / "out", settings=settings)
     ids = calibration_windows(
         AutoTokenizer.from_pretrained(source),

@@ -1,0 +1,41 @@
+"""Finished parts outlive an interruption, and nothing else."""
+
+import pytest
+import torch
+
+from smolseek.conversion.progress import WorkFolder
+
+
+def test_parts_are_found_again_after_an_interruption_only(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), WorkFolder(out, {"seed": 0}) as work:
+        work.put("layer-0", {"w": torch.arange(3.0)}, {"error": 0.5})
+        assert work.get("layer-1") is None
+        raise KeyboardInterrupt
+    with WorkFolder(out, {"seed": 0}) as work:
+        part = work.get("layer-0")
+        assert part is not None
+        tensors, facts = part
+        assert torch.equal(tensors["w"], torch.arange(3.0)) and facts == {"error": 0.5}
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_inputs_start_afresh(tmp_path):
+    with pytest.raises(KeyboardInterrupt), WorkFolder(tmp_path / "out", {"seed": 0}) as work:
+        work.put("layer-0", {}, {})
+        raise KeyboardInterrupt
+    with WorkFolder(tmp_path / "out", {"seed": 1}) as work:
+        assert work.get("layer-0") is None
+
+
+def test_a_users_mistake_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="mistake"), WorkFolder(tmp_path / "out", {}) as work:
+        work.put("layer-0", {}, {})
+        raise ValueError("mistake")
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_a_part_is_no_part(tmp_path):
+    with WorkFolder(tmp_path / "out", {}) as work:
+        (work.path / "layer-0.partial").write_bytes(b"half")
+        assert work.get("layer-0") is None
