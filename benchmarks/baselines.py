@@ -1,0 +1,245 @@
+"""Published conversions to multi-head latent attention, written here from their papers to be compared with.
+
+TransMLA (Meng et al. 2025, arXiv 2502.07864): a rotation that gathers the rotated keys, then balanced joint PCA.
+X-EcoMLA (Li et al. 2025, arXiv 2503.11132): SVD of the weights alone, and the average of the heads' keys to rotate.
+Models come back in memory as our `DeepseekV3`, which `smolseek.checkpoint.hub.save` writes as a stock folder.
+
+Shapes: D hidden, G KV heads, d head_dim, K = G * d key (or value) channels, C = K / 2 complex key channels, S rope slots,
+R latent rank, M = K - 2S unrotated key channels, N windows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeepseekV3Config
+
+from smolseek.config import ConvertSettings
+from smolseek.conversion.attention import Compression, Projections, complex_moment, portable_tensors
+from smolseek.conversion.moments import NORM_EPS
+from smolseek.conversion.target import read_source, target_config
+from smolseek.model import DeepseekV3
+
+_WINDOWS_AT_ONCE = 8
+
+
+class Sizes(NamedTuple):
+    """Numbers kept per token and layer: kv_lora_rank and qk_rope_head_dim."""
+
+    rank: int
+    rope: int
+
+
+@dataclass(frozen=True)
+class TransMLA:
+    """TransMLA's stages, each the one before it and one thing more, and the folding that they share."""
+
+    fold: int
+    partial_rope: DeepseekV3
+    """Unrotated keys and values whole, no latent norm."""
+    joint_pca: DeepseekV3
+    """Rank cut by PCA, no latent norm."""
+    published: DeepseekV3
+    """Stock V3 with the latent norm and its published gain, E[1/rms] of the latent and the rotated key together."""
+    repaired: DeepseekV3
+    """Stock V3 with the gain that was meant, E[rms] of the latent."""
+
+
+# -- algebra ----------------------------------------------------------------------------------------------------------
+
+
+def rorope(key_KK: Tensor, head_dim: int, fold: int, stride: int) -> Tensor:
+    """RoRoPE with FreqFold: an orthogonal matrix (C, C) whose first S rows are what keeps its rotation.
+
+    Per group of `fold` neighbouring frequencies, real PCA over (KV head, frequency) with real and imaginary parts as
+    samples alike, from the uncentred moment E[k kᵀ] (K, K). The top fold / stride components of a group keep rotating,
+    at every stride-th of its frequencies, fastest first; the rest follow in order of the groups.
+    """
+    moment_CC = complex_moment(key_KK, head_dim).real
+    channels_GF = torch.arange(len(moment_CC)).view(-1, head_dim // 2)
+    kept, rest = [], []
+    for first in range(0, head_dim // 2, fold):
+        picked = channels_GF[:, first : first + fold].flatten()
+        vectors = torch.linalg.eigh(moment_CC[picked[:, None], picked]).eigenvectors.flip(-1)
+        rows = moment_CC.new_zeros(len(picked), len(moment_CC))
+        rows[:, picked] = vectors.mT
+        kept.append(rows[: fold // stride])
+        rest.append(rows[fold // stride :])
+    return torch.cat(kept + rest)
+
+
+def real_rows(rows_XC: Tensor, head_dim: int) -> Tensor:
+    """Real mixing of complex channels (X, C) as mixing of key channels (2X, K): real parts, then imaginary parts."""
+    rows_XGF = rows_XC.view(len(rows_XC), -1, head_dim // 2)
+    nothing = torch.zeros_like(rows_XGF)
+    parts = [torch.cat(pair, dim=-1).flatten(1) for pair in ((rows_XGF, nothing), (nothing, rows_XGF))]
+    return torch.cat(parts)
+
+
+def transmla_block(
+    weights: Projections, key_KK: Tensor, input_DD: Tensor, *, head_dim: int, fold: int, sizes: Sizes
+) -> dict[str, Tensor]:
+    """One block: rotation from `key_KK` (E[k kᵀ] of the dense model), key-value balance and joint PCA from `input_DD`
+    (E[x xᵀ] of the partly rotated model), the encoder's transpose as decoder."""
+    slots = sizes.rope // 2
+    rotation_CC = rorope(key_KK, head_dim, fold, head_dim // sizes.rope)
+    rest_MK = real_rows(rotation_CC[slots:], head_dim)
+    key_MD = rest_MK @ weights.key
+    balance = _mean_norm(key_MD, input_DD) / _mean_norm(weights.value, input_DD) if len(key_MD) else 1.0
+    joint_YD = torch.cat([key_MD / balance, weights.value])
+    encoder_YR = torch.linalg.eigh(joint_YD @ input_DD @ joint_YD.mT).eigenvectors.flip(-1)[:, : sizes.rank]
+    up_k_KR = balance * rest_MK.mT @ encoder_YR[: len(key_MD)]
+    slot_SC = rotation_CC[:slots].to(torch.complex128)
+    compression = Compression(slot_SC, slot_SC.mH, joint_YD, encoder_YR.mT @ joint_YD, float("nan"))
+    return portable_tensors(weights, compression, torch.cat([up_k_KR, encoder_YR[len(key_MD) :]]), head_dim)
+
+
+def x_ecomla_block(weights: Projections, *, head_dim: int, sizes: Sizes) -> dict[str, Tensor]:
+    """One block from the weights alone: the joint SVD of [W_k; W_v] (2K, D), singular values on the decoder's side; the
+    rotated key is the KV heads' mean at every (head_dim / rope)-th frequency, which the unrotated keys then lack."""
+    half, stride = head_dim // 2, head_dim // sizes.rope
+    joint_YD = torch.cat([weights.key, weights.value])
+    u_YD, values_D, v_DD = torch.linalg.svd(joint_YD, full_matrices=False)
+    decoder_YR = (u_YD * values_D)[:, : sizes.rank]
+    rotated_F = torch.zeros(half, dtype=torch.bool)
+    rotated_F[::stride] = True
+    kv_heads = len(weights.key) // head_dim
+    decoder_YR[: len(weights.key)][rotated_F.repeat(2 * kv_heads)] = 0
+    one_CS = torch.eye(half, dtype=torch.complex128)[:, rotated_F].repeat(kv_heads, 1)
+    compression = Compression(one_CS.mH / kv_heads, one_CS, joint_YD, v_DD[: sizes.rank], float("nan"))
+    return portable_tensors(weights, compression, decoder_YR, head_dim)
+
+
+def _mean_norm(rows_YD: Tensor, input_DD: Tensor) -> float:
+    """Mean over channels of their root mean square."""
+    return float(((rows_YD @ input_DD) * rows_YD).sum(-1).clamp(min=0).sqrt().mean())
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def transmla(dense: Any, config: dict[str, Any], windows_NT: Tensor, sizes: Sizes) -> TransMLA:
+    """Every stage of TransMLA for a dense transformers model and its config.json; calibrated on `windows_NT` alone.
+
+    The folding is the one whose partly rotated model has the lowest loss there, of head_dim / rope times 1, 2, 4, ...
+    """
+    source = read_source(config)
+    head_dim = source["head_dim"]
+    whole = Sizes(2 * source["num_key_value_heads"] * head_dim - sizes.rope, sizes.rope)
+    weights = [_projections(layer) for layer in dense.model.layers]
+    dense_inputs = input_moments(dense, windows_NT)
+    keys = [w.key @ x_DD @ w.key.mT for w, x_DD in zip(weights, dense_inputs, strict=True)]
+
+    def blocks(inputs: list[Tensor], fold: int, size: Sizes) -> list[dict[str, Tensor]]:
+        layers = zip(weights, keys, inputs, strict=True)
+        return [transmla_block(*layer, head_dim=head_dim, fold=fold, sizes=size) for layer in layers]
+
+    stride = head_dim // sizes.rope
+    folds = [stride << i for i in range(head_dim.bit_length()) if head_dim // 2 % (stride << i) == 0]
+    rotated = {f: assemble(dense, config, blocks(dense_inputs, f, whole), whole) for f in folds}
+    fold = min(folds, key=lambda f: mean_loss(rotated[f], windows_NT))
+    cut = blocks(input_moments(rotated[fold], windows_NT), fold, sizes)
+    plain, unit = assemble(dense, config, cut, sizes), assemble(dense, config, cut, sizes, gains=[1.0] * len(cut))
+    published = latent_means(unit, windows_NT, lambda out: torch.rsqrt(out.square().mean(-1) + NORM_EPS))
+    repaired = latent_means(plain, windows_NT, lambda out: out[..., : sizes.rank].square().mean(-1).sqrt())
+    return TransMLA(
+        fold,
+        partial_rope=rotated[fold],
+        joint_pca=plain,
+        published=assemble(dense, config, cut, sizes, gains=published),
+        repaired=assemble(dense, config, cut, sizes, gains=repaired),
+    )
+
+
+def x_ecomla(dense: Any, config: dict[str, Any], windows_NT: Tensor, sizes: Sizes) -> DeepseekV3:
+    """X-EcoMLA's initialisation in stock form; `windows_NT` sets nothing but the latent norm's gain, E[rms]."""
+    head_dim = read_source(config)["head_dim"]
+    blocks = [x_ecomla_block(_projections(layer), head_dim=head_dim, sizes=sizes) for layer in dense.model.layers]
+    plain = assemble(dense, config, blocks, sizes)
+    gains = latent_means(plain, windows_NT, lambda out: out[..., : sizes.rank].square().mean(-1).sqrt())
+    return assemble(dense, config, blocks, sizes, gains=gains)
+
+
+def assemble(
+    dense: Any,
+    config: dict[str, Any],
+    blocks: list[dict[str, Tensor]],
+    sizes: Sizes,
+    *,
+    gains: list[float] | None = None,
+) -> DeepseekV3:
+    """The model with these attention blocks, its other weights shared with the dense one, its MLPs dense.
+
+    `gains` is each layer's kv_a_layernorm; without them there is no latent norm, and the model is not stock V3.
+    """
+    settings = ConvertSettings(kv_lora_rank=1, qk_rope_head_dim=sizes.rope)  # a whole latent may exceed what it allows
+    target = DeepseekV3Config(**target_config(config, settings) | {"kv_lora_rank": sizes.rank})
+    with torch.device("meta"):
+        model = DeepseekV3(target)
+    model.model.rotary_emb = type(model.model.rotary_emb)(target)
+    state = {name: tensor for name, tensor in dense.state_dict().items() if name in model.state_dict()}
+    for index, block in enumerate(blocks):
+        if gains is not None:
+            block = block | {"kv_a_layernorm.weight": torch.full((sizes.rank,), gains[index])}
+        state |= {f"model.layers.{index}.self_attn.{name}": tensor.float() for name, tensor in block.items()}
+    model.load_state_dict(state, assign=True)
+    if gains is None:
+        for layer in model.model.layers:
+            layer.self_attn.kv_a_layernorm = nn.Identity()
+    return model.eval()
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+def input_moments(model: Any, windows_NT: Tensor) -> list[Tensor]:
+    """Per layer, E[x xᵀ] (D, D) in float64 of the normed input of the attention block; a dense model's or ours."""
+    return _means(model, windows_NT, "input_layernorm", lambda x_XD: x_XD.mT @ x_XD)
+
+
+def latent_means(model: DeepseekV3, windows_NT: Tensor, of: Callable[[Tensor], Tensor]) -> list[float]:
+    """Per layer, the mean over tokens of `of` what the down-projection gives: latent and rotated key (tokens, R + 2S)."""
+    down = "self_attn.kv_a_proj_with_mqa"
+    return [float(mean) for mean in _means(model, windows_NT, down, lambda out_XW: of(out_XW).sum())]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, windows_NT: Tensor) -> float:
+    """Mean next-token loss over windows, in nats."""
+    losses = [
+        F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum").item()
+        for ids_BT in windows_NT.split(_WINDOWS_AT_ONCE)
+    ]
+    return sum(losses) / windows_NT[:, 1:].numel()
+
+
+@torch.no_grad()
+def _means(model: Any, windows_NT: Tensor, module: str, sum_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Per layer, the mean over tokens of what `module` puts out, summed by `sum_of` a batch (tokens, channels) at once."""
+    sums: list[Any] = [0.0 for _ in model.model.layers]
+
+    def add(index: int, out: Tensor) -> None:
+        sums[index] = sums[index] + sum_of(out.flatten(0, -2).double())
+
+    handles = [
+        layer.get_submodule(module).register_forward_hook(lambda _, args, out, i=index: add(i, out))
+        for index, layer in enumerate(model.model.layers)
+    ]
+    try:
+        for ids_BT in windows_NT.split(_WINDOWS_AT_ONCE):
+            model(ids_BT)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / windows_NT.numel() for total in sums]
+
+
+def _projections(layer: Any) -> Projections:
+    attention = layer.self_attn
+    weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+    return Projections(*(weight.detach().double() for weight in weights))
