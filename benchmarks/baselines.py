@@ -4,8 +4,9 @@ TransMLA (Meng et al. 2025, arXiv 2502.07864): a rotation that gathers the rotat
 X-EcoMLA (Li et al. 2025, arXiv 2503.11132): SVD of the weights alone, and the average of the heads' keys to rotate.
 Models come back in memory as our `DeepseekV3`, which `smolseek.checkpoint.hub.save` writes as a stock folder.
 
-Shapes: D hidden, G KV heads, d head_dim, K = G * d key (or value) channels, C = K / 2 complex key channels, S rope slots,
-R latent rank, M = K - 2S unrotated key channels, N windows, T tokens.
+Shapes: D hidden, G KV heads, d head_dim, F = d / 2 frequencies, K = G * d key (or value) channels, Y = keys and values,
+C = K / 2 complex key channels, S rope slots, M = K - 2S unrotated key channels, R latent rank, N windows, T tokens,
+X tokens of a batch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from smolseek.conversion.attention import Compression, Projections, complex_mome
 from smolseek.conversion.moments import NORM_EPS
 from smolseek.conversion.target import read_source, target_config
 from smolseek.model import DeepseekV3
+from smolseek.model.attention import MultiheadLatentAttention
 
 _WINDOWS_AT_ONCE = 8
 
@@ -36,12 +38,9 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TransMLA:
-    """TransMLA's stages, each the one before it and one thing more, and the folding that they share."""
+class Cut:
+    """TransMLA at one rank: each model is the one before it and one thing more."""
 
-    fold: int
-    partial_rope: DeepseekV3
-    """Unrotated keys and values whole, no latent norm."""
     joint_pca: DeepseekV3
     """Rank cut by PCA, no latent norm."""
     published: DeepseekV3
@@ -75,7 +74,8 @@ def rorope(key_KK: Tensor, head_dim: int, fold: int, stride: int) -> Tensor:
 
 def real_rows(rows_XC: Tensor, head_dim: int) -> Tensor:
     """Real mixing of complex channels (X, C) as mixing of key channels (2X, K): real parts, then imaginary parts."""
-    rows_XGF = rows_XC.view(len(rows_XC), -1, head_dim // 2)
+    half = head_dim // 2
+    rows_XGF = rows_XC.view(len(rows_XC), rows_XC.shape[1] // half, half)
     nothing = torch.zeros_like(rows_XGF)
     parts = [torch.cat(pair, dim=-1).flatten(1) for pair in ((rows_XGF, nothing), (nothing, rows_XGF))]
     return torch.cat(parts)
@@ -100,19 +100,21 @@ def transmla_block(
 
 
 def x_ecomla_block(weights: Projections, *, head_dim: int, sizes: Sizes) -> dict[str, Tensor]:
-    """One block from the weights alone: the joint SVD of [W_k; W_v] (2K, D), singular values on the decoder's side; the
-    rotated key is the KV heads' mean at every (head_dim / rope)-th frequency, which the unrotated keys then lack."""
-    half, stride = head_dim // 2, head_dim // sizes.rope
+    """One block from the weights alone: the joint SVD of [W_k; W_v], singular values on the decoder's side; the rotated
+    key is the KV heads' mean at every (head_dim / rope)-th frequency.
+
+    Those key channels are left out of the SVD; the whole [W_k; W_v] (as published) spends rank on keys that nothing
+    reads, and was worse nearly everywhere that it was tried.
+    """
+    half, kv_channels = head_dim // 2, len(weights.key)
+    kv_heads = kv_channels // head_dim
+    rotated_F = torch.arange(half) % (head_dim // sizes.rope) == 0
     joint_YD = torch.cat([weights.key, weights.value])
+    joint_YD[:kv_channels][rotated_F.repeat(2 * kv_heads)] = 0
     u_YD, values_D, v_DD = torch.linalg.svd(joint_YD, full_matrices=False)
-    decoder_YR = (u_YD * values_D)[:, : sizes.rank]
-    rotated_F = torch.zeros(half, dtype=torch.bool)
-    rotated_F[::stride] = True
-    kv_heads = len(weights.key) // head_dim
-    decoder_YR[: len(weights.key)][rotated_F.repeat(2 * kv_heads)] = 0
     one_CS = torch.eye(half, dtype=torch.complex128)[:, rotated_F].repeat(kv_heads, 1)
     compression = Compression(one_CS.mH / kv_heads, one_CS, joint_YD, v_DD[: sizes.rank], float("nan"))
-    return portable_tensors(weights, compression, decoder_YR, head_dim)
+    return portable_tensors(weights, compression, (u_YD * values_D)[:, : sizes.rank], head_dim)
 
 
 def _mean_norm(rows_YD: Tensor, input_DD: Tensor) -> float:
@@ -123,53 +125,59 @@ def _mean_norm(rows_YD: Tensor, input_DD: Tensor) -> float:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-def transmla(dense: Any, config: dict[str, Any], windows_NT: Tensor, sizes: Sizes) -> TransMLA:
-    """Every stage of TransMLA for a dense transformers model and its config.json; calibrated on `windows_NT` alone.
+class TransMLA:
+    """TransMLA of a dense transformers model and its config.json at one width of the rotated key.
 
-    The folding is the one whose partly rotated model has the lowest loss there, of head_dim / rope times 1, 2, 4, ...
+    Calibrated on `windows_NT` alone: `fold` is the folding whose partly rotated model (`partial_rope`: keys and values
+    whole, no latent norm) has the lowest loss there, of head_dim / rope times 1, 2, 4, ...
     """
-    source = read_source(config)
-    head_dim = source["head_dim"]
-    whole = Sizes(2 * source["num_key_value_heads"] * head_dim - sizes.rope, sizes.rope)
-    weights = [_projections(layer) for layer in dense.model.layers]
-    dense_inputs = input_moments(dense, windows_NT)
-    keys = [w.key @ x_DD @ w.key.mT for w, x_DD in zip(weights, dense_inputs, strict=True)]
 
-    def blocks(inputs: list[Tensor], fold: int, size: Sizes) -> list[dict[str, Tensor]]:
-        layers = zip(weights, keys, inputs, strict=True)
-        return [transmla_block(*layer, head_dim=head_dim, fold=fold, sizes=size) for layer in layers]
+    def __init__(self, dense: Any, config: dict[str, Any], windows_NT: Tensor, rope: int) -> None:
+        self.dense, self.config, self.windows_NT, self.rope = dense, config, windows_NT, rope
+        source = read_source(config)
+        self.head_dim = source["head_dim"]
+        whole = 2 * source["num_key_value_heads"] * self.head_dim - rope
+        self.weights = [_projections(layer) for layer in dense.model.layers]
+        inputs = input_moments(dense, windows_NT)
+        self.keys = [w.key @ x_DD @ w.key.mT for w, x_DD in zip(self.weights, inputs, strict=True)]
+        stride = self.head_dim // rope
+        folds = [stride << i for i in range(self.head_dim) if self.head_dim // 2 % (stride << i) == 0]
+        models = {fold: self._assemble(self._blocks(inputs, fold, whole)) for fold in folds}
+        self.fold = min(folds, key=lambda fold: mean_loss(models[fold], windows_NT))
+        self.partial_rope = models[self.fold]
+        self.inputs = input_moments(self.partial_rope, windows_NT)
 
-    stride = head_dim // sizes.rope
-    folds = [stride << i for i in range(head_dim.bit_length()) if head_dim // 2 % (stride << i) == 0]
-    rotated = {f: assemble(dense, config, blocks(dense_inputs, f, whole), whole) for f in folds}
-    fold = min(folds, key=lambda f: mean_loss(rotated[f], windows_NT))
-    cut = blocks(input_moments(rotated[fold], windows_NT), fold, sizes)
-    plain, unit = assemble(dense, config, cut, sizes), assemble(dense, config, cut, sizes, gains=[1.0] * len(cut))
-    published = latent_means(unit, windows_NT, lambda out: torch.rsqrt(out.square().mean(-1) + NORM_EPS))
-    repaired = latent_means(plain, windows_NT, lambda out: out[..., : sizes.rank].square().mean(-1).sqrt())
-    return TransMLA(
-        fold,
-        partial_rope=rotated[fold],
-        joint_pca=plain,
-        published=assemble(dense, config, cut, sizes, gains=published),
-        repaired=assemble(dense, config, cut, sizes, gains=repaired),
-    )
+    def cut(self, rank: int) -> Cut:
+        """The stages that follow the rotation, at this rank."""
+        blocks = self._blocks(self.inputs, self.fold, rank)
+        plain, unit = self._assemble(blocks), self._assemble(blocks, [1.0] * len(blocks))
+        published = latent_means(unit, self.windows_NT, lambda out: torch.rsqrt(out.square().mean(-1) + NORM_EPS))
+        repaired = latent_means(plain, self.windows_NT, lambda out: out[:, :rank].square().mean(-1).sqrt())
+        return Cut(plain, self._assemble(blocks, published), self._assemble(blocks, repaired))
+
+    def _blocks(self, inputs: list[Tensor], fold: int, rank: int) -> list[dict[str, Tensor]]:
+        sizes = Sizes(rank, self.rope)
+        layers = zip(self.weights, self.keys, inputs, strict=True)
+        return [transmla_block(*layer, head_dim=self.head_dim, fold=fold, sizes=sizes) for layer in layers]
+
+    def _assemble(self, blocks: list[dict[str, Tensor]], gains: list[float] | None = None) -> DeepseekV3:
+        return assemble(self.dense, self.config, blocks, self.rope, gains=gains)
 
 
 def x_ecomla(dense: Any, config: dict[str, Any], windows_NT: Tensor, sizes: Sizes) -> DeepseekV3:
     """X-EcoMLA's initialisation in stock form; `windows_NT` sets nothing but the latent norm's gain, E[rms]."""
     head_dim = read_source(config)["head_dim"]
     blocks = [x_ecomla_block(_projections(layer), head_dim=head_dim, sizes=sizes) for layer in dense.model.layers]
-    plain = assemble(dense, config, blocks, sizes)
-    gains = latent_means(plain, windows_NT, lambda out: out[..., : sizes.rank].square().mean(-1).sqrt())
-    return assemble(dense, config, blocks, sizes, gains=gains)
+    plain = assemble(dense, config, blocks, sizes.rope)
+    gains = latent_means(plain, windows_NT, lambda out: out[:, : sizes.rank].square().mean(-1).sqrt())
+    return assemble(dense, config, blocks, sizes.rope, gains=gains)
 
 
 def assemble(
     dense: Any,
     config: dict[str, Any],
     blocks: list[dict[str, Tensor]],
-    sizes: Sizes,
+    rope: int,
     *,
     gains: list[float] | None = None,
 ) -> DeepseekV3:
@@ -177,20 +185,22 @@ def assemble(
 
     `gains` is each layer's kv_a_layernorm; without them there is no latent norm, and the model is not stock V3.
     """
-    settings = ConvertSettings(kv_lora_rank=1, qk_rope_head_dim=sizes.rope)  # a whole latent may exceed what it allows
-    target = DeepseekV3Config(**target_config(config, settings) | {"kv_lora_rank": sizes.rank})
+    rank = len(blocks[0]["kv_a_layernorm.weight"])
+    settings = ConvertSettings(kv_lora_rank=1, qk_rope_head_dim=rope)  # a whole latent may be wider than it allows
+    target = DeepseekV3Config(**target_config(config, settings) | {"kv_lora_rank": rank})
     with torch.device("meta"):
         model = DeepseekV3(target)
     model.model.rotary_emb = type(model.model.rotary_emb)(target)
     state = {name: tensor for name, tensor in dense.state_dict().items() if name in model.state_dict()}
     for index, block in enumerate(blocks):
         if gains is not None:
-            block = block | {"kv_a_layernorm.weight": torch.full((sizes.rank,), gains[index])}
+            block = block | {"kv_a_layernorm.weight": torch.full((rank,), gains[index])}
         state |= {f"model.layers.{index}.self_attn.{name}": tensor.float() for name, tensor in block.items()}
     model.load_state_dict(state, assign=True)
     if gains is None:
-        for layer in model.model.layers:
-            layer.self_attn.kv_a_layernorm = nn.Identity()
+        for module in model.modules():
+            if isinstance(module, MultiheadLatentAttention):
+                module.kv_a_layernorm = nn.Identity()  # type: ignore[assignment]
     return model.eval()
 
 
@@ -203,13 +213,13 @@ def input_moments(model: Any, windows_NT: Tensor) -> list[Tensor]:
 
 
 def latent_means(model: DeepseekV3, windows_NT: Tensor, of: Callable[[Tensor], Tensor]) -> list[float]:
-    """Per layer, the mean over tokens of `of` what the down-projection gives: latent and rotated key (tokens, R + 2S)."""
+    """Per layer, the mean over tokens of `of` the down-projection's output, latent and rotated key (X, R + 2S)."""
     down = "self_attn.kv_a_proj_with_mqa"
     return [float(mean) for mean in _means(model, windows_NT, down, lambda out_XW: of(out_XW).sum())]
 
 
 @torch.no_grad()
-def mean_loss(model: Any, windows_NT: Tensor) -> float:
+def mean_loss(model: DeepseekV3, windows_NT: Tensor) -> float:
     """Mean next-token loss over windows, in nats."""
     losses = [
         F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum").item()
@@ -220,7 +230,7 @@ def mean_loss(model: Any, windows_NT: Tensor) -> float:
 
 @torch.no_grad()
 def _means(model: Any, windows_NT: Tensor, module: str, sum_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Per layer, the mean over tokens of what `module` puts out, summed by `sum_of` a batch (tokens, channels) at once."""
+    """Per layer, the mean over tokens of what `module` puts out, (X, channels) a batch, summed by `sum_of`."""
     sums: list[Any] = [0.0 for _ in model.model.layers]
 
     def add(index: int, out: Tensor) -> None:
