@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 import tyro
 from baselines import Sizes, TransMLA, mean_loss, x_ecomla
 from torch import Tensor
@@ -496,6 +497,8 @@ def plot(bench: Bench, path: Path) -> None:
 def main() -> int:
     """Measure, write the report and the plot, print the report."""
     comparison = tyro.cli(Comparison, description=__doc__)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'")
