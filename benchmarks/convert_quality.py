@@ -183,8 +183,13 @@ class Bench:
         """Label of each cache size and the settings that ask for it."""
         if not self.comparison.sizes:
             return {f"{share:.1%}": {"cache": share} for share in self.comparison.shares}
-        pairs = {label: tuple(map(int, label.split("+"))) for label in self.comparison.sizes}
-        return {label: {"kv_lora_rank": rank, "qk_rope_head_dim": rope} for label, (rank, rope) in pairs.items()}
+        given = {}
+        for label in self.comparison.sizes:
+            rank, _, rope = label.partition("+")
+            if not (rank.isdecimal() and rope.isdecimal() and int(rope) and self.source["head_dim"] % int(rope) == 0):
+                raise ValueError(f"sizes {label}: must be RANK+ROPE, and ROPE must divide head_dim; for example 24+8")
+            given[label] = {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(rope)}
+        return given
 
     def stage_fields(self, stage: str) -> dict[str, Any]:
         """Settings that stop ours after `stage`."""
@@ -234,9 +239,11 @@ def _compare_attention(bench: Bench, seed: int) -> None:
         separator=mine.separator,
         seed=seed,
     )
-    rotate = functools.lru_cache(maxsize=None)(
-        lambda rope: TransMLA(bench.dense.model, bench.config, windows_NT, rope)
-    )  # the same at every rank
+
+    @functools.cache
+    def rotate(rope: int) -> TransMLA:  # the same at every rank
+        return TransMLA(bench.dense.model, bench.config, windows_NT, rope)
+
     for size, fields in bench.sizes().items():
         target = target_config(bench.config, bench.settings(seed, **fields))
         given = Sizes(target["kv_lora_rank"], target["qk_rope_head_dim"])

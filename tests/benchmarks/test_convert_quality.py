@@ -94,6 +94,12 @@ def test_calibration_text_is_no_held_out_text(comparison):
         compare(dataclasses.replace(comparison, held_out=comparison.calibration))
 
 
+@pytest.mark.parametrize("size", ["24", "8x8", "8+3", "8+0"])
+def test_sizes_that_cannot_be(bench, size):
+    with pytest.raises(ValueError, match=r"RANK\+ROPE"):
+        convert_quality.Bench(dataclasses.replace(bench.comparison, sizes=(size,), out="sizes-" + size)).sizes()
+
+
 def test_the_report_has_a_line_for_every_method(bench):
     text = report(bench, "the command")
     for title in ("the command", "## Attention", "## Carve", "## Upcycle", "## Excess loss below the best baseline"):
