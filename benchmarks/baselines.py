@@ -4,13 +4,14 @@ TransMLA (Meng et al. 2025, arXiv 2502.07864): a rotation that gathers the rotat
 X-EcoMLA (Li et al. 2025, arXiv 2503.11132): SVD of the weights alone, and the average of the heads' keys to rotate.
 Models come back in memory as our `DeepseekV3`, which `smolseek.checkpoint.hub.save` writes as a stock folder.
 
-Shapes: D hidden, G KV heads, d head_dim, F = d / 2 frequencies, K = G * d key (or value) channels, Y = keys and values,
-C = K / 2 complex key channels, S rope slots, M = K - 2S unrotated key channels, R latent rank, N windows, T tokens,
-X tokens of a batch.
+Shapes: D hidden, H heads, G KV heads, d head_dim, F = d / 2 frequencies, K = G * d key (or value) channels,
+Y keys and values, C = K / 2 complex key channels, S rope slots, M = K - 2S unrotated key channels, R latent rank,
+N windows, T tokens, X tokens of a batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,13 +22,21 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.attention import Compression, Projections, complex_moment, portable_tensors
+from smolseek.conversion.attention import complex_moment, interleave, to_complex
 from smolseek.conversion.moments import NORM_EPS
 from smolseek.conversion.target import read_source, target_config
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 
 _WINDOWS_AT_ONCE = 8
+
+
+class Weights(NamedTuple):
+    """A dense attention block's projections in float64: query (H * d, D), key and value (K, D)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class Sizes(NamedTuple):
@@ -82,7 +91,7 @@ def real_rows(rows_XC: Tensor, head_dim: int) -> Tensor:
 
 
 def transmla_block(
-    weights: Projections, key_KK: Tensor, input_DD: Tensor, *, head_dim: int, fold: int, sizes: Sizes
+    weights: Weights, key_KK: Tensor, input_DD: Tensor, *, head_dim: int, fold: int, sizes: Sizes
 ) -> dict[str, Tensor]:
     """One block: rotation from `key_KK` (E[k kᵀ] of the dense model), key-value balance and joint PCA from `input_DD`
     (E[x xᵀ] of the partly rotated model), the encoder's transpose as decoder."""
@@ -94,12 +103,18 @@ def transmla_block(
     joint_YD = torch.cat([key_MD / balance, weights.value])
     encoder_YR = torch.linalg.eigh(joint_YD @ input_DD @ joint_YD.mT).eigenvectors.flip(-1)[:, : sizes.rank]
     up_k_KR = balance * rest_MK.mT @ encoder_YR[: len(key_MD)]
-    slot_SC = rotation_CC[:slots].to(torch.complex128)
-    compression = Compression(slot_SC, slot_SC.mH, joint_YD, encoder_YR.mT @ joint_YD, float("nan"))
-    return portable_tensors(weights, compression, torch.cat([up_k_KR, encoder_YR[len(key_MD) :]]), head_dim)
+    return stock_block(
+        weights,
+        head_dim,
+        slot_encoder_SC=rotation_CC[:slots],
+        slot_decoder_CS=rotation_CC[:slots].mT,
+        encoder_RD=encoder_YR.mT @ joint_YD,
+        up_k_KR=up_k_KR,
+        up_v_KR=encoder_YR[len(key_MD) :],
+    )
 
 
-def x_ecomla_block(weights: Projections, *, head_dim: int, sizes: Sizes) -> dict[str, Tensor]:
+def x_ecomla_block(weights: Weights, *, head_dim: int, sizes: Sizes) -> dict[str, Tensor]:
     """One block from the weights alone: the joint SVD of [W_k; W_v], singular values on the decoder's side; the rotated
     key is the KV heads' mean at every (head_dim / rope)-th frequency.
 
@@ -112,9 +127,47 @@ def x_ecomla_block(weights: Projections, *, head_dim: int, sizes: Sizes) -> dict
     joint_YD = torch.cat([weights.key, weights.value])
     joint_YD[:kv_channels][rotated_F.repeat(2 * kv_heads)] = 0
     u_YD, values_D, v_DD = torch.linalg.svd(joint_YD, full_matrices=False)
-    one_CS = torch.eye(half, dtype=torch.complex128)[:, rotated_F].repeat(kv_heads, 1)
-    compression = Compression(one_CS.mH / kv_heads, one_CS, joint_YD, v_DD[: sizes.rank], float("nan"))
-    return portable_tensors(weights, compression, (u_YD * values_D)[:, : sizes.rank], head_dim)
+    one_CS = torch.eye(half, dtype=torch.float64)[:, rotated_F].repeat(kv_heads, 1)
+    up_k_KR, up_v_KR = (u_YD * values_D)[:, : sizes.rank].split(kv_channels)
+    return stock_block(
+        weights,
+        head_dim,
+        slot_encoder_SC=one_CS.mT / kv_heads,
+        slot_decoder_CS=one_CS,
+        encoder_RD=v_DD[: sizes.rank],
+        up_k_KR=up_k_KR,
+        up_v_KR=up_v_KR,
+    )
+
+
+def stock_block(
+    weights: Weights,
+    head_dim: int,
+    *,
+    slot_encoder_SC: Tensor,
+    slot_decoder_CS: Tensor,
+    encoder_RD: Tensor,
+    up_k_KR: Tensor,
+    up_v_KR: Tensor,
+) -> dict[str, Tensor]:
+    """Tensors under `self_attn.` of a V3 block, gain 1: key slots and latent as encoded, and decoded per KV head.
+
+    Real slot mixing acts on real and imaginary parts alike. The query takes up the decoder of its KV head's slots, and
+    what V3's softmax scale, (head_dim + 2S)^-½, differs by.
+    """
+    key_CD, query_CD = to_complex(weights.key, head_dim), to_complex(weights.query, head_dim)
+    query_HFD = query_CD.view(-1, head_dim // 2, query_CD.shape[-1])
+    decoder_GFS = slot_decoder_CS.to(query_CD.dtype).view(-1, head_dim // 2, slot_decoder_CS.shape[-1])
+    per_group = len(query_HFD) // len(decoder_GFS)
+    q_rope_HSD = decoder_GFS.repeat_interleave(per_group, dim=0).mH @ query_HFD
+    query = torch.cat([weights.query.view(len(query_HFD), head_dim, -1), interleave(q_rope_HSD)], dim=1)
+    up_GXR = torch.cat([up.view(len(decoder_GFS), head_dim, -1) for up in (up_k_KR, up_v_KR)], dim=1)
+    return {
+        "q_proj.weight": query.flatten(0, 1) * math.sqrt(query.shape[1] / head_dim),
+        "kv_a_proj_with_mqa.weight": torch.cat([encoder_RD, interleave(slot_encoder_SC.to(key_CD.dtype) @ key_CD)]),
+        "kv_a_layernorm.weight": torch.ones_like(encoder_RD[:, 0]),
+        "kv_b_proj.weight": up_GXR.repeat_interleave(per_group, dim=0).flatten(0, 1),
+    }
 
 
 def _mean_norm(rows_YD: Tensor, input_DD: Tensor) -> float:
@@ -137,7 +190,7 @@ class TransMLA:
         source = read_source(config)
         self.head_dim = source["head_dim"]
         whole = 2 * source["num_key_value_heads"] * self.head_dim - rope
-        self.weights = [_projections(layer) for layer in dense.model.layers]
+        self.weights = [block_weights(layer) for layer in dense.model.layers]
         inputs = input_moments(dense, windows_NT)
         self.keys = [w.key @ x_DD @ w.key.mT for w, x_DD in zip(self.weights, inputs, strict=True)]
         stride = self.head_dim // rope
@@ -167,7 +220,7 @@ class TransMLA:
 def x_ecomla(dense: Any, config: dict[str, Any], windows_NT: Tensor, sizes: Sizes) -> DeepseekV3:
     """X-EcoMLA's initialisation in stock form; `windows_NT` sets nothing but the latent norm's gain, E[rms]."""
     head_dim = read_source(config)["head_dim"]
-    blocks = [x_ecomla_block(_projections(layer), head_dim=head_dim, sizes=sizes) for layer in dense.model.layers]
+    blocks = [x_ecomla_block(block_weights(layer), head_dim=head_dim, sizes=sizes) for layer in dense.model.layers]
     plain = assemble(dense, config, blocks, sizes.rope)
     gains = latent_means(plain, windows_NT, lambda out: out[:, : sizes.rank].square().mean(-1).sqrt())
     return assemble(dense, config, blocks, sizes.rope, gains=gains)
@@ -249,7 +302,15 @@ def _means(model: Any, windows_NT: Tensor, module: str, sum_of: Callable[[Tensor
     return [total / windows_NT.numel() for total in sums]
 
 
-def _projections(layer: Any) -> Projections:
+def supports(dense: Any) -> bool:
+    """Whether these baselines are written for such a model: no biases, no q/k norms, RoPE in every layer."""
+    blocks = [layer.self_attn for layer in dense.model.layers]
+    plain = all(block.q_proj.bias is None and not hasattr(block, "q_norm") for block in blocks)
+    return plain and all(getattr(dense.config, "no_rope_layers", None) or [True])
+
+
+def block_weights(layer: Any) -> Weights:
+    """The projections of a dense transformers layer."""
     attention = layer.self_attn
     weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-    return Projections(*(weight.detach().double() for weight in weights))
+    return Weights(*(weight.detach().double() for weight in weights))

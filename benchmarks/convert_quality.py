@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 import transformers
 import tyro
-from baselines import Sizes, TransMLA, mean_loss, x_ecomla
+from baselines import Sizes, TransMLA, mean_loss, supports, x_ecomla
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokenizer, save
@@ -248,7 +248,9 @@ def _compare_attention(bench: Bench, seed: int) -> None:
         target = target_config(bench.config, bench.settings(seed, **fields))
         given = Sizes(target["kv_lora_rank"], target["qk_rope_head_dim"])
         print(f"cache {size}, seed {seed}: {given.rank} + {given.rope} numbers per token and layer", flush=True)
-        if not bench.has(size=size, what=SVD, seed=seed):
+        if not supports(bench.dense.model):
+            print("  no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
+        elif not bench.has(size=size, what=SVD, seed=seed):
             _measure_baselines(bench, size, seed, windows_NT, rotate, [given] if mine.sizes else _splits(bench, given))
         _compare_ours(bench, seed, "attention", size, fields)
 
@@ -299,7 +301,7 @@ def _compare_ours(
 ) -> None:
     """Ours by stage, then healed from the last of them."""
     stages = stages or bench.stages()
-    about = {"part": part, "size": size, "seed": seed}
+    about: dict[str, Any] = {"part": part, "size": size, "seed": seed}
     healing = bool(bench.comparison.heal_steps) and not bench.has(**about, what=HEALED)
     for stage in stages:
         kept = healing and stage == stages[-1]
@@ -397,8 +399,10 @@ def excess_below(rows: list[Row], what: str) -> dict[str, float]:
                 rivals = [
                     r for r in rows if r["size"] == size and r["seed"] == row["seed"] and r["what"] in STOCK_BASELINES
                 ]
-                excesses.append(1 - (row["loss"] - dense) / (min(r["loss"] for r in rivals) - dense))
-            below[size] = statistics.mean(excesses)
+                if rivals:
+                    excesses.append(1 - (row["loss"] - dense) / (min(r["loss"] for r in rivals) - dense))
+            if excesses:
+                below[size] = statistics.mean(excesses)
     return below
 
 

@@ -10,9 +10,11 @@ from baselines import (
     Sizes,
     TransMLA,
     assemble,
+    block_weights,
     input_moments,
     mean_loss,
     rorope,
+    supports,
     transmla_block,
     x_ecomla,
     x_ecomla_block,
@@ -24,7 +26,6 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from smolseek.checkpoint.hub import load_tokenizer, save
 from smolseek.checkpoint.source import read_config
 from smolseek.config import DataSettings
-from smolseek.conversion.attention import Projections
 from smolseek.data.windows import held_out_documents, pack
 from tests.factories import logits_of, random_ids, tiny_llama
 
@@ -37,9 +38,7 @@ def transmla(dense, windows, rope):
 
 def projections(dense):
     """Each layer's weights as the algebra takes them."""
-    names = ("q_proj", "k_proj", "v_proj")
-    layers = [[layer.self_attn.get_submodule(name) for name in names] for layer in dense.model.layers]
-    return [Projections(*(module.weight.detach().double() for module in modules)) for modules in layers]
+    return [block_weights(layer) for layer in dense.model.layers]
 
 
 @given(st.integers(1, 3), st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4)]), st.integers(0, 9))
@@ -94,6 +93,11 @@ def test_the_average_key_of_one_head_is_its_key():
     blocks = [x_ecomla_block(weights, head_dim=8, sizes=Sizes(16, 8)) for weights in projections(dense)]
     model = assemble(dense, dense.config.to_dict(), blocks, 8)
     torch.testing.assert_close(logits_of(model, ids), logits_of(dense, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes, supported", [({}, True), ({"attention_bias": True}, False)])
+def test_sources_that_the_baselines_take(changes, supported):
+    assert supports(tiny_llama(**changes)) is supported
 
 
 # Design §3, TransMLA's own code on this model and text. Perplexity of partial RoPE only, joint PCA without a norm, its
