@@ -182,7 +182,7 @@ class Bench:
     def sizes(self) -> dict[str, dict[str, Any]]:
         """Label of each cache size and the settings that ask for it."""
         if not self.comparison.sizes:
-            return {f"{share:.1%}": {"cache": share} for share in self.comparison.shares}
+            return {f"{100 * share:g}%": {"cache": share} for share in self.comparison.shares}
         given = {}
         for label in self.comparison.sizes:
             rank, _, rope = label.partition("+")
