@@ -1,4 +1,4 @@
-"""Held-out loss: one definition of perplexity everywhere, and the balance of the experts on held-out text.
+"""Held-out loss: one definition of perplexity everywhere; distance from a teacher, and the balance of the experts.
 
 Shapes: N windows, T tokens, V vocabulary, E routed experts.
 """
@@ -30,6 +30,20 @@ class Quality:
     loss: float
     perplexity: float
     bits_per_byte: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's next-token distributions are from a teacher's: KL(teacher ‖ model) in nats per token, and the
+    share of tokens after which both hold the same next token likeliest."""
+
+    kl: float
+    agreement: float
     tokens: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,6 +85,35 @@ def measure_quality(
         raise ValueError(f"held-out loss is {loss}: the weights hold NaN or overflow; try --dtype float32")
     bits_per_byte = loss * len(ids_T) / (math.log(2) * max(1, text_bytes))
     return Quality(loss, math.exp(min(loss, 700.0)), bits_per_byte, count)
+
+
+def measure_divergence(model: DeepseekV3 | StockModel, teacher: DeepseekV3 | StockModel, ids_T: Tensor) -> Divergence:
+    """KL to `teacher` and agreement with it over windows of 512 (or either model's limit), every token counted.
+
+    On text of a domain that no training saw, it tells keeping the teacher from learning the training text.
+
+    Raises:
+        ValueError: no tokens, or vocabularies of different sizes.
+    """
+    if not len(ids_T):
+        raise ValueError("text of 0 tokens: at least 1 is needed to compare two models; name more text")
+    vocabularies = [m.config.vocab_size for m in (model, teacher)]
+    if len(set(vocabularies)) > 1:
+        raise ValueError(
+            f"vocabularies of {vocabularies[0]} and {vocabularies[1]}: only models of one vocabulary can be compared; "
+            "name the dense model that this one was made from"
+        )
+    size = min(WINDOW_TOKENS, *(m.config.max_position_embeddings for m in (model, teacher)))
+    kl, agreed = 0.0, 0
+    with evaluating(model), evaluating(teacher), torch.inference_mode():
+        for window_T in ids_T.split(size):
+            student_TV, teacher_TV = (
+                m(window_T[None].to(next(m.parameters()).device))[0].float().log_softmax(-1) for m in (model, teacher)
+            )
+            teacher_TV = teacher_TV.to(student_TV.device)
+            kl += F.kl_div(student_TV, teacher_TV, reduction="sum", log_target=True).item()
+            agreed += int((student_TV.argmax(-1) == teacher_TV.argmax(-1)).sum())
+    return Divergence(kl / len(ids_T), agreed / len(ids_T), len(ids_T))
 
 
 def measure_balance(model: DeepseekV3, ids_T: Tensor) -> dict[int, float]:
