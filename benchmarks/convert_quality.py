@@ -14,17 +14,12 @@ import datetime
 import functools
 import importlib.util
 import json
-import os
-import platform
-import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +27,7 @@ import torch
 import transformers
 import tyro
 from baselines import Sizes, TransMLA, mean_loss, supports, x_ecomla
+from circumstances import circumstances, command_line
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokenizer, save
@@ -426,18 +422,12 @@ def report(bench: Bench, command: str) -> str:
 
 def _circumstances(bench: Bench, command: str) -> str:
     mine = bench.comparison
-    git = subprocess.run(
-        ["git", "log", "-1", "--format=%h (%s)"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    machine = f"{os.cpu_count()} {platform.machine()} cores ({torch.backends.cpu.get_cpu_capability()})"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     seeds = f"{len(mine.seeds)} seeds" if len(mine.seeds) > 1 else "one seed"
     other = (
         f" KL and agreement on {len(bench.other_T):,} tokens of another domain." if bench.other_T is not None else ""
     )
     return (
-        f"`{command}`\n\nOn {machine}, {torch.get_num_threads()} threads; {versions}, Python "
-        f"{platform.python_version()}; after commit {git.stdout.strip() or 'unknown'}.\n\n"
+        f"`{command}`\n\n{circumstances()}\n\n"
         f"Dense: perplexity {bench.rows[0]['perplexity']:.3f} on {len(bench.held_out_T):,} held-out tokens, cache of "
         f'{bench.whole} numbers per token and layer.{other} Mean over {seeds} ± half the range. A model "no norm" is '
         "not stock V3 and was measured in memory, any other through stock transformers from its folder."
@@ -514,7 +504,7 @@ def main() -> int:
         if importlib.util.find_spec("matplotlib") is None:
             raise ValueError("matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'")
         bench = compare(comparison)
-        text = report(bench, shlex.join(["python", "benchmarks/convert_quality.py", *sys.argv[1:]]))
+        text = report(bench, command_line())
         bench.lines.with_suffix(".md").write_text(text, encoding="utf-8")
         if grouped(bench.rows, part="attention"):
             plot(bench, bench.lines.with_suffix(".png"))

@@ -6,10 +6,12 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,17 @@ class ClosedForm:
     errors: list[dict[str, Any]]
     rope_theta: float
     folds: tuple[tuple[int, ...], ...]
+
+
+class _FittedBlock(NamedTuple):
+    """One block and all that its tensors are made of."""
+
+    weights: Projections
+    moments: LayerMoments
+    compression: Compression
+    norm: NormMoments
+    decoder_YR: Tensor
+    heads: Heads
 
 
 class ClosedFormConverter:
@@ -100,62 +113,72 @@ class ClosedFormConverter:
 
     def under(self, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> ClosedForm:
         """All blocks under one plan: the closed form, then decoders refitted behind the latent norms."""
-        sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
-        blocks, lost = [], []
+        compressions, lost = [], []
         for index, read in enumerate(moments):
-            weights, layer = read_projections(self.tensors, self.source, index), read()
-            if not self.target["attention_bias"]:
-                weights, layer, lost_here = fold_bias(weights, layer)
-                lost.append(lost_here)
+            weights, layer, lost_here = self._read(index, read)
             used = plan if self.source["rope_layers"][index] else plan.silent()
-            blocks.append((weights, layer, compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"])))
-        if self.source["biases"] and lost:
+            compressions.append(compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"]))
+            lost.append(lost_here)
+        if max(lost, default=0.0):
             log.warning(
                 "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", max(lost)
             )
-        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for _, _, c in blocks])
-        decoders = [refit_decoder(c.target_YD, norm) for (_, _, c), norm in zip(blocks, norms, strict=True)]
-        fitted = [
-            fit_heads(weights, compression, decoder_YR, sizes, layer.input_DD, norm.latent_RR)
-            for (weights, layer, compression), decoder_YR, norm in zip(blocks, decoders, norms, strict=True)
-        ]
-        queries = self._queries(blocks, fitted, norms)
+        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for c in compressions])
+        blocks = [partial(self._fit, *block) for block in zip(count(), moments, compressions, norms)]
+        del compressions, norms
+        queries = self._query_encodings(blocks)
         layers, errors = [], []
-        for index, (weights, layer, compression) in enumerate(blocks):
-            weighted, plain = latent_errors(compression, decoders[index], layer, norms[index])
-            tensors = portable_tensors(weights, compression, fitted[index], self.head_dim, queries[index])
+        for index in range(len(blocks)):
+            block = blocks.pop(0)()  # whose compression then is the last to go: twenty-four of a 1.7B model hold 3 GB
+            query = self._query(index, block.heads, queries[index]) if queries else None
+            weighted, plain = latent_errors(block.compression, block.decoder_YR, block.moments, block.norm)
+            tensors = portable_tensors(block.weights, block.compression, block.heads, self.head_dim, query)
             layers.append({name: tensor.float() for name, tensor in tensors.items()})
             errors.append(
                 {
                     "latent_error_weighted": weighted,
                     "latent_error": plain,
-                    "rope_energy_kept": compression.rope_energy_kept,
+                    "rope_energy_kept": block.compression.rope_energy_kept,
                 }
-                | ({"bias_energy_lost": lost[index]} if lost and self.source["biases"] else {})
+                | ({"bias_energy_lost": lost[index]} if lost[index] else {})
             )
         return ClosedForm(layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds)
 
-    def _queries(
-        self,
-        blocks: list[tuple[Projections, LayerMoments, Compression]],
-        fitted: list[Heads],
-        norms: list[NormMoments],
-    ) -> list[QueryLatent | None]:
-        """Per layer the query latent, where the target has one: exact at full rank, else refitted behind its norm."""
+    def _read(self, index: int, read: Callable[[], LayerMoments]) -> tuple[Projections, LayerMoments, float]:
+        """One block's weights and moments, and what is lost of its biases; read when used, for all do not fit."""
+        weights, moments = read_projections(self.tensors, self.source, index), read()
+        return (weights, moments, 0.0) if self.target["attention_bias"] else fold_bias(weights, moments)
+
+    def _fit(
+        self, index: int, read: Callable[[], LayerMoments], compression: Compression, norm: NormMoments
+    ) -> _FittedBlock:
+        """One block behind its latent norm."""
+        weights, moments, _ = self._read(index, read)
+        sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
+        decoder_YR = refit_decoder(compression.target_YD, norm)
+        heads = fit_heads(weights, compression, decoder_YR, sizes, moments.input_DD, norm.latent_RR)
+        return _FittedBlock(weights, moments, compression, norm, decoder_YR, heads)
+
+    def _query_encodings(self, blocks: Sequence[Callable[[], _FittedBlock]]) -> list[tuple[Tensor, NormMoments]]:
+        """Per layer the encoder of a query latent that is not exact, and the latent's moments; none without a rank."""
         rank = self.target["q_lora_rank"]
         if rank is None:
-            return [None] * len(blocks)
-        gains = [layer.input_layernorm.weight.double() for layer in self.dense.model.layers]
-        exact = [exact_query(heads.query_XE, gain, rank) for heads, gain in zip(fitted, gains, strict=True)]
-        if None not in exact:
-            return exact
-        encoders = [
-            query_encoder(heads, weights, compression, layer.input_DD, norm.latent_RR, rank)
-            for (weights, layer, compression), heads, norm in zip(blocks, fitted, norms, strict=True)
-        ]
-        query_norms = collect_norm_moments(self.dense, self.windows_NT, encoders)
-        refitted = (refit_decoder(heads.query_XE, norm) for heads, norm in zip(fitted, query_norms, strict=True))
-        return [a or QueryLatent(*b) for a, *b in zip(exact, encoders, refitted, strict=True)]
+            return []
+        encoders = []
+        for fit in blocks:
+            block = fit()
+            latent_RR = block.norm.latent_RR
+            encoders.append(
+                query_encoder(block.heads, block.weights, block.compression, block.moments.input_DD, latent_RR, rank)
+            )
+        return list(zip(encoders, collect_norm_moments(self.dense, self.windows_NT, encoders), strict=True))
+
+    def _query(self, index: int, heads: Heads, encoding: tuple[Tensor, NormMoments]) -> QueryLatent:
+        """A query latent: exact at full rank, else refitted behind its norm."""
+        encoder_PE, norm = encoding
+        gain_D = self.dense.model.layers[index].input_layernorm.weight.double()
+        exact = exact_query(heads.query_XE, gain_D, len(encoder_PE))
+        return exact or QueryLatent(encoder_PE, refit_decoder(heads.query_XE, norm))
 
 
 def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]) -> DeepseekV3:

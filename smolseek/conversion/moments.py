@@ -24,6 +24,7 @@ UNROTATED, VALUE, ROTATED, SLOT = range(4)
 
 _LOGITS_AT_ONCE = 2**23
 _SPILL_BYTES = 2**30  # more moments than this are kept on disk
+_STRIP = 256  # rows of a sum that one product adds to
 _PROBE = "smolseek_probe"
 
 
@@ -81,6 +82,8 @@ def collect_moments(
             gradients = torch.autograd.grad(loss, [tensor for probe in probes for tensor in probe.paths])
             for index, probe in enumerate(probes):
                 probe.add(gradients[4 * index : 4 * index + 4])
+    for probe in probes:
+        probe.end()
     return [probe.moments for probe in probes]
 
 
@@ -103,7 +106,7 @@ def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[T
     with _hooked(hooks):
         for ids_BT in _batches(model, windows_NT):
             model.model(input_ids=ids_BT, use_cache=False)
-    return [NormMoments(latent.mean(), cross.mean()) for latent, cross in sums]
+    return [NormMoments(latent.end(), cross.end()) for latent, cross in sums]
 
 
 @torch.no_grad()
@@ -126,23 +129,31 @@ class _Sum:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file, self.tokens = file, 0
-        self.shape = (0, 0)
+        self.shape, self.strip = (0, 0), 0
         self.held: Tensor | None = None
         if file is not None:
             file.unlink(missing_ok=True)
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
         left = left.detach().flatten(0, -2).double()
+        self.strip = _STRIP if right is None else left.shape[1]
         right = left if right is None else right.detach().flatten(0, -2).double()
         self.shape = (left.shape[1], right.shape[1])
-        self._total().addmm_(left.T, right)
+        total = self.read()
+        for start in range(0, len(total), self.strip):  # a symmetric sum from its diagonal on
+            rows = slice(start, start + self.strip)
+            total[rows, start:].addmm_(left[:, rows].T, right[:, start:])
         self.tokens += len(left)
 
-    def mean(self) -> Tensor:
-        return self._total() / self.tokens
+    def end(self) -> Tensor:
+        """The mean, in the place of the sum: a second one might not fit into memory."""
+        total = self.read().div_(self.tokens)
+        for start in range(self.strip, len(total), self.strip):
+            total[start : start + self.strip, :start] = total[:start, start : start + self.strip].T
+        return total
 
-    def _total(self) -> Tensor:
-        """The sum so far, to be changed in place: zeros at first, as is a file that is new."""
+    def read(self) -> Tensor:
+        """What is there so far, to be changed in place: zeros at first, as is a file that is new."""
         if self.file is not None:  # mapped anew each time, so that no page outlives its use in this process
             size = self.shape[0] * self.shape[1]
             return torch.from_file(str(self.file), shared=True, size=size, dtype=torch.float64).view(self.shape)
@@ -184,10 +195,14 @@ class _Probe:
         rows = [g.transpose(1, 2).flatten(2) if g.dim() == 4 else g for g in gradients]
         self.gradients.add(torch.cat(rows, dim=-1))
 
+    def end(self) -> None:
+        self.inputs.end()
+        self.gradients.end()
+
     def moments(self) -> LayerMoments:
-        fisher = self.gradients.mean()
+        fisher = self.gradients.read()
         width = len(fisher) // 4
-        return LayerMoments(self.inputs.mean(), fisher.view(4, width, 4, width))
+        return LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width))
 
 
 def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:
