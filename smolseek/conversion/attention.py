@@ -204,7 +204,8 @@ def latent_encoder(target_YD: Tensor, fisher_YY: Tensor, moments: LayerMoments, 
     Scaled to a root mean square of `LATENT_RMS`, each coordinate by λ^-¼ first: half-way to white, the latent's norm
     varies less from token to token (design §3, step 3, where full whitening hurt).
     """
-    weighted_YD = roots(fisher_YY)[0] @ target_YD
+    # Any root will do, for another turns U alone; Cholesky's is the cheapest of them.
+    weighted_YD = torch.linalg.cholesky(fisher_YY).mT @ target_YD
     values, vectors = torch.linalg.eigh(weighted_YD @ moments.input_DD @ weighted_YD.mT)
     values_R, u_YR = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
     return _scaled(u_YR.mT @ weighted_YD, values_R, moments.input_DD)
