@@ -21,7 +21,7 @@ _ROUTER_DAMPING = 1e-3
 _ROUTER_SPREAD = 0.1  # small, so that the chosen experts' normalised weights start near equal
 _REFIT_DAMPING = 1e-3
 _WARMUP_SHARE = 0.05
-_ROUTER_LEARNING_RATE = 1e-3
+_ROUTER_LEARNING_RATE = 3e-4
 _BALANCE_SPEED = 1e-3
 
 
