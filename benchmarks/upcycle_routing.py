@@ -3,9 +3,9 @@
     python benchmarks/upcycle_routing.py SOURCE TRAIN.txt HELD_OUT.txt [STEPS]
 
 Every variant starts as the dense model (up to 2% noise on the routed experts, where it says so) and sees the same
-batches. Only the MLPs are trained, the dense model's too: the exact attention holds a constant of 2^15, which no step
-may move. `swapped` is by how much the held-out loss rises when every token is sent to the next copy: 0 while the copies are
-interchangeable. `apart` is the mean distance between two copies' weights over their norm.
+batches. Only the MLPs are trained, the dense model's too: the exact attention holds a constant of 2^15, which no
+step may move. `swapped` is by how much the held-out loss rises when every token is sent to the next copy: 0 while the
+copies are interchangeable. `apart` is the mean distance between two copies' weights over their norm.
 
 Shapes: N windows, T tokens, B windows in a batch, D hidden, E routed experts, G groups (= copies).
 """
