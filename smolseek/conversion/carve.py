@@ -20,8 +20,9 @@ _CLUSTER_ROUNDS = 8
 _ROUTER_DAMPING = 1e-3
 _ROUTER_SPREAD = 0.1  # small, so that the chosen experts' normalised weights start near equal
 _REFIT_DAMPING = 1e-3
+_BALANCED_TOKENS = 4096
 _WARMUP_SHARE = 0.05
-_ROUTER_LEARNING_RATE = 1e-3
+_ROUTER_LEARNING_RATE = 3e-4
 _BALANCE_SPEED = 1e-3
 
 
@@ -53,7 +54,8 @@ def carve(weights: dict[str, Tensor], inputs_TD: Tensor, config: dict[str, Any])
     )
     rows_ED = fit_router(inputs_TD, norms_TE, chosen)
     gate, up, down = (_take(neurons_ID, parts_PM) for neurons_ID in (gate_ID, up_ID, down_DI.T))
-    carving = Carving(gate, up, down, rows_ED, balancing_bias(inputs_TD, rows_ED, chosen))
+    sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _BALANCED_TOKENS)]
+    carving = Carving(gate, up, down, rows_ED, balancing_bias(sample_TD, rows_ED, chosen))
     return refit_down(carving, inputs_TD, activations_TI @ down_DI.T, chosen)
 
 
