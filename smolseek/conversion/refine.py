@@ -24,7 +24,7 @@ REFINE_BATCH_TOKENS = 2048
 
 _REFINE_RATE = 0.015
 _DISTILL_RATE = 0.005
-_ROUTER_FACTOR = 10.0  # a fitted router starts small, and has to keep pace with its experts
+_ROUTER_FACTOR = 5.0  # a fitted router starts small, and has to keep pace with its experts
 _MUON_RMS = 0.2  # root mean square of a Muon update at learning rate 1, as torch scales it to match AdamW's
 _BALANCE_SPEED = 1e-3
 
