@@ -92,9 +92,9 @@ def test_parameters_of_every_family(fields: dict[str, Any], exact: bool) -> None
 def test_carving_adds_routers_alone_and_a_token_meets_its_share() -> None:
     dense, carved = (plan(SMOLLM2_135M, ConvertSettings(experts=e), FAST_COMPUTE).target for e in ("none", "carve"))
     assert carved.total_parameters - dense.total_parameters == 30 * 24 * 576
-    assert dense.total_parameters - carved.active_parameters == 30 * (576 * 1536 * 3 // 4 - 12 * 576)
+    assert dense.total_parameters - carved.active_parameters == 30 * (576 * 1536 * 3 // 4 - 24 * 576)
     kept = plan(SMOLLM2_135M, ConvertSettings(experts="carve", first_k_dense_replace=2), FAST_COMPUTE)
-    assert "4 shared + 8 of 12 routed experts of 96 neurons behind 2 dense layers" in render(kept)
+    assert "8 shared + 16 of 24 routed experts of 48 neurons behind 2 dense layers" in render(kept)
 
 
 def test_profile_vllm_is_one_that_vllm_loads() -> None:
