@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolseek.config import TrainSettings
 from smolseek.conversion.attention import LATENT_RMS
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
-from smolseek.training.optimizer import learning_rate
+from smolseek.training.optimizer import warmed_cosine
 
 REFINE_BATCH_TOKENS = 2048
 """Tokens in a step, here as in the planning of its cost."""
@@ -104,8 +103,7 @@ class Descent:
             if muon
             else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         )
-        settings = TrainSettings(steps=steps, warmup_steps=max(1, steps // 20), learning_rate=1.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, settings))
+        self.schedule = warmed_cosine(self.optimizer, steps)
 
     def step(self, loss: Tensor) -> None:
         """One step down."""
