@@ -250,14 +250,13 @@ class _Conversion:
         chosen, steps = self.target["num_experts_per_tok"], self.settings.refine_steps
         mlp = self.dense.model.layers[index].mlp
         weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
-        inputs_TD = stream.mlp_inputs(index)
-        sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)]
+        probe_TD, inputs_TD = stream.mlp_inputs(index)
         generator = torch.Generator().manual_seed(self.settings.seed + index)
-        carving = carve(weights, sample_TD, self.target)
-        facts = {"mlp_error": relative_error(carving, weights, sample_TD, chosen)}
+        carving = carve(weights, inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)], self.target)
+        facts = {"mlp_error": relative_error(carving, weights, probe_TD, chosen)}
         if steps:
             refined = refine_carving(carving, weights, inputs_TD, chosen, steps=steps, generator=generator)
-            after = relative_error(refined, weights, sample_TD, chosen)
+            after = relative_error(refined, weights, probe_TD, chosen)
             carving = refined if after < facts["mlp_error"] else carving
             facts["mlp_error_refined"] = min(after, facts["mlp_error"])
         load_carving(block, carving)
@@ -267,7 +266,7 @@ class _Conversion:
         """The last stage, end to end; undone should the judged windows move away from the dense model by it."""
         before = mean_divergence(student, self.dense, self.judged_NT)
         trained = _own_weights(student, experts_only=self.settings.exact)
-        kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         distill(
             student,
             self.dense,
@@ -282,9 +281,7 @@ class _Conversion:
             self.losses["distilled"] = mean_loss(student, self.judged_NT)
             return
         log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(kept[name])
+        student.load_state_dict(kept)
 
     def _exact_block(self, index: int) -> dict[str, Tensor]:
         return exact_tensors(
