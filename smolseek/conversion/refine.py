@@ -29,10 +29,10 @@ _BALANCE_SPEED = 1e-3
 
 
 class ResidualStream:
-    """The dense model's residual stream over all windows (N, T, D), moved on block by block: the only activations kept.
+    """The dense model's residual stream over all windows (N, T, D), moved on block by block; no other activations kept.
 
-    The first `probe` windows are not trained on, where there are others, so that errors are told on new text. `model` is
-    the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
+    The first `probe` windows are not trained on, where there are others, so that errors are told on new text. `model`
+    is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
     """
 
     def __init__(self, model: Any, windows_NT: Tensor) -> None:
