@@ -179,6 +179,21 @@ def test_exact_conversion_keeps_the_logits(changes, quick, text, tmp_path):
     torch.testing.assert_close(logits(smolseek.load(out), text), dense, rtol=0, atol=1e-4)
 
 
+def test_the_exact_form_can_be_trained(source, text, tmp_path):
+    """Its large constant is out of reach of the first steps."""
+    model = smolseek.load(convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))).train()
+    ids = tiny_tokenizer()(Path(text).read_text()[:2000], return_tensors="pt")["input_ids"][:, :64]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_exact_conversion_of_a_bf16_source_is_written_in_fp32(quick, text, tmp_path):
     model = tiny_llama(vocab_size=ENTRIES).bfloat16()
     model.config.dtype = torch.bfloat16
