@@ -88,7 +88,15 @@ def _start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 |
     if not out.exists():
         watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
         calibration = recipe.convert.calibration or recipe.data.train
-        convert(source, out, settings=dataclasses.replace(recipe.convert, calibration=calibration))
+        told: list[str] = []
+
+        def on_progress(stage: str, done: int, count: int) -> None:
+            if stage not in told:
+                told.append(stage)
+                watcher.on_stage(f"convert: {stage}")
+
+        settings = dataclasses.replace(recipe.convert, calibration=calibration)
+        convert(source, out, settings=settings, on_progress=on_progress)
     return load(out), tokenizer
 
 

@@ -55,6 +55,7 @@ def test_convert_eval_generate_and_plan(source, text, tmp_path, capsys):
     out = tmp_path / "out"
     sizes = ["--kv-lora-rank", "12", "--qk-rope-head-dim", "4"]
     command = ["convert", str(source), str(out), *sizes, "--calibration", text, "--calibration-window-tokens", "32"]
+    command += ["--refine-steps", "2", "--distill-steps", "2"]
     assert main(command) == 0
     assert str(out) in capsys.readouterr().out
     assert main([*command]) == 2
@@ -87,7 +88,14 @@ def test_the_python_interface(source, text, tmp_path):
     import smolseek
 
     out = smolseek.convert(
-        source, tmp_path / "out", kv_lora_rank=12, qk_rope_head_dim=4, calibration=text, calibration_window_tokens=32
+        source,
+        tmp_path / "out",
+        kv_lora_rank=12,
+        qk_rope_head_dim=4,
+        calibration=text,
+        calibration_window_tokens=32,
+        refine_steps=2,
+        distill_steps=0,
     )
     model = smolseek.load(out)
     ids = torch.tensor([[0, 5, 6]])

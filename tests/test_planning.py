@@ -91,10 +91,10 @@ def test_parameters_of_every_family(fields: dict[str, Any], exact: bool) -> None
 
 def test_carving_adds_routers_alone_and_a_token_meets_its_share() -> None:
     dense, carved = (plan(SMOLLM2_135M, ConvertSettings(experts=e), FAST_COMPUTE).target for e in ("none", "carve"))
-    assert carved.total_parameters - dense.total_parameters == 30 * 12 * 576
-    assert dense.total_parameters - carved.active_parameters == 30 * (576 * 1536 * 3 // 4 - 12 * 576)
+    assert carved.total_parameters - dense.total_parameters == 30 * 24 * 576
+    assert dense.total_parameters - carved.active_parameters == 30 * (576 * 1536 * 3 // 4 - 24 * 576)
     kept = plan(SMOLLM2_135M, ConvertSettings(experts="carve", first_k_dense_replace=2), FAST_COMPUTE)
-    assert "4 shared + 8 of 12 routed experts of 96 neurons behind 2 dense layers" in render(kept)
+    assert "8 shared + 16 of 24 routed experts of 48 neurons behind 2 dense layers" in render(kept)
 
 
 def test_profile_vllm_is_one_that_vllm_loads() -> None:
@@ -158,7 +158,7 @@ def test_costs_grow_with_the_work() -> None:
     assert cost(calibration_windows=256)[0] > convert > cost(exact=True)[0] > 0
     assert cost(experts="upcycle")[2] > memory > 16 * 134_515_008
     # Weights, gradients and AdamW's two moments; six flops a weight and token at half the peak.
-    assert heal == pytest.approx(1000 * 6 * 139_633_488 / 5e14)
+    assert heal == pytest.approx(1000 * 6 * 143_503_248 / 5e14)
 
 
 def test_plan_is_json_and_text_for_every_runtime() -> None:

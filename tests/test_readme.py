@@ -21,7 +21,7 @@ COMMANDS = [
 SHORT = {
     "train": "--train.steps 2 --train.window-tokens 16 --train.warmup-steps 1 --data.shuffle-windows 8 "
     "--data.held-out-share 0.2 --data.held-out-tokens 200 --sample.max-new-tokens 4",
-    "convert": "--calibration-windows 4 --calibration-window-tokens 32",
+    "convert": "--calibration-windows 4 --calibration-window-tokens 32 --refine-steps 2 --distill-steps 2",
     "generate": "--max-new-tokens 4",
 }
 

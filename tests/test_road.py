@@ -34,7 +34,9 @@ def recipe(tmp_path, source):
     return Recipe(
         name="tiny",
         source=str(source),
-        convert=ConvertSettings(calibration_windows=8, calibration_window_tokens=32, experts="upcycle"),
+        convert=ConvertSettings(
+            calibration_windows=8, calibration_window_tokens=32, refine_steps=2, distill_steps=2, experts="upcycle"
+        ),
         compare_dense=True,
         data=DataSettings(
             train=(str(write_stories(tmp_path / "a.txt")),), shuffle_windows=8, held_out_share=0.2, held_out_tokens=300

@@ -158,8 +158,8 @@ def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Te
         elif kind == "down_proj" and prefix.endswith("mlp.experts"):
             for expert, down in enumerate(tensor):
                 yield f"{prefix}.{expert}.down_proj.weight", down.clone()
-        else:
-            yield name, tensor
+        else:  # a head that is untied on disk alone still shares the embeddings' memory, which safetensors refuses
+            yield name, tensor.clone() if name == "lm_head.weight" else tensor
 
 
 def _fill(target: Tensor, name: str, tensors: TensorFolder) -> None:

@@ -387,6 +387,7 @@ def exact_tensors(weights: Projections, head_dim: int, nope_dim: int, *, rotates
     )
     latent = exact_query(query_XE, zeros(hidden), hidden + 1) if biased else None
     gain_R = torch.full((rank,), CONSTANT / math.sqrt(rank), dtype=query.dtype)
+    gain_R[-1] = 0.0  # behind the norm nothing may read the constant, or the first step of training would
     return _mla_tensors(weights, made, down_WE=down_WE, gain_R=gain_R, query=latent)
 
 

@@ -21,7 +21,8 @@ tags: [deepseek_v3, mla, smolseek]
 | key-value cache of the source | {source_numbers:,} | {source_bytes:,} |
 | key-value cache of this model | {numbers:,} | {bytes:,} |
 {losses}
-The error of every layer is in `conversion.json`. No training has followed; `smolseek train` does that.
+Converted in {seconds:,.0f} s with seed {seed}, transformers {transformers} and torch {torch}. The error of every layer
+by stage is in `conversion.json`. It learned from the dense model's outputs alone; `smolseek train` heals it on text.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,7 +47,11 @@ def model_card(name: str, report: dict[str, Any], dtype: str) -> str:
             f"{math.exp(loss):.3f} {stage.replace('_', ' ')}" for stage, loss in report["losses"].items()
         )
         tokens = report["calibration"]["judged_tokens"]
-        losses = f"\nPerplexity on {tokens:,} tokens of the text that the conversion did not learn from: {stages}.\n"
+        digest = report["calibration"]["tokens_sha256"]
+        losses = (
+            f"\nPerplexity on {tokens:,} tokens of the text that the conversion did not learn from: {stages}. "
+            f"Calibration tokens: sha256 {digest}.\n"
+        )
     return _CARD.format(
         base_model=f"base_model: {source}\n" if source.count("/") == 1 and not source.startswith((".", "/")) else "",
         name=name,
@@ -59,5 +64,9 @@ def model_card(name: str, report: dict[str, Any], dtype: str) -> str:
         numbers=cache["numbers_per_token"],
         bytes=cache["bytes_per_token"],
         losses=losses,
+        seconds=report["seconds"],
+        seed=report["settings"]["seed"],
+        transformers=report["versions"]["transformers"],
+        torch=report["versions"]["torch"],
         settings=yaml.safe_dump({**report["settings"], "source": source}, sort_keys=True, allow_unicode=True),
     )

@@ -6,7 +6,6 @@ M neurons in a part, P = S + E parts (the shared ones first).
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from smolseek.conversion.experts import balancing_bias
 from smolseek.model.experts import MixtureOfExperts
+from smolseek.training.optimizer import warmed_cosine
 
 _CLUSTER_ROUNDS = 8
 _ROUTER_DAMPING = 1e-3
 _ROUTER_SPREAD = 0.1  # small, so that the chosen experts' normalised weights start near equal
 _REFIT_DAMPING = 1e-3
-_WARMUP_SHARE = 0.05
-_ROUTER_LEARNING_RATE = 1e-3
+_BALANCED_TOKENS = 4096
+_ROUTER_LEARNING_RATE = 3e-4
 _BALANCE_SPEED = 1e-3
 
 
@@ -53,7 +53,8 @@ def carve(weights: dict[str, Tensor], inputs_TD: Tensor, config: dict[str, Any])
     )
     rows_ED = fit_router(inputs_TD, norms_TE, chosen)
     gate, up, down = (_take(neurons_ID, parts_PM) for neurons_ID in (gate_ID, up_ID, down_DI.T))
-    carving = Carving(gate, up, down, rows_ED, balancing_bias(inputs_TD, rows_ED, chosen))
+    sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _BALANCED_TOKENS)]
+    carving = Carving(gate, up, down, rows_ED, balancing_bias(sample_TD, rows_ED, chosen))
     return refit_down(carving, inputs_TD, activations_TI @ down_DI.T, chosen)
 
 
@@ -158,7 +159,7 @@ def refine_carving(
     rates = [learning_rate] * 3 + [min(learning_rate, _ROUTER_LEARNING_RATE)]
     groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate_share(step, steps))
+    schedule = warmed_cosine(optimizer, steps)
     for step in range(steps):
         x_ND = inputs_TD[torch.randint(len(inputs_TD), (batch_tokens,), generator=generator)]
         target_ND = swiglu(weights, x_ND)
@@ -219,14 +220,6 @@ def _ridge(x_TF: Tensor, y_TO: Tensor, damping: float) -> Tensor:
     moment_FF = x_TF.T @ x_TF
     extra = damping * moment_FF.diagonal().mean() + 1e-300
     return torch.linalg.solve(moment_FF + extra * torch.eye(len(moment_FF)), x_TF.T @ y_TO).float()
-
-
-def _rate_share(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(1, round(steps * _WARMUP_SHARE))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _take(neurons_ID: Tensor, parts_PM: Tensor) -> Tensor:

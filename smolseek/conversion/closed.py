@@ -41,6 +41,7 @@ from smolseek.conversion.moments import LayerMoments, NormMoments, collect_momen
 from smolseek.conversion.sources import read_projections
 from smolseek.conversion.target import inverse_frequencies, target_config, target_rope
 from smolseek.model import DeepseekV3
+from smolseek.training.loss import divergence
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class _FittedBlock(NamedTuple):
 class ClosedFormConverter:
     """One source's attention under `settings`, weighed by what the dense model does on `windows_NT`.
 
-    Plans are compared by the loss of the whole converted model on `judged_NT`, other windows of the same text.
+    Plans are compared by KL(dense ‖ converted) of the whole model on `judged_NT`, other windows of the same text.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class ClosedFormConverter:
         self.head_dim = source["head_dim"]
 
     def best(self) -> ClosedForm:
-        """The plan of rope slots with the lowest loss; rope_theta is one for the whole model."""
+        """The plan of rope slots nearest to the dense model; rope_theta is one for the whole model."""
         angles = torch.tensor(inverse_frequencies(target_rope(self.source, self.settings), self.head_dim))
         best: tuple[float, ClosedForm] | None = None
         stride, moments = 0, []
@@ -100,10 +101,12 @@ class ClosedFormConverter:
                     self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, spill=self.spill
                 )
             closed = self.under(plan, moments)
-            loss = mean_loss(assemble(self.dense, self.target_under(closed), closed.layers), self.judged_NT)
-            log.info("rope slots %s: loss %.4f", plan.folds, loss)
-            if best is None or loss < best[0]:
-                best = loss, closed
+            apart = mean_divergence(
+                assemble(self.dense, self.target_under(closed), closed.layers), self.dense, self.judged_NT
+            )
+            log.info("rope slots %s: KL %.4f", plan.folds, apart)
+            if best is None or apart < best[0]:
+                best = apart, closed
         assert best is not None
         return best[1]
 
@@ -205,4 +208,15 @@ def mean_loss(model: Any, windows_NT: Tensor) -> float:
         out = model(ids_1T)
         logits_TV = (out if isinstance(out, Tensor) else out.logits)[0, :-1].float()
         total += F.cross_entropy(logits_TV, ids_1T[0, 1:]).item()
+    return total / len(windows_NT)
+
+
+@torch.no_grad()
+def mean_divergence(model: DeepseekV3, dense: Any, windows_NT: Tensor) -> float:
+    """Mean KL(dense ‖ converted) of the next token over windows, in nats."""
+    total = 0.0
+    for ids_1T in windows_NT.split(1):
+        target_TD = dense.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+        heads = (model.lm_head.weight, target_TD, dense.get_output_embeddings().weight)
+        total += divergence(model.hidden_states(ids_1T)[0], *heads).item()
     return total / len(windows_NT)

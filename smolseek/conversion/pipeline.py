@@ -5,6 +5,7 @@ Shapes: N windows, T tokens.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import logging
@@ -27,7 +28,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.attention import exact_tensors
 from smolseek.conversion.card import model_card
 from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
-from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_loss
+from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_divergence, mean_loss
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
 from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.conversion.progress import WorkFolder
@@ -236,32 +237,36 @@ class _Conversion:
     def _refine_attention(
         self, block: Any, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
     ) -> dict[str, float]:
-        """One attention block refined in place; its error relative to the dense output's energy, before and after."""
-        before = attention_error(block, rope, stream, index)
+        """One attention block refined in place; its error relative to the dense output, before and after."""
+        before, start = attention_error(block, rope, stream, index), copy.deepcopy(block.state_dict())
         refine_attention(block, rope, stream, index, steps=self.settings.refine_steps, seed=self.settings.seed + index)
-        return {"attention_error": before, "attention_error_refined": attention_error(block, rope, stream, index)}
+        after = attention_error(block, rope, stream, index)
+        if after > before:
+            block.load_state_dict(start)
+        return {"attention_error": before, "attention_error_refined": min(before, after)}
 
     def _carve(self, block: MixtureOfExperts, stream: ResidualStream, index: int) -> dict[str, float]:
         """One MLP carved and refined into `block`; its error relative to the dense output's, before and after."""
         chosen, steps = self.target["num_experts_per_tok"], self.settings.refine_steps
         mlp = self.dense.model.layers[index].mlp
         weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
-        inputs_TD = stream.mlp_inputs(index)
-        sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)]
+        probe_TD, inputs_TD = stream.mlp_inputs(index)
         generator = torch.Generator().manual_seed(self.settings.seed + index)
-        carving = carve(weights, sample_TD, self.target)
-        facts = {"mlp_error": relative_error(carving, weights, sample_TD, chosen)}
+        carving = carve(weights, inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)], self.target)
+        facts = {"mlp_error": relative_error(carving, weights, probe_TD, chosen)}
         if steps:
-            carving = refine_carving(carving, weights, inputs_TD, chosen, steps=steps, generator=generator)
-            facts["mlp_error_refined"] = relative_error(carving, weights, sample_TD, chosen)
+            refined = refine_carving(carving, weights, inputs_TD, chosen, steps=steps, generator=generator)
+            after = relative_error(refined, weights, probe_TD, chosen)
+            carving = refined if after < facts["mlp_error"] else carving
+            facts["mlp_error_refined"] = min(after, facts["mlp_error"])
         load_carving(block, carving)
         return facts
 
     def _distill(self, student: DeepseekV3) -> None:
-        """The last stage, end to end; undone should the loss on the judged windows rise by it."""
-        before = self.losses.get("refined", self.losses["closed_form"])
+        """The last stage, end to end; undone should the judged windows move away from the dense model by it."""
+        before = mean_divergence(student, self.dense, self.judged_NT)
         trained = _own_weights(student, experts_only=self.settings.exact)
-        kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
         distill(
             student,
             self.dense,
@@ -271,14 +276,12 @@ class _Conversion:
             seed=self.settings.seed,
             on_step=lambda done: self.on_progress("end-to-end KL", done, self.steps),
         )
-        loss = mean_loss(student, self.judged_NT)
-        if loss < before:
-            self.losses["distilled"] = loss
+        after = mean_divergence(student, self.dense, self.judged_NT)
+        if after < before:
+            self.losses["distilled"] = mean_loss(student, self.judged_NT)
             return
-        log.warning("end-to-end KL raised the loss from %.4f to %.4f and is undone; name more text", before, loss)
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(kept[name])
+        log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
+        student.load_state_dict(kept)
 
     def _exact_block(self, index: int) -> dict[str, Tensor]:
         return exact_tensors(

@@ -11,33 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smolseek.config import TrainSettings
 from smolseek.conversion.attention import LATENT_RMS
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
-from smolseek.training.optimizer import learning_rate
+from smolseek.training.optimizer import warmed_cosine
 
 REFINE_BATCH_TOKENS = 2048
 """Tokens in a step, here as in the planning of its cost."""
 
 _REFINE_RATE = 0.015
 _DISTILL_RATE = 0.005
-_ROUTER_FACTOR = 10.0  # a fitted router starts small, and has to keep pace with its experts
+_ROUTER_FACTOR = 5.0  # a fitted router starts small, and has to keep pace with its experts
 _MUON_RMS = 0.2  # root mean square of a Muon update at learning rate 1, as torch scales it to match AdamW's
 _BALANCE_SPEED = 1e-3
 
 
 class ResidualStream:
-    """The dense model's residual stream over all windows (N, T, D), moved on block by block: the only activations kept.
+    """The dense model's residual stream over all windows (N, T, D), moved on block by block; no other activations kept.
 
-    `model` is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
+    The first `probe` windows are not trained on, where there are others, so that errors are told on new text. `model`
+    is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
     """
 
     def __init__(self, model: Any, windows_NT: Tensor) -> None:
         self.model = model
         self.batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
+        self.probe = self.batch if len(windows_NT) > self.batch else 0
         with torch.no_grad():
             self.hidden_NTD = model.embed_tokens(windows_NT)
             positions_1T = torch.arange(windows_NT.shape[1])[None]
@@ -56,10 +57,14 @@ class ResidualStream:
             part_BTD += self.attention(index, part_BTD)[1]
 
     @torch.no_grad()
-    def mlp_inputs(self, index: int) -> Tensor:
-        """Inputs (N * T, D) of the dense MLP block, once the stream has passed the attention block before it."""
+    def mlp_inputs(self, index: int) -> tuple[Tensor, Tensor]:
+        """Inputs of the dense MLP block, those of the probe (or all) and those to train on, (tokens, D) each.
+
+        To be asked for once the stream has passed the attention block before it.
+        """
         norm = self.model.layers[index].post_attention_layernorm
-        return torch.cat([norm(part_BTD) for part_BTD in self.hidden_NTD.split(self.batch)]).flatten(0, 1)
+        inputs = torch.cat([norm(part_BTD) for part_BTD in self.hidden_NTD.split(self.batch)])
+        return inputs[: self.probe or None].flatten(0, 1), inputs[self.probe :].flatten(0, 1)
 
     @torch.no_grad()
     def pass_mlp(self, index: int) -> None:
@@ -70,7 +75,8 @@ class ResidualStream:
 
     def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
         """`steps` batches (B, T, D) of the stream as it stands, every window once before any comes again."""
-        return (self.hidden_NTD[rows] for rows in shuffled(len(self.hidden_NTD), self.batch, steps, seed))
+        seen_NTD = self.hidden_NTD[self.probe :]
+        return (seen_NTD[rows] for rows in shuffled(len(seen_NTD), self.batch, steps, seed))
 
 
 def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -104,8 +110,7 @@ class Descent:
             if muon
             else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         )
-        settings = TrainSettings(steps=steps, warmup_steps=max(1, steps // 20), learning_rate=1.0)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: learning_rate(step, settings))
+        self.schedule = warmed_cosine(self.optimizer, steps)
 
     def step(self, loss: Tensor) -> None:
         """One step down."""
@@ -147,8 +152,8 @@ def refine_attention(
 def attention_error(
     block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
 ) -> float:
-    """E|converted - dense|² / E|dense|² of an attention block's output, over the first batch of windows."""
-    x_BTD, target_BTD = stream.attention(index, stream.hidden_NTD[: stream.batch])
+    """E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe (or all of it)."""
+    x_BTD, target_BTD = stream.attention(index, stream.hidden_NTD[: stream.probe or None])
     error = (block(x_BTD, rope) - target_BTD).square().sum()
     return float(error / target_BTD.square().sum().clamp(min=1e-30))
 

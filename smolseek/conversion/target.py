@@ -19,7 +19,7 @@ SMALL_PARAMETERS = 20_000_000
 COPIES = 4
 """Copies of the routed neurons that upcycling makes when the number of routed experts is not given."""
 
-_ROUTED_EXPERTS = 14  # what carving aims at: fine enough to choose well (design section 4: 12 routed and more)
+_CARVED_PARTS = 32  # what carving aims at: fine grain keeps more of the model (LOG.md)
 _WIDTH_MULTIPLE = 8  # torch's grouped matmul wants strides of 16 bytes, in bf16 too
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _LLAMA_DEFAULTS: dict[str, Any] = {
@@ -184,17 +184,17 @@ def target_config(
 def cache_sizes(source: dict[str, Any], share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:
     """(kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache under a profile's rules.
 
-    The rotated key takes what vLLM's kernels want, or the head's own width from half the cache on and half of that
-    below (design section 3's tables), unless `rope_dim` is given; the latent the rest, in whole 8s (4s of a small
-    cache).
+    The rotated key takes what vLLM's kernels want, or the head's own width where that is at most half of what is kept,
+    else the widest divisor that is (LOG.md), unless `rope_dim` is given; the latent the rest, in whole 8s (4s of a
+    small cache).
     """
     head_dim = source["head_dim"]
     numbers = 2 * source["num_key_value_heads"] * head_dim
     if rope_dim is None and profile == "vllm":
         rope_dim = VLLM_HEADS[0][1]
     if rope_dim is None:
-        widest = head_dim if share >= 0.5 else head_dim // 2
-        rope_dim = next((d for d in range(widest // 2 * 2, 0, -2) if head_dim % d == 0), head_dim)
+        widest = min(head_dim, int(share * numbers / 2))
+        rope_dim = next((d for d in range(widest // 2 * 2, 0, -2) if head_dim % d == 0), 2)
     unit = 8 if share * numbers >= 64 else 4
     rank = unit * round((share * numbers - rope_dim) / unit)
     return min(rank, source["hidden_size"], numbers), rope_dim
@@ -453,16 +453,17 @@ def _upcycle(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, in
 def _carve(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, int]:
     """Shared experts, routed experts, routed experts per token and neurons in one expert, before padding.
 
-    All experts together are the dense neurons; a token meets the shared quarter and `active` less that, routed.
+    All experts together are the dense neurons, and silent ones where the width does not divide them; a token meets the
+    shared quarter and `active` less that, routed.
     """
     shared, routed, width = settings.n_shared_experts, settings.n_routed_experts, settings.moe_intermediate_size
-    if width is None and shared is not None and routed is not None:
-        width = neurons // max(1, shared + routed)
-    elif width is None:
-        divisors = [d for d in range(1, neurons // 2 + 1) if neurons % d == 0 and neurons // d > (shared or 0)]
-        width = min(divisors, key=lambda d: _carve_cost(neurons // d, d, shared, routed), default=None)
-    width = _check_width(neurons, width)
-    parts = neurons // width
+    if width is None:
+        asked = _CARVED_PARTS if routed is None else routed + (round(routed / 3) if shared is None else shared)
+        width = -(-neurons // max(1, asked))
+        width = width if routed is not None else padded_width(width)
+    if not 1 <= width <= neurons // 2:
+        raise ValueError(f"moe_intermediate_size {width}: must cut {neurons} neurons; use 1 to {neurons // 2}")
+    parts = -(-neurons // width)
     if shared is None:
         shared = max(1, round(parts / 4)) if routed is None else parts - routed
     routed = parts - shared if routed is None else routed
@@ -472,12 +473,6 @@ def _carve(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, int]
             f"experts of them routed; let n_shared_experts + n_routed_experts be {parts}"
         )
     return shared, routed, _carved_per_token(parts, shared, settings), width
-
-
-def _carve_cost(parts: int, width: int, shared: int | None, routed: int | None) -> float:
-    """How far experts of this width are from about `_ROUTED_EXPERTS` (or the number asked for), plus their padding."""
-    expected = parts - (round(parts / 4) if shared is None else shared)
-    return abs(math.log(expected / (routed or _ROUTED_EXPERTS))) + math.log(padded_width(width) / width)
 
 
 def _carved_per_token(parts: int, shared: int, settings: ConvertSettings) -> int:

@@ -28,3 +28,9 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     progress = min(1.0, (step - settings.warmup_steps) / span)
     low = settings.final_learning_rate_share
     return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warmed_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Schedule of `steps` for rates already in the groups: warm-up over a twentieth of them, then a cosine to zero."""
+    shape = TrainSettings(steps=steps, warmup_steps=max(1, steps // 20), learning_rate=1.0)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, shape))

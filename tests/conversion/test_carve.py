@@ -10,9 +10,9 @@ from smolseek.conversion.carve import (
     apply_carving,
     balanced_clusters,
     carve,
-    carved_tensors,
     fit_router,
-    refine,
+    load_carving,
+    refine_carving,
     relative_error,
     split,
 )
@@ -78,22 +78,17 @@ def test_the_router_learns_a_linear_oracle():
 
 @pytest.mark.parametrize("neurons", [NEURONS, NEURONS - 3], ids=["full", "silent places"])
 def test_stock_blocks_compute_what_was_carved(neurons):
-    """Ours and transformers', from the tensors as written."""
+    """Ours and transformers'."""
     weights, inputs = dense_mlp(neurons=neurons)
-    carving = refine(carve(weights, inputs, CONFIG), weights, inputs, 2, steps=5, generator=torch.Generator())
+    carving = refine_carving(carve(weights, inputs, CONFIG), weights, inputs, 2, steps=5, generator=torch.Generator())
     expected = apply_carving(carving, inputs[:64], 2)[0]
     config = tiny_v3_config(hidden_size=HIDDEN, routed_scaling_factor=2.0, norm_topk_prob=True, **CONFIG)
-    tensors = dict(carved_tensors(carving))
-    assert tensors["shared_experts.gate_proj.weight"].shape == (24, HIDDEN)
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
-    stacked = {name: tensor for name, tensor in tensors.items() if not name.startswith("experts.")}
-    gate_up, down = (
-        [torch.cat([tensors[f"experts.{e}.{name}.weight"] for name in names]) for e in range(6)]
-        for names in (("gate_proj", "up_proj"), ("down_proj",))
-    )
-    stacked |= {"experts.gate_up_proj": torch.stack(gate_up), "experts.down_proj": torch.stack(down)}
-    for block in (MixtureOfExperts(config), DeepseekV3MoE(config)):
-        block.load_state_dict(stacked)
+    ours = MixtureOfExperts(config)
+    load_carving(ours, carving)
+    assert ours.shared_experts.gate_proj.weight.shape == (24, HIDDEN)
+    stock = DeepseekV3MoE(config)
+    stock.load_state_dict(ours.state_dict())
+    for block in (ours, stock):
         with torch.no_grad():
             torch.testing.assert_close(block(inputs[None, :64])[0], expected, rtol=1e-4, atol=1e-4)
 
@@ -109,7 +104,9 @@ def test_each_stage_lowers_the_error_on_fresh_tokens_and_keeps_the_balance():
     weights, inputs = dense_mlp()
     seen, fresh = inputs[:1536], inputs[1536:]
     start = carve(weights, seen, CONFIG)
-    refined = refine(start, weights, seen, 2, steps=150, generator=torch.Generator().manual_seed(0), batch_tokens=256)
+    refined = refine_carving(
+        start, weights, seen, 2, steps=150, generator=torch.Generator().manual_seed(0), batch_tokens=256
+    )
     shuffled = start._replace(rows_ED=start.rows_ED.roll(1, dims=0))
     errors = [relative_error(c, weights, fresh, 2) for c in (shuffled, start, refined)]
     assert errors[0] > 10 * errors[1] > 13 * errors[2]
@@ -121,7 +118,8 @@ def test_refinement_repeats_with_the_seed_and_leaves_its_start_alone():
     start = carve(weights, inputs, CONFIG)
     kept = [tensor.clone() for tensor in start]
     runs = [
-        refine(start, weights, inputs, 2, steps=4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        refine_carving(start, weights, inputs, 2, steps=4, generator=torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs[:2], strict=True))
     assert not torch.equal(runs[0].rows_ED, runs[2].rows_ED)

@@ -48,9 +48,18 @@ def test_the_stream_is_the_dense_models_own(dense):
         stream.pass_attention(index)
         torch.testing.assert_close(stream.hidden_NTD, before + out)
         norm = dense.model.layers[index].post_attention_layernorm
-        torch.testing.assert_close(stream.mlp_inputs(index), norm(stream.hidden_NTD).flatten(0, 1))
+        for inputs in stream.mlp_inputs(index):  # so few windows are probe and training text at once
+            torch.testing.assert_close(inputs, norm(stream.hidden_NTD).flatten(0, 1))
         stream.pass_mlp(index)
     torch.testing.assert_close(dense.model.norm(stream.hidden_NTD), states[-1])
+
+
+def test_the_probe_is_not_trained_on(dense):
+    stream = ResidualStream(dense.model, random_ids(140, 16))
+    assert stream.probe == stream.batch == 128
+    probe, rest = stream.mlp_inputs(0)
+    assert len(probe) == 128 * 16 and len(rest) == 12 * 16
+    assert {len(batch) for batch in stream.batches(3, seed=0)} == {12}
 
 
 def test_shuffled_takes_every_window_before_any_comes_again():

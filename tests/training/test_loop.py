@@ -29,6 +29,7 @@ def recipe(tmp_path):
             evaluate_every=6,
             checkpoint_every=5,
             log_every=1,
+            precision="float32",
         ),
         sample=SampleSettings(every=6, prompts=("Anna ",), max_new_tokens=5),
     )
