@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
-from smolseek.conversion.target import attention_biases, read_source, target_config
+from smolseek.conversion.target import attention_biases, distill_steps, read_source, target_config
 from smolseek.runtimes import check, verdict
 
 CACHE_NUMBER_BYTES = 2
@@ -25,8 +25,8 @@ EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
 
 _ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-_REFINED_TOKENS = 4096  # what one step of the refinement reads
-_LOGITS_AT_ONCE = 2**25  # what calibration and training hold of them
+_STEP_TOKENS = 2048  # of refinement, as in conversion/refine.py, which imports torch
+_LOGITS_AT_ONCE = 2**23  # what calibration and training hold of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 
 
@@ -95,7 +95,7 @@ def plan(
         cache_share=after.cache_bytes_per_token / before.cache_bytes_per_token,
         max_context_tokens=source["max_position_embeddings"],
         payoff_context_tokens=payoff_context_tokens(source, config, machine),
-        convert=_convert_cost(source, config, settings, machine),
+        convert=_convert_cost(source, config, settings, machine, distill_steps(source_config, settings)),
         heal=_heal_cost(config, machine, heal_tokens),
         heal_tokens=heal_tokens,
         machine=machine,
@@ -253,11 +253,14 @@ def _decode(config: dict[str, Any], machine: Machine) -> tuple[float, float]:
     )
 
 
-def _convert_cost(source: dict[str, Any], target: dict[str, Any], settings: ConvertSettings, machine: Machine) -> Cost:
+def _convert_cost(
+    source: dict[str, Any], target: dict[str, Any], settings: ConvertSettings, machine: Machine, distill: int
+) -> Cost:
     """Calibration: forward, backward to activations and a second forward (6 W a token), moments in fp64, which counts
-    double (4 (D² + Y²) a token and layer), and about 30 (D³ + Y³) a layer for the decompositions; refinement, 6 flops
-    for each attention weight, token and step; then reading and writing fp32. The exact form calibrates nothing unless
-    experts do. Memory: the dense model in fp32, the moments, one batch's activations and logits.
+    double (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
+    decompositions; each step of refinement 8 flops for an attention weight and token, each of the `distill` steps for
+    every weight (6 the student's, 2 the dense model's); then reading and writing fp32. The exact form calibrates
+    nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's activations and logits.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
@@ -266,12 +269,13 @@ def _convert_cost(source: dict[str, Any], target: dict[str, Any], settings: Conv
         return Cost(copied, 4 * hidden * (source["vocab_size"] + 2 * source["intermediate_size"]))
     window = settings.calibration_window_tokens
     tokens = settings.calibration_windows * window
-    flops = tokens * (6 * weights + 4 * layers * (hidden**2 + width**2)) + 30 * layers * (hidden**3 + width**3)
+    moments = hidden**2 + (2 * width) ** 2
+    flops = tokens * (6 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
     if not settings.exact:
-        steps = getattr(settings, "refine_steps", 0)
-        flops += steps * _REFINED_TOKENS * 6 * layers * _attention_parameters(target)
+        flops += settings.refine_steps * _STEP_TOKENS * 8 * layers * _attention_parameters(target)
+    flops += distill * _STEP_TOKENS * 8 * weights
     batch = min(tokens, window * max(1, _LOGITS_AT_ONCE // (window * source["vocab_size"])))
-    memory = 4 * parameters + 8 * layers * (hidden**2 + width**2) + _activation_bytes(source, batch)
+    memory = 4 * parameters + 8 * layers * moments + _activation_bytes(source, batch)
     return Cost(copied + flops / (EFFICIENCY * machine.flops_per_second), memory)
 
 
