@@ -13,9 +13,10 @@ CACHE_SHARE = 0.4
 ACTIVE_SHARE = 0.75
 """Share of the dense neurons that a token meets after carving when neither it nor the experts per token are given."""
 DISTILL_STEPS = 600
-"""Steps of the end-to-end stage when their number is not given and the source is small."""
-SMALL_PARAMETERS = 20_000_000
-"""Most parameters of a source whose end-to-end stage takes minutes on a CPU."""
+"""Most steps of the end-to-end stage when their number is not given."""
+DISTILL_WORK = DISTILL_STEPS * 4_000_000
+"""Steps times parameters of that stage: about ten minutes on 2 CPU cores."""
+_LEAST_DISTILL_STEPS = 100
 COPIES = 4
 """Copies of the routed neurons that upcycling makes when the number of routed experts is not given."""
 
@@ -214,7 +215,8 @@ def distill_steps(source_config: dict[str, Any], settings: ConvertSettings) -> i
     source = read_source(source_config)
     hidden, neurons, layers = (source[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     parameters = source["vocab_size"] * hidden + layers * hidden * (4 * hidden + 3 * neurons)
-    return DISTILL_STEPS if settings.refine_steps and parameters <= SMALL_PARAMETERS else 0
+    steps = min(DISTILL_STEPS, DISTILL_WORK // parameters)
+    return steps if settings.refine_steps and steps >= _LEAST_DISTILL_STEPS else 0
 
 
 def padded_width(neurons: int) -> int:

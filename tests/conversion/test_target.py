@@ -14,6 +14,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.target import (
     CACHE_SHARE,
     cache_sizes,
+    distill_steps,
     inverse_frequencies,
     padded_width,
     read_source,
@@ -379,3 +380,24 @@ def test_neurons_without_a_divisor_name_those_there_are() -> None:
 def test_exact_refuses_a_rope_that_it_cannot_copy(scaling: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         target_config({**TINY, "rope_scaling": scaling}, ConvertSettings(exact=True))
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "steps"),
+    [
+        (2, {}, 600),
+        (400, {}, 172),
+        (2000, {}, 0),
+        (2, {"refine_steps": 0}, 0),
+        (2000, {"distill_steps": 7}, 7),
+        (2, {"refine_steps": 0, "distill_steps": 7}, 7),
+    ],
+)
+def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
+    assert distill_steps(TINY | {"num_hidden_layers": layers}, ConvertSettings(**fields)) == steps
+
+
+@pytest.mark.parametrize("field", ["refine_steps", "distill_steps"])
+def test_negative_steps_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} -1: must be 0 or more"):
+        distill_steps(TINY, ConvertSettings(**{field: -1}))
