@@ -30,7 +30,7 @@ from smolseek.conversion.card import model_card
 from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
 from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_divergence, mean_loss
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
-from smolseek.conversion.moments import collect_mlp_inputs
+from smolseek.conversion.moments import collect_mlp_inputs, release_memory
 from smolseek.conversion.progress import WorkFolder
 from smolseek.conversion.refine import ResidualStream, attention_error, distill, layers_of, refine_attention
 from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 _WINDOW_TOKENS = 512
 """Length at which blocks are refined and losses compared: that at which perplexity is measured."""
 _JUDGED_WINDOWS = 8
-_STREAM_NUMBERS = 2**26
-"""Most numbers of the residual stream held while layers are refined: 256 MiB."""
+_STREAM_NUMBERS = 2**25
+"""Most numbers of the residual stream held while layers are refined, 128 MiB; twice that for the small sources that
+the end-to-end stage trains again and again on the same windows."""
 _ROUTER_TOKENS = 4096
 _CARVE_TOKENS = 16384
 
@@ -128,7 +129,8 @@ class _Conversion:
         length = max(1, min(_WINDOW_TOKENS, limit) // tokens) * tokens
         wanted = -(-settings.calibration_windows * tokens // length)
         if settings.refine_steps:
-            wanted = max(wanted, _STREAM_NUMBERS // self.source["hidden_size"] // length)
+            numbers = _STREAM_NUMBERS * (2 if self.steps else 1)
+            wanted = max(wanted, numbers // self.source["hidden_size"] // length)
         windows_NT = calibration_windows(
             load_tokenizer(self.folder),
             settings.calibration,
@@ -204,6 +206,7 @@ class _Conversion:
         ).best()
         named = {f"{i}.{name}": tensor for i, layer in enumerate(closed.layers) for name, tensor in layer.items()}
         work.put("closed-form", named, {k: getattr(closed, k) for k in ("errors", "rope_theta", "folds")})
+        release_memory()
         self.on_progress("closed form", 1, 1)
         return closed
 
