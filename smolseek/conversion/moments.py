@@ -25,6 +25,7 @@ UNROTATED, VALUE, ROTATED, SLOT = range(4)
 """The paths of `LayerMoments.fisher_PKPK`."""
 
 _LOGITS_AT_ONCE = 2**23
+_POSITIONS_AT_ONCE = 64
 _SPILL_BYTES = 2**30  # more moments than this are kept on disk
 _STRIP = 256  # rows of a sum that one product adds to
 _PROBE = "smolseek_probe"
@@ -78,13 +79,14 @@ def collect_moments(
         hooks += [(getattr(layer.self_attn, f"{name}_proj"), getattr(probe, f"see_{name}")) for name in "qkv"]
     with _frozen(model), _hooked(hooks), _probed(model, probes):
         for ids_BT in _batches(model, windows_NT):
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-            labels_BT = _sample(logits_BTV, generator)
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), reduction="sum")
-            gradients = torch.autograd.grad(loss, [tensor for probe in probes for tensor in probe.paths])
+            hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            pull_BTD = _loss_gradient(hidden_BTD.detach(), model.get_output_embeddings(), generator)
+            gradients = torch.autograd.grad(
+                hidden_BTD, [tensor for probe in probes for tensor in probe.paths], pull_BTD
+            )
             for index, probe in enumerate(probes):
                 probe.add(gradients[4 * index : 4 * index + 4])
-            del logits_BTV, loss, gradients
+            del hidden_BTD, gradients
             release_memory()
     for probe in probes:
         probe.end()
@@ -227,10 +229,19 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-def _sample(logits_BTV: Tensor, generator: torch.Generator) -> Tensor:
-    """One label per position, drawn from the model's own distribution."""
-    probabilities = logits_BTV.detach().float().softmax(-1).flatten(0, 1)
-    return torch.multinomial(probabilities, 1, generator=generator).view(logits_BTV.shape[:2])
+def _loss_gradient(hidden_BTD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
+    """Gradient of the summed loss at the final hidden states, each position's label drawn from the model itself.
+
+    (p - onehot(label)) W, a few positions at a time: autograd would hold four copies of all logits.
+    """
+    pulls = []
+    with torch.no_grad():
+        for hidden_ND in hidden_BTD.flatten(0, 1).split(_POSITIONS_AT_ONCE):
+            p_NV = head(hidden_ND).float().softmax(-1)
+            label_N1 = torch.multinomial(p_NV, 1, generator=generator)
+            p_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=p_NV.dtype))
+            pulls.append(p_NV @ head.weight.float())
+    return torch.cat(pulls).view_as(hidden_BTD)
 
 
 def _batches(model: Any, windows_NT: Tensor) -> Iterator[Tensor]:
