@@ -29,6 +29,7 @@ from smolseek.conversion.attention import (
     exact_query,
     fit_heads,
     fold_bias,
+    fold_norms,
     latent_errors,
     portable_tensors,
     query_encoder,
@@ -95,6 +96,7 @@ class ClosedFormConverter:
             if best is None or apart < best[0]:
                 best = apart, closed
         assert best is not None
+        _tell(best[1].errors)
         return best[1]
 
     def target_under(self, closed: ClosedForm) -> dict[str, Any]:
@@ -106,16 +108,10 @@ class ClosedFormConverter:
         sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
         blocks, lost = [], []
         for index, read in enumerate(moments):
-            weights, layer = read_projections(self.tensors, self.source, index), read()
-            if not self.target["attention_bias"]:
-                weights, layer, lost_here = fold_bias(weights, layer)
-                lost.append(lost_here)
+            weights, layer, lost_here = self._folded(index, read())
+            lost.append(lost_here)
             used = plan if self.source["rope_layers"][index] else plan.silent()
             blocks.append((weights, layer, compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"])))
-        if self.source["biases"] and lost:
-            log.warning(
-                "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", max(lost)
-            )
         norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for _, _, c in blocks])
         decoders = [refit_decoder(c.target_YD, norm) for (_, _, c), norm in zip(blocks, norms, strict=True)]
         fitted = [
@@ -134,9 +130,18 @@ class ClosedFormConverter:
                     "latent_error": plain,
                     "rope_energy_kept": compression.rope_energy_kept,
                 }
-                | ({"bias_energy_lost": lost[index]} if lost and self.source["biases"] else {})
+                | lost[index]
             )
         return ClosedForm(layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds)
+
+    def _folded(self, index: int, layer: LayerMoments) -> tuple[Projections, LayerMoments, dict[str, float]]:
+        """One block's weights and moments without what the target has no place for, and the energy lost by that."""
+        weights, lost = read_projections(self.tensors, self.source, index), {}
+        if self.source["qk_norms"]:
+            weights, layer, lost["qk_norm_energy_lost"] = fold_norms(weights, layer)
+        if self.source["biases"] and not self.target["attention_bias"]:
+            weights, layer, lost["bias_energy_lost"] = fold_bias(weights, layer)
+        return weights, layer, lost
 
     def _queries(
         self,
@@ -159,6 +164,17 @@ class ClosedFormConverter:
         query_norms = collect_norm_moments(self.dense, self.windows_NT, encoders)
         refitted = (refit_decoder(heads.query_XE, norm) for heads, norm in zip(fitted, query_norms, strict=True))
         return [a or QueryLatent(*b) for a, *b in zip(exact, encoders, refitted, strict=True)]
+
+
+def _tell(errors: list[dict[str, Any]]) -> None:
+    """Warn of what was approximated because the target has no place for it."""
+    for field, what, remedy in (
+        ("qk_norm_energy_lost", "q and k norms", "refinement wins most of it back"),
+        ("bias_energy_lost", "q, k and v biases", "profile transformers keeps them"),
+    ):
+        if field in errors[0]:
+            most = max(layer[field] for layer in errors)
+            log.warning("%s are approximated: up to %.2g of their energy is lost; %s", what, most, remedy)
 
 
 def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]) -> DeepseekV3:
