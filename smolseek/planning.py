@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
-from smolseek.conversion.target import attention_biases, distill_steps, read_source, target_config
+from smolseek.conversion.target import attention_biases, distill_steps, has_qk_norms, read_source, target_config
 from smolseek.runtimes import check, verdict
 
 CACHE_NUMBER_BYTES = 2
@@ -209,7 +209,8 @@ def _attention_parameters(config: dict[str, Any]) -> int:
         heads, kv_heads, head_dim = _heads(config)
         widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
         biases = sum(widths[letter] for letter in attention_biases(config))
-        return 2 * hidden * (heads + kv_heads) * head_dim + biases
+        norms = 2 * head_dim if has_qk_norms(config) else 0
+        return 2 * hidden * (heads + kv_heads) * head_dim + biases + norms
     heads, rank, rope_dim = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
     nope_dim, v_dim, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config["q_lora_rank"] or 0
     q_width = heads * (nope_dim + rope_dim)

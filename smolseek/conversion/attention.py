@@ -3,7 +3,7 @@
 Shapes: D hidden, E = D, or D + 1 where the source has biases (their column comes last, and inputs have a 1 there),
 H query heads, G KV heads, d head_dim, K = G * d key (or value) channels, Y = 2K (keys, then values), C = K / 2 complex
 key channels (head by head, d / 2 frequencies each), S rope slots (qk_rope_head_dim / 2), R latent rank, P query rank,
-N qk_nope_head_dim, V v_head_dim, Q = N + 2S, X = H * Q. The algebra is float64 and complex128.
+N qk_nope_head_dim, V v_head_dim, Q = N + 2S, X = H * Q, Z = (H + G) * d. The algebra is float64 and complex128.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ CONSTANT = 2.0**15
 
 _FISHER_DAMPING = 1e-3
 _REFIT_DAMPING = 1e-6
+_FOLD_DAMPING = 1e-9
 
 
 class Projections(NamedTuple):
@@ -216,11 +217,7 @@ def refit_decoder(target_YD: Tensor, norm: NormMoments) -> Tensor:
 
     In place of a gain of E[rms] (design §2, the latent RMSNorm, 3); no weight on the error would change B.
     """
-    diagonal_R = norm.latent_RR.diagonal()
-    damped_RR = norm.latent_RR + torch.diag_embed(
-        torch.full_like(diagonal_R, _REFIT_DAMPING * float(diagonal_R.mean()))
-    )
-    return torch.linalg.solve(damped_RR, (target_YD @ norm.cross_DR).mT).mT
+    return _regressed(target_YD @ norm.cross_DR, norm.latent_RR, _REFIT_DAMPING)
 
 
 def latent_errors(
@@ -236,6 +233,23 @@ def latent_errors(
     return weighted, float(error_YY.trace() / whole_YY.trace().clamp(min=1e-300))
 
 
+def fold_norms(weights: Projections, moments: LayerMoments) -> tuple[Projections, LayerMoments, float]:
+    """The same without norms on every head's query and key: z = norm(W x) is nearly E[z xᵀ] E[x xᵀ]⁻¹ x.
+
+    No linear map is nearer in E|z - W x|². The third is the share of E|z|² that is lost, of the queries or of the keys,
+    whichever is more.
+    """
+    assert moments.heads_ZD is not None and moments.heads_energy_Z is not None
+    made_ZE = _regressed(moments.heads_ZD, moments.input_DD, _FOLD_DAMPING)
+    lost_Z = moments.heads_energy_Z + ((made_ZE @ moments.input_DD - 2 * moments.heads_ZD) * made_ZE).sum(-1)
+    sizes = [len(weights.query), len(weights.key)]
+    pairs = zip(lost_Z.split(sizes), moments.heads_energy_Z.split(sizes), strict=True)
+    lost = max(float(part.sum() / whole.sum().clamp(min=1e-300)) for part, whole in pairs)
+    query, key = made_ZE.split(sizes)
+    plain = LayerMoments(moments.input_DD, moments.fisher_PKPK)
+    return weights._replace(query=query, key=key), plain, max(0.0, lost)
+
+
 def fold_bias(weights: Projections, moments: LayerMoments) -> tuple[Projections, LayerMoments, float]:
     """The same without the column of biases: W x + b is nearly (W + b wᵀ) x where wᵀ x stays near 1.
 
@@ -245,8 +259,7 @@ def fold_bias(weights: Projections, moments: LayerMoments) -> tuple[Projections,
     if weights.key.shape[1] == hidden:
         return weights, moments, 0.0
     input_DD, mean_D = moments.input_DD[:hidden, :hidden], moments.input_DD[:hidden, hidden]
-    damped_DD = input_DD + 1e-9 * input_DD.diagonal().mean() * torch.eye(hidden, dtype=input_DD.dtype)
-    w_D = torch.linalg.solve(damped_DD, mean_D)
+    w_D = _regressed(mean_D[None], input_DD, _FOLD_DAMPING)[0]
     lost = 1 - 2 * mean_D @ w_D + w_D @ input_DD @ w_D
     query, key, value = (rows[:, :hidden] + torch.outer(rows[:, hidden], w_D) for rows in weights[:3])
     return Projections(query, key, value, *weights[3:]), LayerMoments(input_DD, moments.fisher_PKPK), float(lost)
@@ -402,6 +415,13 @@ def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp(min=float(values[-1]) * 1e-15)
     return (vectors * values.sqrt()) @ vectors.mH, (vectors * values.rsqrt()) @ vectors.mH
+
+
+def _regressed(cross_YX: Tensor, moment_XX: Tensor, share: float) -> Tensor:
+    """E[y xᵀ] (E[x xᵀ] + λ)⁻¹, λ that share of the mean energy: the map of x nearest to y."""
+    energy = float(moment_XX.diagonal().mean())
+    damped_XX = moment_XX + share * energy * torch.eye(len(moment_XX), dtype=moment_XX.dtype)
+    return torch.linalg.solve(damped_XX, cross_YX.mT).mT
 
 
 def _slot_queries(query_KD: Tensor, decoder_CS: Tensor, head_dim: int) -> Tensor:

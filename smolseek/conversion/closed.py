@@ -31,6 +31,7 @@ from smolseek.conversion.attention import (
     exact_query,
     fit_heads,
     fold_bias,
+    fold_norms,
     latent_errors,
     portable_tensors,
     query_encoder,
@@ -108,6 +109,7 @@ class ClosedFormConverter:
             if best is None or apart < best[0]:
                 best = apart, closed
         assert best is not None
+        _tell(best[1].errors)
         return best[1]
 
     def target_under(self, closed: ClosedForm) -> dict[str, Any]:
@@ -122,10 +124,6 @@ class ClosedFormConverter:
             used = plan if self.source["rope_layers"][index] else plan.silent()
             compressions.append(compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"]))
             lost.append(lost_here)
-        if max(lost, default=0.0):
-            log.warning(
-                "q, k and v biases are approximated: up to %.2g of their energy is lost; exact keeps them", max(lost)
-            )
         norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for c in compressions])
         blocks = [partial(self._fit, *block) for block in zip(count(), moments, compressions, norms)]
         del compressions, norms
@@ -143,14 +141,22 @@ class ClosedFormConverter:
                     "latent_error": plain,
                     "rope_energy_kept": block.compression.rope_energy_kept,
                 }
-                | ({"bias_energy_lost": lost[index]} if lost[index] else {})
+                | lost[index]
             )
         return ClosedForm(layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds)
 
-    def _read(self, index: int, read: Callable[[], LayerMoments]) -> tuple[Projections, LayerMoments, float]:
-        """One block's weights and moments, and what is lost of its biases; read when used, for all do not fit."""
+    def _read(self, index: int, read: Callable[[], LayerMoments]) -> tuple[Projections, LayerMoments, dict[str, float]]:
+        """One block's weights and moments without what the target has no place for, and the energy lost by that.
+
+        Read when used, for all do not fit into memory.
+        """
         weights, moments = read_projections(self.tensors, self.source, index), read()
-        return (weights, moments, 0.0) if self.target["attention_bias"] else fold_bias(weights, moments)
+        lost: dict[str, float] = {}
+        if self.source["qk_norms"]:
+            weights, moments, lost["qk_norm_energy_lost"] = fold_norms(weights, moments)
+        if self.source["biases"] and not self.target["attention_bias"]:
+            weights, moments, lost["bias_energy_lost"] = fold_bias(weights, moments)
+        return weights, moments, lost
 
     def _fit(
         self, index: int, read: Callable[[], LayerMoments], compression: Compression, norm: NormMoments
@@ -182,6 +188,17 @@ class ClosedFormConverter:
         gain_D = self.dense.model.layers[index].input_layernorm.weight.double()
         exact = exact_query(heads.query_XE, gain_D, len(encoder_PE))
         return exact or QueryLatent(encoder_PE, refit_decoder(heads.query_XE, norm))
+
+
+def _tell(errors: list[dict[str, Any]]) -> None:
+    """Warn of what was approximated because the target has no place for it."""
+    for field, what, remedy in (
+        ("qk_norm_energy_lost", "q and k norms", "refinement wins most of it back"),
+        ("bias_energy_lost", "q, k and v biases", "profile transformers keeps them"),
+    ):
+        if field in errors[0]:
+            most = max(layer[field] for layer in errors)
+            log.warning("%s are approximated: up to %.2g of their energy is lost; %s", what, most, remedy)
 
 
 def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]) -> DeepseekV3:
@@ -217,6 +234,8 @@ def mean_divergence(model: DeepseekV3, dense: Any, windows_NT: Tensor) -> float:
     total = 0.0
     for ids_1T in windows_NT.split(1):
         target_TD = dense.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-        heads = (model.lm_head.weight, target_TD, dense.get_output_embeddings().weight)
-        total += divergence(model.hidden_states(ids_1T)[0], *heads).item()
-    return total / len(windows_NT)
+        hidden_TD = model.hidden_states(ids_1T)[0]
+        for ours, theirs in zip(hidden_TD.split(64), target_TD.split(64), strict=True):  # five copies of the logits
+            part = divergence(ours, model.lm_head.weight, theirs, dense.get_output_embeddings().weight)
+            total += part.item() * len(ours)
+    return total / windows_NT.numel()

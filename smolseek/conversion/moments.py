@@ -1,7 +1,7 @@
 """Calibration: streaming second moments of what goes into the dense attention blocks and of the loss gradient inside.
 
 Shapes: N windows, T tokens, B windows in a batch, V vocabulary, D hidden, H query heads, G KV heads, d head_dim,
-F = d / 2 frequencies, K = G * d key (or value) channels, R latent rank.
+F = d / 2 frequencies, K = G * d key (or value) channels, Z = (H + G) * d channels of queries and keys, R latent rank.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ class LayerMoments:
 
     g is taken at a token's values and at its keys on three paths to the scores: not rotated at all, rotated as in the
     source, and rotated by the frequencies of the target's rope slots.
+
+    Where every head's query and key pass a norm, z of all of them behind it, queries first: E[z xᵀ] and E[z²].
     """
 
     input_DD: Tensor
     fisher_PKPK: Tensor
+    heads_ZD: Tensor | None = None
+    heads_energy_Z: Tensor | None = None
 
     def fisher(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """The block (len(rows) * K, len(columns) * K) between two lists of paths."""
@@ -73,10 +77,13 @@ def collect_moments(
     width = layers[0].self_attn.k_proj.out_features
     large = 8 * len(layers) * (4 * width) ** 2 > _SPILL_BYTES
     files = [spill / f"moments-{i}" if spill and large else None for i in range(len(layers))]
-    probes = [_Probe(slot_angles_F, file) for file in files]
+    probes = [
+        _Probe(slot_angles_F, file, qk_norms=hasattr(layer.self_attn, "k_norm"))
+        for layer, file in zip(layers, files, strict=True)
+    ]
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
-    for layer, probe in zip(model.model.layers, probes, strict=True):
-        hooks += [(getattr(layer.self_attn, f"{name}_proj"), getattr(probe, f"see_{name}")) for name in "qkv"]
+    for layer, probe in zip(layers, probes, strict=True):
+        hooks += probe.hooks(layer.self_attn)
     with _frozen(model), _hooked(hooks), _probed(model, probes):
         for ids_BT in _batches(model, windows_NT):
             hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
@@ -171,25 +178,40 @@ class _Sum:
 class _Probe:
     """One layer's attention with zero keys on the other paths, so that the gradient there can be read."""
 
-    def __init__(self, slot_angles_F: Tensor, file: Path | None) -> None:
-        self.slot_angles_F = slot_angles_F
+    def __init__(self, slot_angles_F: Tensor, file: Path | None, *, qk_norms: bool) -> None:
+        self.slot_angles_F, self.qk_norms = slot_angles_F, qk_norms
         self.inputs, self.gradients = _Sum(), _Sum(file)
+        self.heads = _Sum(file.with_name(f"{file.name}-heads") if file and qk_norms else None)
+        self.energies = _Sum()
+
+    def hooks(self, attention: Any) -> list[tuple[nn.Module, Callable[..., None]]]:
+        """Where the input, the values and what RoPE gets can be seen: queries and keys behind their norms, if any."""
+        kind = "norm" if self.qk_norms else "proj"
+        query, key = (getattr(attention, f"{letter}_{kind}") for letter in "qk")
+        return [(attention.k_proj, self.see_x), (query, self.see_q), (key, self.see_k), (attention.v_proj, self.see_v)]
+
+    def see_x(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.x_BTD = args[0] if module.bias is None else F.pad(args[0], (0, 1), value=1.0)
+        self.inputs.add(self.x_BTD)
 
     def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.query_BTK = output
+        self.query = output
 
     def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.inputs.add(args[0] if module.bias is None else F.pad(args[0], (0, 1), value=1.0))
-        self.key_BTK = output
+        self.key = output
+        if self.qk_norms:
+            heads_BTZ = torch.cat([self.query.flatten(2), output.flatten(2)], dim=-1)
+            self.heads.add(heads_BTZ, self.x_BTD)
+            self.energies.add(heads_BTZ.square(), torch.ones_like(heads_BTZ[..., :1]))
 
     def see_v(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.value_BTK = output
 
     def attend(self, query_BHTd: Tensor, key_BGTd: Tensor, value_BGTd: Tensor, scaling: float) -> Tensor:
         """Causal attention (B, T, H, d); a score is the sum over the paths, and two of the three keys are zero."""
-        plain_BHTd = self.query_BTK.view(query_BHTd.transpose(1, 2).shape).transpose(1, 2)
+        plain_BHTd = self.query.view(query_BHTd.transpose(1, 2).shape).transpose(1, 2)
         unrotated_BGTd, slot_BGTd = (torch.zeros_like(key_BGTd, requires_grad=True) for _ in range(2))
-        self.paths = [unrotated_BGTd, self.value_BTK, self.key_BTK, slot_BGTd]
+        self.paths = [unrotated_BGTd, self.value_BTK, self.key, slot_BGTd]
         query = torch.cat([query_BHTd, plain_BHTd, rotate(plain_BHTd, self.slot_angles_F)], dim=-1)
         key = torch.cat([key_BGTd, unrotated_BGTd, rotate(slot_BGTd, self.slot_angles_F)], dim=-1)
         # The fused kernels want equal head sizes.
@@ -198,17 +220,20 @@ class _Probe:
         return out[..., : value_BGTd.shape[-1]].transpose(1, 2).contiguous()
 
     def add(self, gradients: Sequence[Tensor]) -> None:
-        rows = [g.transpose(1, 2).flatten(2) if g.dim() == 4 else g for g in gradients]
-        self.gradients.add(torch.cat(rows, dim=-1))
+        unrotated_BGTd, value_BTK, key, slot_BGTd = gradients
+        rows = [unrotated_BGTd.transpose(1, 2), value_BTK, key, slot_BGTd.transpose(1, 2)]
+        self.gradients.add(torch.cat([row.flatten(2) for row in rows], dim=-1))
 
     def end(self) -> None:
-        self.inputs.end()
-        self.gradients.end()
+        """Turn sums into means; called once, after the last batch."""
+        for total in (self.inputs, self.gradients, *((self.heads, self.energies) if self.qk_norms else ())):
+            total.end()
 
     def moments(self) -> LayerMoments:
         fisher = self.gradients.read()
         width = len(fisher) // 4
-        return LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width))
+        heads = (self.heads.read(), self.energies.read()[:, 0]) if self.qk_norms else (None, None)
+        return LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width), *heads)
 
 
 def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def expected_tensors(source: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
         "mlp.up_proj": (neurons, hidden),
         "mlp.down_proj": (hidden, neurons),
     }
+    if source["qk_norms"]:
+        layer |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
     yield "model.embed_tokens.weight", (source["vocab_size"], hidden)
     for index in range(source["num_hidden_layers"]):
         for name, shape in layer.items():

@@ -53,12 +53,15 @@ _QWEN2_DEFAULTS = {
     "max_position_embeddings": 32768,
     "bos_token_id": None,
     "eos_token_id": None,
+    "sliding_window": 4096,
 }
+_QWEN3_DEFAULTS = _QWEN2_DEFAULTS | {"head_dim": 128}
 _DEFAULTS = {
     "llama": _LLAMA_DEFAULTS,
     "mistral": _LLAMA_DEFAULTS | _MISTRAL_DEFAULTS,
     "smollm3": _LLAMA_DEFAULTS | _SMOLLM3_DEFAULTS,
     "qwen2": _LLAMA_DEFAULTS | _QWEN2_DEFAULTS,
+    "qwen3": _LLAMA_DEFAULTS | _QWEN3_DEFAULTS,
 }
 _ROPE_THETA = {"smollm3": 2_000_000.0}
 _WANTED = (
@@ -91,17 +94,18 @@ _EXPERT_FIELDS = (
 
 def read_source(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a dense config.json that a conversion reads, those left out filled in as transformers does, plus
-    `rope` (rope_type, rope_theta and the type's own parameters), `rope_layers` (which layers rotate) and `biases`
-    (the letters of the attention projections, of q, k, v and o, that have one).
+    `rope` (rope_type, rope_theta and the type's own parameters), `rope_layers` (which layers rotate), `biases` (the
+    letters of the attention projections, of q, k, v and o, that have one) and `qk_norms` (whether every head's query
+    and key pass an RMSNorm).
 
     Raises:
         ValueError: the architecture is unsupported, a size is missing or the sizes do not fit each other.
     """
     kind = config.get("model_type")
-    if kind in ("qwen3", "qwen3_moe"):
+    if kind == "qwen3_moe":
         raise ValueError(
-            f"model_type {kind!r}: not supported; its norms on every head's query and key are not linear in the "
-            f"block's input, and no field of DeepSeek-V3 holds them; convert one of {', '.join(_DEFAULTS)}"
+            f"model_type {kind!r}: not supported; its MLPs are experts already, and only dense ones are converted; "
+            f"convert one of {', '.join(_DEFAULTS)}"
         )
     if kind not in _DEFAULTS:
         raise ValueError(f"model_type {kind!r}: not supported; convert one of {', '.join(_DEFAULTS)}")
@@ -112,7 +116,7 @@ def read_source(config: dict[str, Any]) -> dict[str, Any]:
             )
     source = {"model_type": kind} | {field: config[field] for field in _REQUIRED}
     source |= {field: config.get(field, default) for field, default in _DEFAULTS[kind].items()}
-    if kind in ("smollm3", "qwen2") and not config.get("use_sliding_window"):
+    if kind in ("smollm3", "qwen2", "qwen3") and not config.get("use_sliding_window"):
         source["sliding_window"] = None  # a width is written whether or not it is used
     for field, wanted, why in _WANTED:
         if (source[field] or wanted) != wanted:
@@ -126,7 +130,8 @@ def read_source(config: dict[str, Any]) -> dict[str, Any]:
             "KV heads must divide the heads and head_dim must be even; fetch the file again"
         )
     source["dtype"] = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return source | {"rope": _rope(config), "rope_layers": _rope_layers(config), "biases": attention_biases(config)}
+    source |= {"rope": _rope(config), "rope_layers": _rope_layers(config)}
+    return source | {"biases": attention_biases(config), "qk_norms": has_qk_norms(config)}
 
 
 def attention_biases(config: dict[str, Any]) -> str:
@@ -134,6 +139,11 @@ def attention_biases(config: dict[str, Any]) -> str:
     if config.get("model_type") == "qwen2":
         return "qkv"
     return "qkvo" if config.get("attention_bias") and config.get("model_type") != "mistral" else ""
+
+
+def has_qk_norms(config: dict[str, Any]) -> bool:
+    """Whether a dense model norms every head's query and key before it rotates them."""
+    return bool(config.get("model_type") == "qwen3")
 
 
 def target_config(
@@ -370,6 +380,11 @@ def _exact_attention(source: dict[str, Any], settings: ConvertSettings) -> dict[
     """
     if settings.profile == "vllm":
         raise ValueError("exact: needs biases and longrope, which vLLM does not read; leave out exact or profile vllm")
+    if source["qk_norms"]:
+        raise ValueError(
+            "exact: norms on every head's query and key are not linear in the block's input, and no field of "
+            "DeepSeek-V3 holds them; leave out exact"
+        )
     if given := [field for field in _ATTENTION_FIELDS if getattr(settings, field) is not None]:
         raise ValueError(f"exact: its sizes follow from the source; leave out {' and '.join(given)}")
     head_dim, positions = source["head_dim"], source["max_position_embeddings"]

@@ -20,6 +20,7 @@ from smolseek.conversion.attention import (
     exact_tensors,
     fit_heads,
     fold_bias,
+    fold_norms,
     interleave,
     latent_errors,
     portable_tensors,
@@ -364,3 +365,25 @@ def test_folded_biases_are_exact_where_some_direction_of_the_input_is_constant()
         if share == 0.0:
             torch.testing.assert_close(seen[:, :20] @ folded.key.T, seen @ biased.key.T, rtol=1e-5, atol=1e-5)
     assert fold_bias(folded, plain)[2] == 0.0
+
+
+@given(shapes, st.booleans())
+@quick
+def test_norms_are_folded_exactly_where_what_they_give_is_linear(shape, biased):
+    """A norm that divides by a constant is a scale; with noise on top, what is lost is the noise's energy."""
+    kv_heads, repeats, head_dim, seed = shape
+    weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
+    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if biased else x
+    g = torch.Generator().manual_seed(seed + 1)
+    made = torch.randn(len(weights.query) + len(weights.key), x.shape[1], generator=g).double()
+    noise = torch.randn(len(x), len(made), generator=g).double()
+    noise -= x @ torch.linalg.lstsq(x, noise).solution
+    for size in (0.0, 0.3):
+        z = x @ made.T + size * noise
+        seen = LayerMoments(x.T @ x / 200, moments.fisher_PKPK, z.T @ x / 200, z.square().mean(0))
+        folded, plain, lost = fold_norms(weights, seen)
+        torch.testing.assert_close(torch.cat([folded.query, folded.key]), made, rtol=1e-6, atol=1e-6)
+        parts = [slice(0, len(weights.query)), slice(len(weights.query), None)]
+        shares = [float((size * noise[:, part]).square().sum() / z[:, part].square().sum()) for part in parts]
+        assert lost == pytest.approx(max(shares), abs=1e-6)
+        assert plain.heads_ZD is None and torch.equal(folded.value, weights.value)

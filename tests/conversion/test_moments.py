@@ -17,7 +17,7 @@ from smolseek.conversion.moments import (
     collect_norm_moments,
     rotate,
 )
-from tests.factories import random_ids, tiny_llama
+from tests.factories import random_ids, tiny_dense, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,30 @@ def test_input_and_norm_moments_are_those_of_the_block_input(model):
     torch.testing.assert_close(layer.input_DD, x.T @ x / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.latent_RR, n.T @ n / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.cross_DR, x.T @ n / 24, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_and_queries_are_seen_behind_their_norms():
+    """Qwen3: E[z xᵀ] and E[z²] of what RoPE gets, and the gradient there, as autograd has them."""
+    model, ids = tiny_dense("qwen3", head_dim=8), random_ids(1, 9)
+    attention, kept = model.model.layers[1].self_attn, {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, n=n: kept.update({n: (args[0], out)}))
+        for n, module in {"q": attention.q_norm, "k": attention.k_norm, "v": attention.v_proj}.items()
+    ]
+    logits = model(ids).logits
+    labels = torch.multinomial(logits.softmax(-1)[0], 1, generator=torch.Generator().manual_seed(3)).T
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    key = torch.autograd.grad(loss, kept["k"][1])[0][0].flatten(1).double()
+    for hook in hooks:
+        hook.remove()
+    layer = collect_moments(model, ids, angles(model), seed=3)[1]()
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
+    close(layer.fisher([ROTATED], [ROTATED]), key.T @ key / 9)
+    x = kept["v"][0][0].detach().double()
+    z = torch.cat([kept[n][1][0].detach().flatten(1) for n in "qk"], dim=1).double()
+    close(layer.input_DD, x.T @ x / 9)
+    close(layer.heads_ZD, z.T @ x / 9)
+    close(layer.heads_energy_Z, z.square().mean(0))
 
 
 def test_same_seed_same_moments_another_seed_others(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, SmolLM3Config
+from transformers import DeepseekV3Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -35,7 +35,13 @@ def test_fields_match_transformers_after_a_round_trip() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "config_class"),
-    [("llama", LlamaConfig), ("mistral", MistralConfig), ("smollm3", SmolLM3Config), ("qwen2", Qwen2Config)],
+    [
+        ("llama", LlamaConfig),
+        ("mistral", MistralConfig),
+        ("smollm3", SmolLM3Config),
+        ("qwen2", Qwen2Config),
+        ("qwen3", Qwen3Config),
+    ],
 )
 def test_fields_left_out_are_those_of_transformers(kind: str, config_class: type) -> None:
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -123,6 +129,14 @@ def test_qwen2_s_biases_take_a_query_latent_where_the_profile_has_biases() -> No
     )
     assert [c["q_lora_rank"] for c in (exact, transformers, portable)] == [65, 65, None]
     assert [c["attention_bias"] for c in (exact, transformers, portable)] == [True, True, False]
+
+
+def test_qwen3_s_norms_have_no_exact_form() -> None:
+    source = TINY | {"model_type": "qwen3", "sliding_window": 4096}
+    assert read_source(source)["qk_norms"] and not read_source(TINY)["qk_norms"]
+    assert not target_config(source, ConvertSettings())["attention_bias"]
+    with pytest.raises(ValueError, match=r"exact: norms on every head.*no field of DeepSeek-V3.*leave out exact"):
+        target_config(source, ConvertSettings(exact=True))
 
 
 def test_smollm2_sizes() -> None:
@@ -301,7 +315,8 @@ def test_llama3_is_plain_rope_in_the_portable_profile() -> None:
 
 REFUSED_SOURCES: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "gpt2.*llama, mistral"),
-    ({"model_type": "qwen3"}, "qwen3.*norms.*no field of DeepSeek-V3"),
+    ({"model_type": "qwen3_moe"}, "qwen3_moe.*experts already"),
+    ({"model_type": "qwen3", "use_sliding_window": True}, "sliding_window 4096"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window 32"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1"),
     ({"hidden_size": None}, "hidden_size None"),
