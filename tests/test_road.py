@@ -73,7 +73,8 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert summary["healed"]["loss"] < summary["converted"]["loss"]
     assert summary["maxvio"] >= 0
     assert "healed" in table(summary) and summary["healed"]["sample"] in table(summary)
-    assert [stage.split()[0] for stage in stages] == ["convert", "heal:", "train", "measure"]
+    started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
+    assert started == ["convert", "heal:", "train", "measure"]
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
         assert (folder / name).exists()
     stock = AutoModelForCausalLM.from_pretrained(folder / "model")
