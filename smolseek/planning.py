@@ -262,7 +262,8 @@ def _convert_cost(
     double (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
     decompositions; each step of refinement 8 flops for an attention weight and token, each of the `distill` steps for
     every weight (6 the student's, 2 the dense model's); what activations take to move; then reading and writing fp32.
-    The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's activations and logits.
+    The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's
+    activations and logits.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
