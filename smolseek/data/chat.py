@@ -40,14 +40,14 @@ def _encode_marked(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list
 
 
 def _encode_by_prefixes(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """By rendering the conversation up to each turn: tokens that overlap a turn's characters are the assistant's."""
+    """By rendering the conversation up to each turn: tokens that end in a turn's characters are the assistant's."""
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     text = render(messages)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     written = [False] * len(text)
     for start, end in _turns(render, messages, text):
         written[start:end] = [True] * (end - start)
-    return encoding["input_ids"], [any(written[start:end]) for start, end in encoding["offset_mapping"]]
+    return encoding["input_ids"], [start < end and written[end - 1] for start, end in encoding["offset_mapping"]]
 
 
 def _turns(render: Any, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
@@ -70,5 +70,7 @@ def _turns(render: Any, messages: list[dict[str, Any]], text: str) -> list[tuple
 
 def _common(one: str, other: str) -> int:
     """Length of the common prefix."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+    shorter = min(one, other, key=len)
+    if one.startswith(shorter) and other.startswith(shorter):
+        return len(shorter)  # nearly always; the rest is slow
+    return next(index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
