@@ -68,7 +68,7 @@ class DataSettings:
     """Where the training text comes from and how it is cut."""
 
     train: tuple[str, ...] = ("builtin:python",)
-    """Sources read one after the other, again and again: files, globs, hub:ID[:CONFIG] or builtin:python."""
+    """Sources, read again and again: files, globs, hub:ID[:CONFIG] or builtin:python."""
     held_out: tuple[str, ...] = ()
     """Sources of held-out text; none: a share of the training documents, chosen by hash, is kept out of training."""
     held_out_share: float = 0.1
@@ -81,6 +81,10 @@ class DataSettings:
     """What stands between the documents of a text file."""
     shuffle_windows: int = 1024
     """Size of the shuffle buffer, in packed windows."""
+    weights: tuple[float, ...] = ()
+    """Share of the training tokens for each source, in any unit; none: one source after the other."""
+    messages_column: str = "messages"
+    """Field that holds a conversation, a list of {role, content}: only the assistant's tokens are learnt."""
 
 
 @dataclass(frozen=True)

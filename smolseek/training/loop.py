@@ -19,13 +19,14 @@ from torch import Tensor
 from smolseek.checkpoint.hub import save
 from smolseek.checkpoint.state import latest_state, load_state, save_state
 from smolseek.config import Recipe
-from smolseek.data.windows import WindowStream, held_out_documents, pack, segments
+from smolseek.data.corpus import SourceLost
+from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
 from smolseek.evaluation import Quality, measure_quality
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import max_violation, take_expert_counts, update_biases
 from smolseek.training.logs import RunLog
-from smolseek.training.loss import next_token_loss
+from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.optimizer import build_optimizer, learning_rate
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ class Trainer:
             raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
         self.log = RunLog(folder)
         self.step = 0
+        self.step_seconds = 0.0
         self.best_loss = float("inf")
         self.best_training_loss = float("inf")
         self.quality: Quality | None = None
@@ -133,11 +135,11 @@ class Trainer:
         """One optimizer step; the mean cross-entropy and MaxVio per expert layer, both over the global batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
-        total = 0.0
-        for _ in range(self.settings.gradient_accumulation):
-            loss, entropy = self._loss(self.stream.next(self.settings.batch_windows).to(self.device))
-            (loss / self.settings.gradient_accumulation).backward()
-            total += entropy.item() / self.settings.gradient_accumulation
+        began, total = time.perf_counter(), 0.0
+        for windows_NT, share in self._micro_batches():
+            loss, entropy = self._loss(windows_NT.to(self.device))
+            (loss * share).backward()
+            total += entropy.item() * share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         if not torch.isfinite(norm):
             raise ValueError(
@@ -148,11 +150,34 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         counts = take_expert_counts(self.model)
         update_biases(self.model, counts, self.settings.balance_update_speed)
+        self.step_seconds += time.perf_counter() - began
         return total, {layer: max_violation(counts_E) for layer, counts_E in counts}
 
-    def _loss(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-        inputs_NT, labels_NT = ids_NT[:, :-1], ids_NT[:, 1:]
-        segment_ids = segments(inputs_NT, self.tokenizer) if self.settings.mask_documents else None
+    def _micro_batches(self) -> list[tuple[Tensor, float]]:
+        """The step's windows by micro-batch, each with its share of the labels: a token weighs the same in all of them.
+
+        Drawn at once, so that a source that is lost leaves the state of the step before, which is saved.
+        """
+        size, count = self.settings.batch_windows, self.settings.gradient_accumulation
+        try:
+            batches = self.stream.next(size * count).split(size)
+        except SourceLost:
+            self.save()
+            raise
+        labels = [int(read_marks(windows_NT)[1][:, 1:].sum()) for windows_NT in batches]
+        return [(windows_NT, n / max(1, sum(labels))) for windows_NT, n in zip(batches, labels, strict=True)]
+
+    def _data_wait_share(self) -> float:
+        """Share of the steps' time since the last call that went by waiting for windows."""
+        waited, spent = self.stream.waited_seconds, self.step_seconds
+        self.stream.waited_seconds = self.step_seconds = 0.0
+        return waited / spent if spent else 0.0
+
+    def _loss(self, windows_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and cross-entropy of marked windows."""
+        ids_NT, loss_NT, segments_NT = read_marks(windows_NT)
+        inputs_NT, labels_NT = ids_NT[:, :-1], ids_NT[:, 1:].where(loss_NT[:, 1:], IGNORED)
+        segment_ids = segments_NT[:, :-1] if self.settings.mask_documents else None
         with self.autocast:
             teacher_hidden = teacher_head = None
             if self.teacher is not None and self.settings.distill_weight:
@@ -201,6 +226,8 @@ class Trainer:
                 learning_rate=learning_rate(step, settings),
                 tokens=(step + 1) * self.step_tokens,
                 tokens_per_second=round(tokens_per_second, 1),
+                data_wait_share=round(self._data_wait_share(), 4),
+                **({"malformed_lines": self.stream.malformed} if self.stream.malformed else {}),
                 **({"maxvio": {str(layer): round(value, 4) for layer, value in maxvio.items()}} if maxvio else {}),
             )
         if (step + 1) % settings.evaluate_every == 0 or last:
@@ -208,6 +235,8 @@ class Trainer:
         if (self.recipe.sample.every and step % self.recipe.sample.every == 0) or last:
             for prompt in self.recipe.sample.prompts:
                 self.log.sample(step, prompt, self.sample(prompt))
+        if last and self.stream.malformed:
+            self.log.line(f"Malformed lines skipped: {self.stream.malformed:,}")
         if last:
             self.log.line(
                 f"Best loss achieved: {self.best_loss:.4f} (held out); {self.best_training_loss:.4f} (a batch)"

@@ -14,6 +14,10 @@ _MAX_CHUNK_LOGITS = 2**25
 """Logits held at once; 128 MiB in fp32."""
 
 
+IGNORED = -100
+"""The label of a position that has no part in the loss."""
+
+
 def next_token_loss(
     hidden_ND: Tensor,
     head_VD: Tensor,
@@ -25,9 +29,16 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean of (1 - w) · cross-entropy + w · KL(teacher ‖ student) in nats per token, and the cross-entropy alone.
 
+    Both are over the positions whose label is not `IGNORED` (0 where there are none), and only their logits are made.
     More than one chunk is recomputed in the backward pass, so that the logits of one chunk at most are ever held
     (Hinton et al. 2015, temperature 1).
     """
+    kept_N = labels_N != IGNORED
+    if not kept_N.all():
+        hidden_ND, labels_N = hidden_ND[kept_N], labels_N[kept_N]
+        teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[kept_N]
+    if not len(labels_N):
+        return hidden_ND.sum(), hidden_ND.sum().detach()
     chunk = max(1, _MAX_CHUNK_LOGITS // head_VD.shape[0])
     parts = range(0, len(labels_N), chunk)
     losses, entropies = [], []

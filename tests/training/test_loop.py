@@ -7,10 +7,13 @@ from transformers import LlamaForCausalLM
 
 from smolseek.checkpoint.hub import load
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.data.corpus import SourceLost
+from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
 from smolseek.training.loop import Interrupted, Trainer, Watcher
+from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
-from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
 
 
 @pytest.fixture
@@ -50,7 +53,8 @@ def with_train(recipe, **changes):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    timings = {"tokens_per_second", "data_wait_share"}
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def stop_at(step):
@@ -111,6 +115,91 @@ def test_micro_batches_are_one_batch(recipe, tmp_path):
         torch.testing.assert_close(tensor, two.state_dict()[name], rtol=0, atol=2e-4)
         if name.endswith("e_score_correction_bias"):
             assert torch.equal(tensor, two.state_dict()[name]) and not torch.equal(tensor, start[name])
+
+
+@pytest.fixture
+def chat(recipe, tmp_path):
+    """The recipe on conversations of unequal length, and the tokenizer with a template."""
+    tokenizer = tokenizer_with(CHATML)
+    rows = [
+        [{"role": "user", "content": text * (1 + n % 3)}, {"role": "assistant", "content": text[: 5 + 9 * (n % 7)]}]
+        for n, text in enumerate(stories())
+    ]
+    lines = [json.dumps({"messages": row}) for row in rows]
+    (tmp_path / "chat.jsonl").write_text("\n".join([*lines[:5], "broken", *lines[5:]]))
+    data = dataclasses.replace(recipe.data, train=(str(tmp_path / "chat.jsonl"),))
+    return dataclasses.replace(recipe, data=data), tokenizer
+
+
+def test_a_token_weighs_the_same_in_every_micro_batch_of_chat_data(chat, tmp_path):
+    recipe, tokenizer = chat
+    recipe = with_train(recipe, steps=1, batch_windows=8)
+    one, two = model_of(), model_of()
+    Trainer(one, tokenizer, recipe, tmp_path / "one").fit(Watcher())
+    split = with_train(recipe, batch_windows=2, gradient_accumulation=4)
+    Trainer(two, tokenizer, split, tmp_path / "two").fit(Watcher())
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, two.state_dict()[name], rtol=0, atol=2e-4)
+    losses = [metrics(tmp_path / name)[0]["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_chat_data_trains_and_goes_on_bit_for_bit(chat, tmp_path):
+    recipe, tokenizer = chat
+    whole, cut, resumed = (Trainer(model_of(), tokenizer, recipe, tmp_path / n) for n in ("whole", "cut", "cut"))
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        cut.fit(stop_at(7))
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    logs = (tmp_path / "whole" / "logs.txt").read_text()
+    assert logs == (tmp_path / "cut" / "logs.txt").read_text()
+    assert f"Malformed lines skipped: {whole.stream.malformed}" in logs
+
+
+def test_the_users_words_teach_nothing(chat, tmp_path):
+    """The labels of marked tokens do not reach the loss: changing them changes nothing."""
+    recipe, tokenizer = chat
+    trainer = Trainer(model_of(), tokenizer, recipe, tmp_path / "run")
+    windows = trainer.stream.next(4)
+    ids, loss, _ = read_marks(windows)
+    last = windows.clone()
+    last[:, -1] = windows[:, -1] ^ 1  # the last token is a label and no input
+    masked = ~loss[:, -1]
+    assert masked.any() and not masked.all()
+    assert torch.equal(trainer._loss(windows[masked])[0], trainer._loss(last[masked])[0])
+    assert not torch.equal(trainer._loss(windows[~masked])[0], trainer._loss(last[~masked])[0])
+    assert ids.max() < ENTRIES
+
+
+def test_a_lost_source_leaves_the_state_to_go_on_from(recipe, tmp_path):
+    whole, lost = trainer_of(recipe, tmp_path / "whole"), trainer_of(recipe, tmp_path / "lost")
+    whole.fit(Watcher())
+    draw = lost.stream.next
+
+    def next_windows(count):
+        if lost.step == 7:
+            raise SourceLost("data source hub:a/b: lost")
+        return draw(count)
+
+    lost.stream.next = next_windows
+    with pytest.raises(SourceLost):
+        lost.fit(Watcher())
+    resumed = trainer_of(recipe, tmp_path / "lost")
+    assert resumed.resume() and resumed.step == 7
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_the_share_of_time_that_waits_for_data_is_told(recipe, tmp_path):
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["data_wait_share"] for line in lines if "loss" in line]
+    assert len(shares) == 12 and all(0 <= share <= 1 for share in shares)
 
 
 def test_training_learns_and_leaves_what_is_described(recipe, tmp_path):

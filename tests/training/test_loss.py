@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import smolseek.training.loss
-from smolseek.training.loss import next_token_loss
+from smolseek.training.loss import IGNORED, next_token_loss
 
 
 @pytest.mark.parametrize("chunk_logits", [2**25, 50 * 16, 1])
@@ -27,3 +27,24 @@ def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, chunk_logits, wei
     torch.testing.assert_close(entropy, plain_entropy.detach())
     for ours, wanted in zip(got, torch.autograd.grad(plain, (hidden, head)), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_logits", [2**25, 50 * 4])
+def test_ignored_labels_have_no_part_in_loss_or_gradient(monkeypatch, chunk_logits):
+    monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_LOGITS", chunk_logits)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    teacher_hidden, teacher_head = torch.randn(20, 6), torch.randn(50, 6)
+    labels, kept = torch.randint(50, (20,)), torch.arange(20) % 3 == 0
+    options = {"teacher_head_VD": teacher_head, "distill_weight": 0.5}
+    masked = next_token_loss(hidden, head, labels.where(kept, IGNORED), teacher_hidden_ND=teacher_hidden, **options)
+    alone = next_token_loss(hidden[kept], head, labels[kept], teacher_hidden_ND=teacher_hidden[kept], **options)
+    torch.testing.assert_close(masked, alone)
+    assert torch.autograd.grad(masked[0], hidden)[0][~kept].eq(0).all()
+
+
+def test_a_batch_without_labels_teaches_nothing():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8)
+    loss, entropy = next_token_loss(hidden, head, torch.full((4,), IGNORED))
+    assert loss.item() == entropy.item() == 0
+    assert torch.autograd.grad(loss, hidden)[0].eq(0).all()
