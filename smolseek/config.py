@@ -123,6 +123,12 @@ class TrainSettings:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines in the logs."""
+    keep_last: int = 2
+    """Checkpoints kept: when the newest is damaged, --resume goes on from the one before."""
+    spike_factor: float = 3.0
+    """A step whose loss is above this many times the median of recent ones is skipped; 0: never."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a spike, or for a loss or gradient that is not finite; one more stops."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,13 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers of folders inside `folder` left half done when they were killed; none may be at work."""
+    for pattern in (".*.partial-*", ".*.old-*"):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise ValueError when `out` is there and may not be replaced."""
     if out.exists() and not force:

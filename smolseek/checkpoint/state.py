@@ -1,9 +1,13 @@
-"""Training state on disk: safetensors for tensors, JSON for the rest; complete or absent."""
+"""Training states on disk, safetensors and JSON: complete or absent, with checksums, the last few kept."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +17,81 @@ from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
 
+log = logging.getLogger(__name__)
 
-def save_state(checkpoints: Path, step: int, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write `checkpoints/step-N` and then remove the older ones."""
+CHECKSUMS = "checksums.json"
+
+
+@contextmanager
+def new_state(checkpoints: Path, step: int, *, keep_last: int) -> Iterator[Path]:
+    """A folder to write a state into; it becomes `checkpoints/step-N`, with checksums, when the block ends well.
+
+    Then all but the `keep_last` newest states up to N go, and with them whatever a kill or damage left behind.
+
+    Raises:
+        OSError: the state cannot be written (a full disk, say); the states before it are untouched.
+    """
+    before = newest_state(checkpoints)
     out = checkpoints / f"step-{step:08d}"
-    with atomic_folder(out, force=True) as folder:
-        try:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors"
-            )
-        except SafetensorError as error:
-            raise OSError(f"{checkpoints}: cannot write the training state ({error})") from error
+    try:
+        with atomic_folder(out, force=True) as folder:
+            yield folder
+            sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
+            (folder / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        kept = f"{before.name} is kept" if before else "there is none before it"
+        raise OSError(
+            f"{out}: cannot write the training state ({error}); {kept}: free some space and go on with --resume"
+        ) from error
+    kept_states = sorted(path for path in _states(checkpoints) if path <= out)[-keep_last:]
+    for path in checkpoints.iterdir():
+        if path not in kept_states:
+            _remove(path)
+
+
+def save_state(
+    checkpoints: Path, step: int, plain: dict[str, Any], tensors: dict[str, Tensor], *, keep_last: int = 2
+) -> Path:
+    """Write `checkpoints/step-N`; errors and what is kept as `new_state` says."""
+    with new_state(checkpoints, step, keep_last=keep_last) as folder:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors")
         (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")
-    for older in checkpoints.iterdir():
-        if older != out:
-            shutil.rmtree(older, ignore_errors=True)
-    return out
+    return checkpoints / f"step-{step:08d}"
 
 
-def latest_state(checkpoints: Path) -> Path | None:
-    """The newest complete state, if any."""
-    return max(checkpoints.glob("step-*"), default=None)
+def newest_state(checkpoints: Path) -> Path | None:
+    """The newest complete state, if any, undamaged or not."""
+    return max(_states(checkpoints), default=None)
+
+
+def newest_whole_state(checkpoints: Path) -> Path | None:
+    """The newest state whose files have their checksums, if there is any state; says which damaged ones it passes over.
+
+    Raises:
+        ValueError: there are states, and all of them are damaged.
+    """
+    states = sorted(_states(checkpoints), reverse=True)
+    passed_over: list[str] = []
+    for folder in states:
+        damage = find_damage(folder)
+        if damage is None:
+            if passed_over:
+                log.warning("%s: going on from it, because of a damaged %s", folder, " and ".join(passed_over))
+            return folder
+        passed_over.append(f"{folder.name} ({damage})")
+    if states:
+        raise ValueError(f"{checkpoints}: damaged training state {', '.join(passed_over)}; start over with --force")
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a state's files by their checksums, in a few words; None when they are whole."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        bad = [name for name, wanted in sums.items() if _checksum(folder / name) != wanted]
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(bad)}: not what was written" if bad else None
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -43,6 +101,37 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: the files are damaged.
     """
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8")), load_file(folder / "tensors")
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        return load_plain(folder), load_file(folder / "tensors")
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder}: damaged training state ({error}); start over with --force") from error
+
+
+def load_plain(folder: Path) -> dict[str, Any]:
+    """The JSON part of a state.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: damaged training state ({error}); start over with --force") from error
+
+
+def _states(checkpoints: Path) -> list[Path]:
+    return list(checkpoints.glob("step-*"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder; hidden first, so that a kill leaves no half of it that looks like a state."""
+    hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.old"))
+    shutil.rmtree(hidden, ignore_errors=True)

@@ -35,9 +35,15 @@ class RunLog:
     def rewind(self, sizes: dict[str, int]) -> None:
         """Drop what was written after `sizes` was taken, so that a resumed run repeats no line."""
         for key, size in sizes.items():
-            if self.paths[key].exists():
+            if self.paths[key].exists() and self.paths[key].stat().st_size > size:
                 os.truncate(self.paths[key], size)
 
     def _append(self, key: str, text: str) -> None:
-        with self.paths[key].open("a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with self.paths[key].open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise OSError(
+                f"{self.paths[key]}: cannot be written ({error}); checkpoints are kept: free some space and go on with "
+                "--resume"
+            ) from error

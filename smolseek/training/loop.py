@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from smolseek.checkpoint.atomic import remove_leftovers
 from smolseek.checkpoint.hub import save
-from smolseek.checkpoint.state import latest_state, load_state, save_state
+from smolseek.checkpoint.state import load_state, newest_state, newest_whole_state, save_state
 from smolseek.config import Recipe
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
@@ -25,6 +27,7 @@ from smolseek.evaluation import Quality, measure_quality
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import max_violation, take_expert_counts, update_biases
+from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.optimizer import build_optimizer, learning_rate
@@ -95,6 +98,7 @@ class Trainer:
         if len(self.held_out_T) < 2:
             raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
         self.log = RunLog(folder)
+        self.guard = StepGuard(recipe.train)
         self.step = 0
         self.step_seconds = 0.0
         self.best_loss = float("inf")
@@ -108,7 +112,8 @@ class Trainer:
 
         Raises:
             Interrupted: the watcher said stop; the state was saved first.
-            ValueError: the loss is not finite.
+            ValueError: too many steps in a row had to be skipped (`train.max_skipped_steps`).
+            OSError: a checkpoint, log line or model cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model.train()
@@ -122,10 +127,11 @@ class Trainer:
             self.step += 1
             held_out = self.quality.loss if self.quality else None
             watcher.on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
-            if self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps:
+            stop = watcher.should_stop() and self.step < self.settings.steps
+            due = self.step % self.settings.checkpoint_every == 0 and not self.guard.in_a_row  # what is kept is good
+            if stop or due or self.step == self.settings.steps:
                 self.save()
-            if watcher.should_stop() and self.step < self.settings.steps:
-                self.save()
+            if stop:
                 raise Interrupted(self.step, self.folder)
         if self.quality is None:
             self.quality = self.evaluate()
@@ -141,17 +147,31 @@ class Trainer:
             (loss * share).backward()
             total += entropy.item() * share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        if not torch.isfinite(norm):
-            raise ValueError(
-                f"step {self.step}: the loss is {total} and the gradient not finite; lower train.learning_rate "
-                f"({self.settings.learning_rate}) and go on from the last checkpoint with --resume"
-            )
+        if self._skips(total, norm.item()):
+            self.optimizer.zero_grad(set_to_none=True)
+            return total, {layer: max_violation(counts_E) for layer, counts_E in take_expert_counts(self.model)}
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counts = take_expert_counts(self.model)
         update_biases(self.model, counts, self.settings.balance_update_speed)
         self.step_seconds += time.perf_counter() - began
         return total, {layer: max_violation(counts_E) for layer, counts_E in counts}
+
+    def _skips(self, loss: float, gradient_norm: float) -> bool:
+        """Whether this step must leave weights, optimizer and biases alone; ValueError when that is so too often."""
+        reason = self.guard.objection(loss, gradient_norm)
+        if reason is None:
+            return False
+        self.log.line(f"Step {self.step}/{self.settings.steps} | skipped: {reason}")
+        if self.guard.in_a_row > self.settings.max_skipped_steps:
+            checkpoint = newest_state(self.folder / "checkpoints")
+            raise ValueError(
+                f"step {self.step}: {reason}, and {self.guard.in_a_row} steps in a row could not be taken "
+                f"(train.max_skipped_steps {self.settings.max_skipped_steps}); "
+                + (f"the last good checkpoint is {checkpoint}: go on from it with --resume and " if checkpoint else "")
+                + f"a lower train.learning_rate ({self.settings.learning_rate})"
+            )
+        return True
 
     def _micro_batches(self) -> list[tuple[Tensor, float]]:
         """The step's windows by micro-batch, each with its share of the labels: a token weighs the same in all of them.
@@ -222,7 +242,8 @@ class Trainer:
             self.log.line(f"Step {step}/{settings.steps} | Loss: {loss:.4f}")
             self.log.metrics(
                 step=step,
-                loss=loss,
+                loss=loss if math.isfinite(loss) else None,
+                skipped_steps=self.guard.skipped,
                 learning_rate=learning_rate(step, settings),
                 tokens=(step + 1) * self.step_tokens,
                 tokens_per_second=round(tokens_per_second, 1),
@@ -269,18 +290,20 @@ class Trainer:
             "best_training_loss": self.best_training_loss,
             "quality": self.quality.to_dict() if self.quality else None,
             "data": data_plain,
+            "guard": self.guard.state(),
             "logs": self.log.sizes(),
             "recipe": asdict(self.recipe),
         }
-        return save_state(self.folder / "checkpoints", self.step, plain, tensors)
+        return save_state(self.folder / "checkpoints", self.step, plain, tensors, keep_last=self.settings.keep_last)
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint; False when there is none.
+        """Continue from the newest undamaged checkpoint; False when there is none.
 
         Raises:
-            ValueError: the checkpoint is damaged, or of a run with other settings.
+            ValueError: every checkpoint is damaged, or the newest is of a run with other settings.
         """
-        newest = latest_state(self.folder / "checkpoints")
+        remove_leftovers(self.folder)
+        newest = newest_whole_state(self.folder / "checkpoints")
         if newest is None:
             return False
         plain, tensors = load_state(newest)
@@ -298,7 +321,10 @@ class Trainer:
         self.step, self.best_loss = plain["step"], plain["best_loss"]
         self.best_training_loss = plain["best_training_loss"]
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
+        self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
+        for line in _steered(plain["recipe"], asdict(self.recipe)):
+            self.log.line(f"Resumed at step {self.step} with {line}")
         return True
 
     def _restore_model(self, tensors: dict[str, Tensor]) -> None:
@@ -324,6 +350,7 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
         "window_tokens",
         "evaluate_every",
         "checkpoint_every",
+        "keep_last",
     ):
         if getattr(settings, name) < 1:
             raise ValueError(f"train.{name} {getattr(settings, name)}: must be at least 1")
@@ -342,16 +369,31 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
         )
 
 
+_FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last"}
+"""Settings that do not matter to the numbers of a run."""
+_STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
+"""Settings that may be changed on the way, to get a run past a bad place; logs.txt says so."""
+
+
 def _changed_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Names of settings that differ and matter to the numbers of a run."""
+    return ", ".join(
+        f"{name} {was!r} then, {now!r} now" for name, was, now in _differences(old, new, _FREE | _STEERING)
+    )
+
+
+def _steered(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each steering setting that was changed."""
+    return [f"{name} {now!r} (was {was!r})" for name, was, now in _differences(old, new, _FREE) if name in _STEERING]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, was, now) of settings that differ."""
     pairs = [
         (f"{room}.{key}", old[room].get(key), value) for room in ("data", "train") for key, value in new[room].items()
     ]
     pairs.append(("seed", old["seed"], new["seed"]))
-    free = {"train.checkpoint_every", "train.log_every"}
-    return ", ".join(
-        f"{name} {was!r} then, {now!r} now" for name, was, now in pairs if name not in free and was != _plain(now)
-    )
+    return ((name, was, now) for name, was, now in pairs if name not in free and was != _plain(now))
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from smolseek.checkpoint.hub import load
+from smolseek.checkpoint.state import newest_state
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import read_marks
@@ -214,7 +215,7 @@ def test_training_learns_and_leaves_what_is_described(recipe, tmp_path):
     assert set(metrics(folder)[0]["maxvio"]) == {"1", "2"}
     best = load(folder / "best")
     assert best.config.vocab_size == ENTRIES
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000060"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000055", "step-00000060"]
 
 
 def test_evaluation_and_samples_do_not_touch_training(recipe, tmp_path):
@@ -265,9 +266,114 @@ def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
         trainer_of(with_train(recipe, steps=5, batch_windows=3), tmp_path / "run").resume()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(recipe, tmp_path):
+# -- steps that must not be taken -------------------------------------------------------------------------------------
+
+
+def spoil(trainer, steps, value):
+    """Let the loss of some steps come out as `value` (in the backward pass too)."""
+    loss_of = trainer._loss
+
+    def spoiled(*arguments, **options):
+        loss, *rest = loss_of(*arguments, **options)
+        if trainer.step not in steps:
+            return loss, *rest
+        return loss * value, rest[0] * value, *rest[1:]
+
+    trainer._loss = spoiled
+    return trainer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 4.0])
+def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, value):
+    steps = 24
+    recipe = with_train(recipe, steps=steps, checkpoint_every=steps)
+    trainer = spoil(trainer_of(recipe, tmp_path / "run"), {15, 16, 20}, value)
+    seen = []
+    take = trainer._train_step
+
+    def step():
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        moments = [s["exp_avg"].clone() for s in trainer.optimizer.state_dict()["state"].values()]
+        result = take()
+        same = all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in before.items())
+        after = [s["exp_avg"] for s in trainer.optimizer.state_dict()["state"].values()]
+        seen.append(same and all(torch.equal(*pair) for pair in zip(moments, after, strict=True)) and trainer.step > 0)
+        return result
+
+    trainer._train_step = step
+    trainer.fit(Watcher())
+    assert [number for number, same in enumerate(seen) if same] == [15, 16, 20]
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 3
+    assert (tmp_path / "run" / "logs.txt").read_text().count("skipped: the loss is") == 3
+    resumed = trainer_of(recipe, tmp_path / "run")
+    assert resumed.resume() and resumed.guard.skipped == 3 and len(resumed.guard.recent) == 21
+
+
+def test_a_spike_is_told_from_losses_that_were_saved(recipe, tmp_path):
+    """Resumed just before the spike, the run still knows what losses are usual."""
+    recipe = with_train(recipe, steps=18)
+    whole = spoil(trainer_of(recipe, tmp_path / "whole"), {14}, 4.0)
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(14))
+    resumed = spoil(trainer_of(recipe, tmp_path / "cut"), {14}, 4.0)
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    assert whole.guard.skipped == 1
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_too_many_skipped_steps_stop_the_run_and_name_the_last_good_checkpoint(recipe, tmp_path):
+    recipe = with_train(recipe, steps=30, max_skipped_steps=3)
+    trainer = spoil(trainer_of(recipe, tmp_path / "run"), range(7, 30), float("nan"))
+    with pytest.raises(ValueError, match=r"step 10: the loss is nan, and 4 steps .*step-00000005: .*--resume") as stop:
+        trainer.fit(Watcher())
+    assert "\n" not in str(stop.value)
+    assert newest_state(tmp_path / "run" / "checkpoints").name == "step-00000005"
+    steered = trainer_of(with_train(recipe, learning_rate=5e-4), tmp_path / "run")
+    assert steered.resume() and steered.step == 5
+    assert "Resumed at step 5 with train.learning_rate 0.0005 (was 0.001)" in (tmp_path / "run/logs.txt").read_text()
+
+
+def test_weights_that_are_not_finite_stop_the_run(recipe, tmp_path):
     model = model_of()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"step 0: the loss is nan"):
-        trainer_of(recipe, tmp_path / "run", model).fit(Watcher())
+    with pytest.raises(ValueError, match=r"step 0: the loss is nan.* lower train.learning_rate"):
+        trainer_of(with_train(recipe, max_skipped_steps=0), tmp_path / "run", model).fit(Watcher())
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lambda path: path.unlink()])
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe, tmp_path, caplog, damage):
+    whole = trainer_of(recipe, tmp_path / "whole")
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(8))
+    damage(tmp_path / "cut" / "checkpoints" / "step-00000008" / "tensors")
+    resumed = trainer_of(recipe, tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 5
+    (warning,) = caplog.messages
+    assert "step-00000005" in warning and "damaged step-00000008 (" in warning
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert [path.name for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())] == [
+        "step-00000010",
+        "step-00000012",
+    ]
