@@ -109,8 +109,9 @@ class TrainSettings:
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
     mask_documents: bool = True
     """Documents packed in one window do not see each other."""
-    balance_update_speed: float = 1e-3
-    """u of the loss-less load balancing: how far a routing bias moves per step."""
+    balance_update_speed: float | None = None
+    """u of the loss-less load balancing: how far a routing bias moves per step; none: what suits balance_rule (1e-3,
+    1e-3, 0.1). 0: not at all."""
     distill_weight: float = 0.0
     """Weight of KL to the dense source in the loss; the rest is cross-entropy."""
     evaluate_every: int = 100
@@ -119,6 +120,15 @@ class TrainSettings:
     """Steps between checkpoints."""
     log_every: int = 10
     """Steps between lines in the logs."""
+    balance_rule: Literal["sign", "proportional", "quantile"] = "sign"
+    """How a routing bias moves: by u towards balance; by u times the expert's relative lack of tokens; or u of the way
+    to where the batch's scores would give the expert its fair share."""
+    balance_freeze_share: float = 0.0
+    """Share of the steps, the last ones, in which the routing biases stay as they are."""
+    balance_loss: Literal["sequence", "batch"] = "sequence"
+    """Over what the balance loss is taken: each window, or all windows of a micro-batch."""
+    balance_loss_weight: float = 0.0
+    """Weight of the balance loss per expert layer; 0: none. DeepSeek-V3 has 1e-4 (sequence)."""
 
 
 @dataclass(frozen=True)
