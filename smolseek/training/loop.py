@@ -23,16 +23,19 @@ from smolseek.checkpoint.state import load_state, newest_state, newest_whole_sta
 from smolseek.config import Recipe
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
-from smolseek.evaluation import Quality, measure_quality
+from smolseek.evaluation import Quality, measure_quality, measure_specialisation
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.balance import max_violation, take_expert_counts, update_biases
+from smolseek.model.balance import balance_speed, describe_load, set_balance, take_expert_counts, update_biases
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.optimizer import build_optimizer, learning_rate
 
 log = logging.getLogger(__name__)
+
+SPECIALISATION_TOKENS = 16384
+"""Held-out tokens whose routing an evaluation looks at."""
 
 
 class Progress(NamedTuple):
@@ -88,6 +91,7 @@ class Trainer:
         self.settings, self.teacher = recipe.train, teacher
         self.device = next(model.parameters()).device
         self.autocast = _autocast(self.device, self.settings.precision)
+        set_balance(model, self.settings)
         self.optimizer = build_optimizer(model, self.settings)
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
@@ -120,10 +124,10 @@ class Trainer:
         take_expert_counts(self.model)  # what ran before this run must not move its balance
         clock = time.perf_counter()
         while self.step < self.settings.steps:
-            loss, maxvio = self._train_step()
+            loss, counts = self._train_step()
             now = time.perf_counter()
             tokens_per_second, clock = self.step_tokens / (now - clock), now
-            self._report(loss, maxvio, tokens_per_second)
+            self._report(loss, counts, tokens_per_second)
             self.step += 1
             held_out = self.quality.loss if self.quality else None
             watcher.on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
@@ -137,8 +141,8 @@ class Trainer:
             self.quality = self.evaluate()
         return self.quality
 
-    def _train_step(self) -> tuple[float, dict[int, float]]:
-        """One optimizer step; the mean cross-entropy and MaxVio per expert layer, both over the global batch."""
+    def _train_step(self) -> tuple[float, list[tuple[int, Tensor]]]:
+        """One optimizer step; the mean cross-entropy and (layer, tokens per expert), both over the global batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.settings)
         began, total = time.perf_counter(), 0.0
@@ -147,15 +151,15 @@ class Trainer:
             (loss * share).backward()
             total += entropy.item() * share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        if self._skips(total, norm.item()):
-            self.optimizer.zero_grad(set_to_none=True)
-            return total, {layer: max_violation(counts_E) for layer, counts_E in take_expert_counts(self.model)}
-        self.optimizer.step()
+        skipped = self._skips(total, norm.item())
+        if not skipped:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counts = take_expert_counts(self.model)
-        update_biases(self.model, counts, self.settings.balance_update_speed)
+        speed = 0.0 if skipped else balance_speed(self.step, self.settings)
+        update_biases(self.model, counts, speed, self.settings.balance_rule)
         self.step_seconds += time.perf_counter() - began
-        return total, {layer: max_violation(counts_E) for layer, counts_E in counts}
+        return total, counts
 
     def _skips(self, loss: float, gradient_norm: float) -> bool:
         """Whether this step must leave weights, optimizer and biases alone; ValueError when that is so too often."""
@@ -233,7 +237,7 @@ class Trainer:
         take_expert_counts(self.model)
         return text
 
-    def _report(self, loss: float, maxvio: dict[int, float], tokens_per_second: float) -> None:
+    def _report(self, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:
         """Log lines, held-out evaluation and samples that are due at this step."""
         settings, step = self.settings, self.step
         last = step == settings.steps - 1
@@ -249,7 +253,7 @@ class Trainer:
                 tokens_per_second=round(tokens_per_second, 1),
                 data_wait_share=round(self._data_wait_share(), 4),
                 **({"malformed_lines": self.stream.malformed} if self.stream.malformed else {}),
-                **({"maxvio": {str(layer): round(value, 4) for layer, value in maxvio.items()}} if maxvio else {}),
+                **describe_load(counts),
             )
         if (step + 1) % settings.evaluate_every == 0 or last:
             self._report_quality()
@@ -267,7 +271,8 @@ class Trainer:
         self.quality = self.evaluate()
         loss = self.quality.loss
         self.log.line(f"Step {self.step}/{self.settings.steps} | Held-out loss: {loss:.4f}")
-        self.log.metrics(step=self.step, held_out=self.quality.to_dict())
+        experts = measure_specialisation(self.model, self.held_out_T[:SPECIALISATION_TOKENS])
+        self.log.metrics(step=self.step, held_out=self.quality.to_dict(), **({"experts": experts} if experts else {}))
         if loss < self.best_loss:
             self.best_loss = loss
             save(self.model, self.folder / "best", tokenizer_from=self.tokenizer, force=True)
