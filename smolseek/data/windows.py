@@ -80,7 +80,7 @@ class Packing(NamedTuple):
     rest_T: Tensor
 
 
-class _Reader:
+class Reader:
     """The training documents of one source as marked tokens, epoch after epoch."""
 
     def __init__(self, source: Source, name: str, tokenizer: Any, settings: DataSettings, reading: Reading) -> None:
@@ -156,7 +156,7 @@ def _mark(ids: list[int], written: list[bool] | None = None) -> Tensor:
 
 
 def packed_windows(
-    readers: list[_Reader], weights: tuple[float, ...], rest_T: Tensor, window_tokens: int
+    readers: list[Reader], weights: tuple[float, ...], rest_T: Tensor, window_tokens: int
 ) -> Iterator[tuple[Tensor, Packing]]:
     """Endless windows (T,) in the order of reading, each with the state after it.
 
@@ -231,7 +231,7 @@ class WindowStream:
         weights = self.settings.weights or (1.0,)
         names = self.settings.train if self.settings.weights else (", ".join(self.settings.train),)
         readers = [
-            _Reader(source, name, tokenizer, self.settings, reading)
+            Reader(source, name, tokenizer, self.settings, reading)
             for source, name, reading in zip(self.sources, names, self.packing.readings, strict=True)
         ]
         return packed_windows(readers, weights, self.packing.rest_T, self.window_tokens)
