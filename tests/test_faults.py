@@ -124,7 +124,7 @@ def test_sigterm_then_damage_then_a_full_disk_and_the_run_ends_the_same(referenc
     os.truncate(newest / "tensors", size // 2)
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size * 2 // 3, size * 2 // 3))
 
     output = assert_starved(start(recipe, runs, "--resume", preexec_fn=limit), newest=before)
     assert f"going on from it, because of a damaged {newest.name}" in output and before.name in output

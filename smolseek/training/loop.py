@@ -276,6 +276,7 @@ class Trainer:
         remove_leftovers(self.folder)
         newest = newest_whole_state(self.folder / "checkpoints")
         if newest is None:
+            self.log.rewind(dict.fromkeys(self.log.paths, 0))
             return False
         plain, tensors = load_state(newest)
         changed = _changed_settings(plain["recipe"], asdict(self.recipe))
