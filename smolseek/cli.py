@@ -250,6 +250,7 @@ def _train(command: Train) -> None:
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
     _check_device(command.device)
     folder = command.runs / recipe.name
+    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one speaks
     bar: tqdm[Any] | None = None
 
     def on_stage(stage: str) -> None:
@@ -257,12 +258,13 @@ def _train(command: Train) -> None:
         if bar is not None:
             bar.close()
             bar = None
-        print(f"[{recipe.name}] {stage}", flush=True)
+        if leads:
+            print(f"[{recipe.name}] {stage}", flush=True)
 
     def on_step(progress: Progress) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0)
+            bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
         bar.set_postfix_str(
             f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
@@ -277,10 +279,12 @@ def _train(command: Train) -> None:
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
             )
         except Interrupted as stopped:
-            raise _Stopped(str(stopped), received[0]) from None
+            raise _Stopped(str(stopped), received[0] if received else signal.SIGTERM) from None
         finally:
             if bar is not None:
                 bar.close()
+    if not leads:
+        return
     print(f"\n{table(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
     print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
     print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")

@@ -142,6 +142,14 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class ParallelSettings:
+    """How the processes of a torchrun divide the work; without torchrun there is one process."""
+
+    expert: int = 1
+    """Processes among which the experts of a layer are divided; must divide the number of processes."""
+
+
+@dataclass(frozen=True)
 class SampleSettings:
     """Text drawn from the model during and after a run."""
 
@@ -189,6 +197,8 @@ class Recipe:
     """Optimisation."""
     sample: SampleSettings = field(default_factory=SampleSettings)
     """Samples."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """Several processes."""
 
 
 def recipes_folder() -> Path:

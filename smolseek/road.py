@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer, save
+from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import Recipe
 from smolseek.conversion.pipeline import convert
@@ -20,6 +20,7 @@ from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.planning import cache_bytes_per_token, count_parameters
 from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.parallel import Alone, join, restarted
 from smolseek.training.start import corpus_tokenizer, random_model
 
 
@@ -39,30 +40,56 @@ def travel(
         Interrupted: the watcher said stop; the state was saved first.
     """
     check_recipe(recipe)
+    resume = resume or restarted()
+    with join(recipe.parallel, device) as (processes, own_device):
+        with processes.in_turn():  # what one process fetches, converts or clears away the others find so
+            _prepare(recipe, folder, resume, force, processes)
+            model, tokenizer = _start(recipe, folder, watcher)
+        return _travel(recipe, folder, model.to(own_device), tokenizer, resume, watcher, processes)
+
+
+def _prepare(recipe: Recipe, folder: Path, resume: bool, force: bool, processes: Alone) -> None:
+    """Look for what the recipe needs, and make the run's folder."""
     for source in filter(None, (recipe.source, recipe.teacher, recipe.tokenizer)):
         resolve_folder(source)  # what must be there is looked for before an old run is thrown away
     if recipe.convert and recipe.source:
         target_config(read_config(resolve_folder(recipe.source)), recipe.convert)  # and sizes that do not fit
+    if not processes.leads:
+        return
     if folder.exists() and not (resume or force):
         raise ValueError(f"{folder}: exists already; pass --resume to go on with it, or --force to start over")
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = _start(recipe, folder, watcher)
+
+
+def _travel(
+    recipe: Recipe,
+    folder: Path,
+    model: DeepseekV3 | StockModel,
+    tokenizer: Any,
+    resume: bool,
+    watcher: Watcher,
+    processes: Alone,
+) -> dict[str, Any]:
+    """Training, the control, and the summary."""
+    device = str(next(model.parameters()).device)
     dense = recipe.teacher or (recipe.source if recipe.convert else None)
     teacher = load_stock(dense, device=device) if dense and recipe.train.distill_weight else None
-    trainer = Trainer(model.to(device), tokenizer, recipe, folder, teacher=teacher)
+    trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
     _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
-    rows = {"healed" if recipe.convert else "trained": _save_model(trainer)}
+    rows = {"healed" if recipe.convert else "trained": trainer.save_model("model", _card(trainer))}
     if recipe.convert and recipe.source:
         rows = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | rows
         if recipe.compare_dense:
             rows["dense_trained"] = _train_dense(trainer, resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
-    summary = summarize(rows, trainer)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    trainer.log.line(table(summary))
-    return summary
+    summary: dict[str, Any] = {}
+    if processes.leads:
+        summary = summarize(rows, trainer)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        trainer.log.line(table(summary))
+    return processes.share(summary)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -106,16 +133,6 @@ def _fit(trainer: Trainer, verb: str, resume: bool, watcher: Watcher) -> None:
     trainer.fit(watcher)
 
 
-def _save_model(trainer: Trainer) -> Path:
-    return save(
-        trainer.model,
-        trainer.folder / "model",
-        tokenizer_from=trainer.tokenizer,
-        card=_card(trainer),
-        force=True,
-    )
-
-
 def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
     """The control: the dense source trained on the same tokens in the same order, by cross-entropy."""
     recipe = healed.recipe
@@ -126,9 +143,9 @@ def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
         sample=dataclasses.replace(recipe.sample, every=0),
     )
     model = load_stock(recipe.source, device=str(healed.device))
-    trainer = Trainer(model, healed.tokenizer, control, healed.folder / "dense")
+    trainer = Trainer(model, healed.tokenizer, control, healed.folder / "dense", processes=healed.processes)
     _fit(trainer, "train the dense source on the same tokens", resume, watcher)
-    return _save_model(trainer)
+    return trainer.save_model("model", _card(trainer))
 
 
 def _card(trainer: Trainer) -> str:

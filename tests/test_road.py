@@ -1,13 +1,6 @@
-"""The whole road on tiny models: in one process, and killed and resumed from the command line."""
+"""The whole road on tiny models, in one process."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +12,8 @@ from smolseek.model import StockModel
 from smolseek.road import table, travel
 from smolseek.training.loop import Watcher
 from tests.factories import random_ids, tiny_llama
+from tests.runs import scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -125,62 +117,10 @@ def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
         travel(dataclasses.replace(recipe, **changes), tmp_path / "run")
 
 
-# -- killed and resumed -----------------------------------------------------------------------------------------------
-
-SCRATCH = """
-model:
-  {{model_type: deepseek_v3, hidden_size: 32, intermediate_size: 48, moe_intermediate_size: 16, num_hidden_layers: 2,
-    num_attention_heads: 2, num_key_value_heads: 2, kv_lora_rank: 16, q_lora_rank: null, qk_rope_head_dim: 8,
-    qk_nope_head_dim: 8, v_head_dim: 8, n_routed_experts: 4, n_shared_experts: 1, num_experts_per_tok: 2, n_group: 1,
-    topk_group: 1, first_k_dense_replace: 1, max_position_embeddings: 64, scoring_func: {scoring_func}}}
-train_tokenizer_entries: 300
-data: {{train: {text}, shuffle_windows: 8, held_out_share: 0.2, held_out_tokens: 300}}
-train: {{steps: 400, batch_windows: 4, window_tokens: 16, learning_rate: 1e-2, evaluate_every: 40, checkpoint_every: 7}}
-sample: {{every: 40, prompts: ["Anna "], max_new_tokens: 8}}
-"""
-
-
-def start(recipe, runs, *options):
-    command = [sys.executable, ROOT / "train.py", recipe, "--runs", runs, *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_one_thread())
-
-
-def _one_thread():
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def wait_for(path, process, pattern="step-*"):
-    end = time.monotonic() + 120
-    while not list(path.glob(pattern)):
-        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def test_killed_at_random_and_resumed_the_run_ends_the_same(tmp_path):
-    recipe = tmp_path / "scratch.yaml"
-    recipe.write_text(SCRATCH.format(text=write_stories(tmp_path / "a.txt"), scoring_func="sigmoid"))
-    whole = start(recipe, tmp_path / "whole")
-    draw = random.Random()
-    cut = start(recipe, tmp_path / "cut")
-    for number in range(2):
-        wait_for(tmp_path / "cut" / "scratch" / "checkpoints", cut)
-        time.sleep(draw.uniform(0, 0.7))
-        cut.send_signal([signal.SIGKILL, signal.SIGTERM][number])
-        assert cut.wait(60) != 0, "the run ended before the signal came"
-        cut = start(recipe, tmp_path / "cut", "--resume")
-    for process in (whole, cut):
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
-    one, two = (json.loads((tmp_path / run / "scratch" / "summary.json").read_text()) for run in ("whole", "cut"))
-    assert one["trained"]["loss"] == two["trained"]["loss"]
-    assert one["maxvio"] == two["maxvio"]
-
-
 def test_a_softmax_router_trains_and_says_it_is_not_stock(tmp_path):
     from smolseek.cli import main
 
-    recipe = tmp_path / "scratch.yaml"
-    recipe.write_text(SCRATCH.format(text=write_stories(tmp_path / "a.txt"), scoring_func="softmax"))
+    recipe = scratch_recipe(tmp_path, scoring_func="softmax")
     assert main(["train", str(recipe), "--runs", str(tmp_path / "runs"), "--train.steps", "3"]) == 0
     folder = tmp_path / "runs" / "scratch" / "model"
     assert "not stock" in (folder / "README.md").read_text()

@@ -31,7 +31,6 @@ def new_state(checkpoints: Path, step: int, *, keep_last: int) -> Iterator[Path]
     Raises:
         OSError: the state cannot be written (a full disk, say); the states before it are untouched.
     """
-    before = newest_state(checkpoints)
     out = checkpoints / f"step-{step:08d}"
     try:
         with atomic_folder(out, force=True) as folder:
@@ -39,7 +38,8 @@ def new_state(checkpoints: Path, step: int, *, keep_last: int) -> Iterator[Path]
             sums = {str(path.relative_to(folder)): _checksum(path) for path in _files(folder)}
             (folder / CHECKSUMS).write_text(json.dumps(sums), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        kept = f"{before.name} is kept" if before else "there is none before it"
+        whole = max((path for path in _states(checkpoints) if find_damage(path) is None), default=None)
+        kept = f"{whole.name} is kept" if whole else "there is none before it"
         raise OSError(
             f"{out}: cannot write the training state ({error}); {kept}: free some space and go on with --resume"
         ) from error

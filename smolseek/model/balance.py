@@ -37,6 +37,11 @@ def take_expert_counts(model: nn.Module) -> list[tuple[int, Tensor]]:
     return counts
 
 
+def quantile_sums(model: nn.Module) -> list[Tensor]:
+    """What the routers have gathered for the quantile rule since the last update, for processes to add up."""
+    return [router.quantile_sums for router in _routers(model).values() if router.gathers_quantiles]
+
+
 def set_balance(model: nn.Module, settings: TrainSettings) -> None:
     """Make the model's routers gather what `settings.balance_rule` and `.balance_loss_weight` need while they train.
 

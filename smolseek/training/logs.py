@@ -11,9 +11,10 @@ RULE = "-" * 80
 
 
 class RunLog:
-    """Appends to logs.txt and metrics.jsonl of a run's folder."""
+    """Appends to logs.txt and metrics.jsonl of a run's folder; nothing when muted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, muted: bool = False) -> None:
+        self.muted = muted
         self.paths = {"logs": folder / "logs.txt", "metrics": folder / "metrics.jsonl"}
 
     def line(self, text: str) -> None:
@@ -34,11 +35,13 @@ class RunLog:
 
     def rewind(self, sizes: dict[str, int]) -> None:
         """Drop what was written after `sizes` was taken, so that a resumed run repeats no line."""
-        for key, size in sizes.items():
+        for key, size in () if self.muted else sizes.items():
             if self.paths[key].exists() and self.paths[key].stat().st_size > size:
                 os.truncate(self.paths[key], size)
 
     def _append(self, key: str, text: str) -> None:
+        if self.muted:
+            return
         try:
             with self.paths[key].open("a", encoding="utf-8") as file:
                 file.write(text)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +19,26 @@ from torch import Tensor
 
 from smolseek.checkpoint.atomic import remove_leftovers
 from smolseek.checkpoint.hub import save
-from smolseek.checkpoint.state import load_state, newest_state, newest_whole_state, save_state
+from smolseek.checkpoint.state import newest_state
 from smolseek.config import Recipe
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
 from smolseek.evaluation import Quality, measure_quality, measure_specialisation
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.balance import balance_speed, describe_load, set_balance, take_expert_counts, update_biases
+from smolseek.model.balance import (
+    balance_speed,
+    describe_load,
+    quantile_sums,
+    set_balance,
+    take_expert_counts,
+    update_biases,
+)
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.optimizer import build_optimizer, learning_rate
+from smolseek.training.parallel import Alone
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +80,7 @@ class Trainer:
         recipe: what to do; `recipe.train`, `.data`, `.sample` and `.seed` are read.
         folder: logs.txt, metrics.jsonl, checkpoints/ and best/ go here.
         teacher: dense model to distil from when `train.distill_weight` is above 0.
+        processes: those that run this together, from `parallel.join`.
 
     Raises:
         ValueError: settings that do not fit each other or the model, or sources without text.
@@ -85,14 +94,18 @@ class Trainer:
         folder: Path,
         *,
         teacher: StockModel | None = None,
+        processes: Alone = Alone(),  # noqa: B008  (has no state)
     ) -> None:
         check_settings(model, recipe, teacher)
-        self.model, self.tokenizer, self.recipe, self.folder = model, tokenizer, recipe, folder
+        processes.check(recipe.train)
+        self.processes, self.model = processes, processes.shard(model)
+        self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
         self.settings, self.teacher = recipe.train, teacher
         self.device = next(model.parameters()).device
         self.autocast = _autocast(self.device, self.settings.precision)
         set_balance(model, self.settings)
         self.optimizer = build_optimizer(model, self.settings)
+        processes.prepare(self.optimizer)
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
@@ -101,7 +114,7 @@ class Trainer:
         )
         if len(self.held_out_T) < 2:
             raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
-        self.log = RunLog(folder)
+        self.log = RunLog(folder, muted=not processes.leads)
         self.guard = StepGuard(recipe.train)
         self.step = 0
         self.step_seconds = 0.0
@@ -131,7 +144,7 @@ class Trainer:
             self.step += 1
             held_out = self.quality.loss if self.quality else None
             watcher.on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
-            stop = watcher.should_stop() and self.step < self.settings.steps
+            stop = self.processes.agree(watcher.should_stop()) and self.step < self.settings.steps
             due = self.step % self.settings.checkpoint_every == 0 and not self.guard.in_a_row  # what is kept is good
             if stop or due or self.step == self.settings.steps:
                 self.save()
@@ -150,12 +163,15 @@ class Trainer:
             loss, entropy = self._loss(windows_NT.to(self.device))
             (loss * share).backward()
             total += entropy.item() * share
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        skipped = self._skips(total, norm.item())
+        norm = self.processes.clip(self.model, self.settings.clip_norm)
+        total = self.processes.mean(total)
+        skipped = self._skips(total, norm)
         if not skipped:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        counts = take_expert_counts(self.model)
+        counts = self.processes.add(take_expert_counts(self.model))
+        for sums in quantile_sums(self.model):
+            sums.copy_(self.processes.add([(0, sums)])[0][1])
         speed = 0.0 if skipped else balance_speed(self.step, self.settings)
         update_biases(self.model, counts, speed, self.settings.balance_rule)
         self.step_seconds += time.perf_counter() - began
@@ -188,8 +204,9 @@ class Trainer:
         except SourceLost:
             self.save()
             raise
-        labels = [int(read_marks(windows_NT)[1][:, 1:].sum()) for windows_NT in batches]
-        return [(windows_NT, n / max(1, sum(labels))) for windows_NT, n in zip(batches, labels, strict=True)]
+        rows = [self.processes.rows(windows_NT) for windows_NT in batches]
+        labels = max(1, sum(map(_labels, batches)))
+        return [(windows_NT, _labels(windows_NT) * self.processes.size / labels) for windows_NT in rows]
 
     def _data_wait_share(self) -> float:
         """Share of the steps' time since the last call that went by waiting for windows."""
@@ -227,15 +244,31 @@ class Trainer:
 
     def evaluate(self) -> Quality:
         """Quality on the held-out text."""
-        quality = measure_quality(self.model, self.held_out_T, self.held_out_bytes)
+        quality = None
+        with self.processes.whole(self.model) as model:
+            if model is not None:
+                quality = measure_quality(model, self.held_out_T, self.held_out_bytes)
         take_expert_counts(self.model)  # held-out text must not move the balance
+        quality = self.processes.share(quality)
+        assert quality is not None
         return quality
 
-    def sample(self, prompt: str) -> str:
-        """A continuation of `prompt`, the prompt included; leaves the global random state alone."""
-        text, _ = continue_text(self.model, self.tokenizer, prompt, self.recipe.sample)
+    def sample(self, prompts: Iterable[str]) -> list[str]:
+        """A continuation of each prompt, the prompt included; leaves the global random state alone."""
+        texts = []
+        with self.processes.whole(self.model) as model:
+            if model is not None:
+                texts = [continue_text(model, self.tokenizer, p, self.recipe.sample)[0] for p in prompts]
         take_expert_counts(self.model)
-        return text
+        return self.processes.share(texts)
+
+    def save_model(self, name: str, card: str | None = None) -> Path:
+        """Write the model as the stock folder `name` inside the run's."""
+        out = self.folder / name
+        with self.processes.whole(self.model) as model:
+            if model is not None:
+                save(model, out, tokenizer_from=self.tokenizer, card=card, force=True)
+        return out
 
     def _report(self, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:
         """Log lines, held-out evaluation and samples that are due at this step."""
@@ -258,8 +291,9 @@ class Trainer:
         if (step + 1) % settings.evaluate_every == 0 or last:
             self._report_quality()
         if (self.recipe.sample.every and step % self.recipe.sample.every == 0) or last:
-            for prompt in self.recipe.sample.prompts:
-                self.log.sample(step, prompt, self.sample(prompt))
+            prompts = self.recipe.sample.prompts
+            for prompt, text in zip(prompts, self.sample(prompts), strict=True):
+                self.log.sample(step, prompt, text)
         if last and self.stream.malformed:
             self.log.line(f"Malformed lines skipped: {self.stream.malformed:,}")
         if last:
@@ -271,11 +305,16 @@ class Trainer:
         self.quality = self.evaluate()
         loss = self.quality.loss
         self.log.line(f"Step {self.step}/{self.settings.steps} | Held-out loss: {loss:.4f}")
-        experts = measure_specialisation(self.model, self.held_out_T[:SPECIALISATION_TOKENS])
+        experts = self._specialisation()
         self.log.metrics(step=self.step, held_out=self.quality.to_dict(), **({"experts": experts} if experts else {}))
         if loss < self.best_loss:
             self.best_loss = loss
-            save(self.model, self.folder / "best", tokenizer_from=self.tokenizer, force=True)
+            self.save_model("best")
+
+    def _specialisation(self) -> dict[str, dict[str, float]]:
+        """How different the experts are; told by the leading process alone."""
+        with self.processes.whole(self.model) as model:
+            return {} if model is None else measure_specialisation(model, self.held_out_T[:SPECIALISATION_TOKENS])
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -299,7 +338,8 @@ class Trainer:
             "logs": self.log.sizes(),
             "recipe": asdict(self.recipe),
         }
-        return save_state(self.folder / "checkpoints", self.step, plain, tensors, keep_last=self.settings.keep_last)
+        checkpoints = self.folder / "checkpoints"
+        return self.processes.save(checkpoints, self.step, plain, tensors, keep_last=self.settings.keep_last)
 
     def resume(self) -> bool:
         """Continue from the newest undamaged checkpoint; False when there is none.
@@ -307,11 +347,13 @@ class Trainer:
         Raises:
             ValueError: every checkpoint is damaged, or the newest is of a run with other settings.
         """
-        remove_leftovers(self.folder)
-        newest = newest_whole_state(self.folder / "checkpoints")
+        if self.processes.leads:
+            remove_leftovers(self.folder)
+        newest = self.processes.newest(self.folder / "checkpoints")
         if newest is None:
+            self.log.rewind(dict.fromkeys(self.log.paths, 0))
             return False
-        plain, tensors = load_state(newest)
+        plain, tensors = self.processes.load(newest, self._owners())
         changed = _changed_settings(plain["recipe"], asdict(self.recipe))
         if changed:
             raise ValueError(
@@ -332,6 +374,12 @@ class Trainer:
             self.log.line(f"Resumed at step {self.step} with {line}")
         return True
 
+    def _owners(self) -> dict[str, Tensor]:
+        """The live tensors that those of a checkpoint lie beside: weights, and the optimizer's parameters by number."""
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        weights = {f"model.{name}": tensor for name, tensor in _untied_state(self.model).items()}
+        return weights | {f"optimizer.{index}": parameter for index, parameter in enumerate(parameters)}
+
     def _restore_model(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, target in _untied_state(self.model).items():
@@ -343,6 +391,11 @@ class Trainer:
             index, _, key = name.partition(".")
             tree["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(tree)
+
+
+def _labels(windows_NT: Tensor) -> int:
+    """How many tokens of marked windows loss is taken on."""
+    return int(read_marks(windows_NT)[1][:, 1:].sum())
 
 
 def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
@@ -406,13 +459,11 @@ def _plain(value: Any) -> Any:
 
 
 def _untied_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The state dict, each storage once (safetensors holds no aliases)."""
-    seen, state = set(), {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            state[name] = tensor
-            seen.add(tensor.data_ptr())
-    return state
+    """The state dict, each tensor once (safetensors holds no aliases)."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
