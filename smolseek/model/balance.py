@@ -119,7 +119,7 @@ def max_violation(counts_E: Tensor) -> float:
 
     Raises ValueError when no token was routed.
     """
-    mean = counts_E.double().mean().item()
+    mean = counts_E.cpu().double().mean().item()  # MPS has no float64
     if mean == 0:
         raise ValueError("no token was routed: run the model before measuring its balance")
     return counts_E.max().item() / mean - 1

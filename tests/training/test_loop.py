@@ -7,10 +7,11 @@ from transformers import LlamaForCausalLM
 
 from smolseek.checkpoint.hub import load
 from smolseek.checkpoint.state import newest_state
-from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.config import DataSettings, Recipe, SampleSettings, StageSettings, TrainSettings
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
+from smolseek.model.balance import take_expert_counts
 from smolseek.training.loop import Interrupted, Trainer, Watcher
 from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
@@ -63,8 +64,9 @@ def stop_at(step):
     return Watcher(on_step=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1] >= step)
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5, 8])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(1, "adamw"), (5, "muon"), (8, "adamw"), (8, "muon")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, stopped_at, optimizer):
+    recipe = with_train(recipe, optimizer=optimizer)
     whole = trainer_of(recipe, tmp_path / "whole")
     whole.fit(Watcher())
     with pytest.raises(Interrupted, match="--resume"):
@@ -246,10 +248,63 @@ def test_distillation_brings_the_model_to_its_teacher(recipe, tmp_path):
     assert after < before / 2
 
 
+def test_distillation_for_the_first_part_only_asks_the_teacher_no_longer(recipe, tmp_path, monkeypatch):
+    teacher = StockModel(tiny_llama(vocab_size=ENTRIES)).eval()
+    asked, hidden_states = [], teacher.hidden_states
+    monkeypatch.setattr(teacher, "hidden_states", lambda *a, **k: asked.append(trainer.step) or hidden_states(*a, **k))
+    trainer = trainer_of(with_train(recipe, distill_weight=0.9, distill_steps=5), tmp_path / "run", teacher=teacher)
+    trainer.fit(Watcher())
+    assert asked == list(range(5))
+
+
+def test_the_teacher_may_be_held_in_bf16(recipe, tmp_path):
+    teacher = StockModel(tiny_llama(vocab_size=ENTRIES)).eval()
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bf16 = with_train(recipe, distill_weight=0.5, precision="bfloat16")
+        trainer = trainer_of(bf16, tmp_path / "run", teacher=teacher.to(dtype))
+        losses.append(trainer._loss(trainer.stream.next(4))[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(recipe, tmp_path, dense):
+    found = []
+    for checkpointing in (False, True):
+        model = StockModel(tiny_llama(vocab_size=ENTRIES)) if dense else model_of()
+        changed = with_train(recipe, activation_checkpointing=checkpointing)
+        trainer = trainer_of(changed, tmp_path / "run", model.train())
+        take_expert_counts(model)
+        calls: list[int] = []
+        norm = next(module for name, module in model.named_modules() if name.endswith("0.input_layernorm"))
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for _ in range(2):  # two micro-batches
+            trainer._loss(trainer.stream.next(4))[0].backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        found.append(({name: p.grad for name, p in model.named_parameters()}, take_expert_counts(model)))
+    (plain, counts), (recomputed, counts_again) = found
+    for name, grad in plain.items():
+        assert torch.equal(grad, recomputed[name]), name
+    assert len(counts) == len(counts_again) == (0 if dense else 2)
+    for (_, once), (_, again) in zip(counts, counts_again, strict=True):
+        assert once.sum() == 2 * 4 * 16 * 3 and torch.equal(once, again)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"steps": 0}, r"train\.steps 0"),
+        ({"distill_temperature": 0.0}, r"train\.distill_temperature 0\.0: must be above 0"),
+        ({"decay_share": 2.0}, r"train\.decay_share 2\.0: must be between 0 and 1"),
+        ({"patience": 0}, r"train\.patience 0: must be at least 1"),
+        (
+            {"learning_rate_factors": {"gates": 2.0}},
+            r"learning_rate_factors\.gates: no such group; there are attention",
+        ),
+        ({"stages": (StageSettings(),)}, "give it one of the two"),
+        ({"stages": (StageSettings(steps=1, tokens=1),)}, "give it one of the two"),
+        ({"stages": (StageSettings(steps=1, distill_weight=2.0),)}, r"train\.stages\.0\.distill_weight 2\.0"),
+        ({"stages": (StageSettings(steps=1, distill_weight=0.5),)}, "name a teacher"),
         ({"window_tokens": 65}, r"train\.window_tokens 65: the model's limit is 64"),
         ({"distill_weight": 1.5}, "between 0 and 1"),
         ({"distill_weight": 0.5}, "name a teacher"),
