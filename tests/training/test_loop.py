@@ -348,10 +348,10 @@ def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, val
 
     def step():
         before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        moments = [s["exp_avg"].clone() for s in trainer.optimizer.state_dict()["state"].values()]
+        moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state_dict()["state"].values()]
         result = take()
         same = all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in before.items())
-        after = [s["exp_avg"] for s in trainer.optimizer.state_dict()["state"].values()]
+        after = [s["exp_avg"] for s in trainer.optimizers[0].state_dict()["state"].values()]
         seen.append(same and all(torch.equal(*pair) for pair in zip(moments, after, strict=True)) and trainer.step > 0)
         return result
 
