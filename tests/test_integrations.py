@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -129,27 +130,70 @@ def test_a_model_without_routers_is_refused(tmp_path):
         trainer_of(model, tmp_path, BalanceCallback()).train()
 
 
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+from smolseek.integrations import BalanceCallback
+from tests.test_integrations import biases_of, skewed_model, trainer_of
+
+torch.set_num_threads(1)
+model, folder = skewed_model(), Path(sys.argv[1])
+trainer = trainer_of(model, folder, BalanceCallback(0.01), **json.loads(sys.argv[2]))
+trainer.train()
+biases = [bias.tolist() for bias in biases_of(model)]
+(folder / f"{trainer.args.process_index}.json").write_text(json.dumps(biases))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_counts_of_all_processes_are_added(tmp_path, monkeypatch):
+    """As if another process had routed 1,000 tokens of every layer to expert 0."""
+    model, reduced = skewed_model(), []
+
+    def all_reduce(counts_E):
+        counts_E[0] += 1000
+        reduced.append(counts_E.clone())
+
+    class Distributed(BalanceCallback):
+        def on_step_end(self, *arguments: Any, **kwargs: Any) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.distributed, "is_initialized", lambda: True)
+                patch.setattr(torch.distributed, "all_reduce", all_reduce)
+                super().on_step_end(*arguments, **kwargs)
+
+    before = biases_of(model)
+    trainer_of(model, tmp_path, Distributed(0.01), max_steps=1).train()
+    assert [int(counts_E.sum()) for counts_E in reduced] == [8 * 24 * 3 + 1000] * 2
+    for bias, was, counts_E in zip(biases_of(model), before, reduced, strict=True):
+        moved = signed_bias(was, counts_E, 0.01)
+        torch.testing.assert_close(bias, moved - moved.mean())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_processes_add_up(tmp_path):
     """Two processes with half the batch each move the biases as one with all of it."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, os, sys\n"
-        "from pathlib import Path\n"
-        "import torch\n"
-        "torch.set_num_threads(1)\n"
-        "from smolseek.integrations import BalanceCallback\n"
-        "from tests.test_integrations import biases_of, skewed_model, trainer_of\n"
-        "model, size = skewed_model(), int(sys.argv[1])\n"
-        "trainer = trainer_of(model, Path(sys.argv[2]), BalanceCallback(0.01), count=16, max_steps=1,\n"
-        "    per_device_train_batch_size=size, ddp_backend='gloo' if 'RANK' in os.environ else None)\n"
-        "trainer.train()\n"
-        "name = f'{sys.argv[2]}/{trainer.args.world_size}-{trainer.args.process_index}.json'\n"
-        "Path(name).write_text(json.dumps([bias.tolist() for bias in biases_of(model)]))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([sys.executable, script, "16", tmp_path], [*torchrun, script, "8", tmp_path]):
-        subprocess.run([str(word) for word in command], env=environment, check=True, capture_output=True, timeout=120)
-    one, *two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
-    assert two[0] == two[1]
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(two[0]))
+    options: dict[str, Any] = {"count": 16, "max_steps": 1, "per_device_train_batch_size": 16}
+    alone = skewed_model()
+    trainer_of(alone, tmp_path, BalanceCallback(0.01), **options).train()
+    options |= {"per_device_train_batch_size": 8, "ddp_backend": "gloo"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tmp_path), json.dumps(options)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=500) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(2):
+        biases = json.loads((tmp_path / f"{rank}.json").read_text())
+        torch.testing.assert_close(torch.tensor(biases), torch.stack(biases_of(alone)))
