@@ -265,6 +265,7 @@ def _train(command: Train) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
+        bar.total = progress.steps  # fewer when a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
         bar.set_postfix_str(
             f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False

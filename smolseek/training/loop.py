@@ -1,4 +1,4 @@
-"""The training loop: streamed windows, AdamW, loss-less balancing, held-out evaluation, exact resume.
+"""The training loop: streamed windows, stages, loss-less balancing, held-out evaluation, exact resume.
 
 Shapes: N windows in a micro-batch, T tokens in a window, D hidden, E routed experts.
 """

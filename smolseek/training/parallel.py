@@ -136,6 +136,11 @@ class Together(Alone):
                 f"train.batch_windows {settings.batch_windows}: must be a multiple of the {self.size} processes, which "
                 "divide every micro-batch among them"
             )
+        if settings.optimizer == "muon":
+            raise ValueError(
+                f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, and they are sharded; use "
+                "adamw, or one process"
+            )
 
     def shard(self, model: Any) -> Any:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
