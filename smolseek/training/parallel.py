@@ -138,7 +138,7 @@ class Together(Alone):
             )
         if settings.optimizer == "muon":
             raise ValueError(
-                f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, and they are sharded; use "
+                f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, which are sharded; use "
                 "adamw, or one process"
             )
 
