@@ -273,7 +273,7 @@ class HubSource(Source):
         """Rows after `position`, each with the position that follows it.
 
         Raises:
-            Unreachable: it cannot be opened the first time.
+            ValueError: it cannot be opened the first time (`Unreachable`), or the library cannot read a shard.
             SourceLost: after the last wait of `RETRY_SECONDS` no row came either.
         """
         failures, opened = 0, False
@@ -289,13 +289,18 @@ class HubSource(Source):
                     yield position, row
                 return
             except Exception as error:
-                if not opened or not isinstance(error, (Unreachable, *_connection_errors())):
+                if not opened or not isinstance(error, (ValueError, *_connection_errors())):
                     raise
+                if isinstance(error, ValueError) and not isinstance(error, Unreachable):
+                    raise ValueError(
+                        f"data source hub:{self.id}: a shard cannot be read ({_reason(error)}); download its files and "
+                        "name them with data.train: of local files malformed lines are skipped"
+                    ) from error
                 self._wait(failures, error)
                 failures += 1
 
     def _wait(self, failures: int, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = _reason(error)
         if failures == len(RETRY_SECONDS):
             raise SourceLost(
                 f"data source hub:{self.id}: lost, and {failures} attempts to read on failed ({reason}); check the "
@@ -310,14 +315,18 @@ class HubSource(Source):
         try:
             return datasets.load_dataset(self.id, self.config, split="train", streaming=True)
         except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise Unreachable(
-                f"data source hub:{self.id}: cannot be opened ({type(error).__name__}: {reason}); check the id and the "
+                f"data source hub:{self.id}: cannot be opened ({_reason(error)}); check the id and the "
                 "connection, or name local files with --data.train FILE"
             ) from error
 
 
-def _connection_errors() -> tuple[type[BaseException], ...]:
+def _reason(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
     """What the libraries under `datasets` raise when a connection breaks or a compressed file ends too early."""
     clients = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
     # A client that was never imported raised nothing.

@@ -213,6 +213,17 @@ def test_a_stream_that_stays_away_is_given_up_after_a_number_of_attempts(monkeyp
     assert len(list(opened)) == 6
 
 
+def test_a_shard_that_the_library_cannot_read_is_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "a.jsonl").write_text("{broken")
+    options = {"data_files": str(tmp_path / "a.jsonl"), "split": "train", "streaming": True}
+    opened = iter([lambda: datasets.load_dataset("json", **options)])
+    with pytest.raises(ValueError, match="shard cannot be read") as raised:
+        texts(hub_source_of(monkeypatch, opened))
+    assert "\n" not in str(raised.value)
+
+
 def test_errors_that_no_connection_makes_are_not_tried_again(monkeypatch):
     opened = iter([lambda: BrokenRows(3, KeyError("bug"))])
     with pytest.raises(KeyError):
