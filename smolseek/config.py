@@ -180,7 +180,7 @@ class TrainSettings:
     distill_steps: int | None = None
     """Steps that distil; after them plain cross-entropy and no teacher. None: all."""
     activation_checkpointing: bool = False
-    """Keep one activation per block and compute the rest again in the backward pass: less memory, a third slower."""
+    """Keep one activation per block and compute the rest again in the backward pass: less memory, a second forward."""
     trains: Literal["all", "attention", "experts"] = "all"
     """Which weights train."""
     patience: int | None = None

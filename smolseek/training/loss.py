@@ -62,7 +62,7 @@ def next_token_loss(
 
 
 def has_fused_entropy(hidden_ND: Tensor, head_VD: Tensor) -> bool:
-    """Whether torch's chunked cross-entropy (2.13 on) does it: in fp32 alone, for it rounds a bf16 mean to bf16."""
+    """Whether torch has a chunked cross-entropy that does it: in fp32 alone, for it rounds a bf16 mean to bf16."""
     autocast = torch.is_autocast_enabled(hidden_ND.device.type)
     there = hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")
     return there and not autocast and hidden_ND.dtype == head_VD.dtype == torch.float32
