@@ -203,6 +203,8 @@ class WindowStream:
         """
         began = time.perf_counter()
         fill = 0 if len(self.buffer_NT) else max(self.settings.shuffle_windows, 1)
+        if self._ahead is None:
+            self._ahead = Ahead(self.windows(), depth=max(_WINDOWS_AHEAD, 2 * count))
         self._fetch(fill + count)
         if fill:
             self.buffer_NT = torch.stack([self._take() for _ in range(fill)])
@@ -216,8 +218,7 @@ class WindowStream:
 
     def _fetch(self, count: int) -> None:
         """Have `count` windows at hand."""
-        if self._ahead is None:
-            self._ahead = Ahead(self.windows(), depth=max(_WINDOWS_AHEAD, 2 * count))
+        assert self._ahead is not None
         while len(self._fetched) < count:
             self._fetched.append(next(self._ahead))
 
