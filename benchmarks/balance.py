@@ -71,6 +71,8 @@ class Comparison:
     """Held-out tokens."""
     experts: Literal["carve", "upcycle"] = "carve"
     """Where the experts come from: a router fitted to the neurons it divides, or copies that training tells apart."""
+    active: float = 0.5
+    """Share of the neurons that a token meets (carve). MaxVio cannot pass E / K - 1, so more would hide imbalance."""
     cache: float | None = None
     """Share of the source's cache to keep; none: the conversion's own choice."""
     refine_steps: int = 100
@@ -152,6 +154,7 @@ def _converted(mine: Comparison, folder: Path) -> Path:
         settings = ConvertSettings(
             calibration=mine.train,
             experts=mine.experts,
+            active=mine.active if mine.experts == "carve" else None,
             cache=mine.cache,
             refine_steps=mine.refine_steps,
             distill_steps=0,

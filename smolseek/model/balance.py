@@ -54,6 +54,7 @@ def set_balance(model: nn.Module, settings: TrainSettings) -> None:
     _check(settings)
     for router in _routers(model).values():
         router.gathers_quantiles = settings.balance_rule == "quantile"
+        router.quantile_sums.zero_()  # not in checkpoints: a loaded model has whatever stood in memory
         if router.gathers_quantiles and router.topk_group < router.n_group and not router.chooses_whole_groups:
             raise ValueError(
                 "train.balance_rule quantile: knows routing without groups (n_group 1) or to whole groups, and this "

@@ -136,6 +136,9 @@ def test_the_loss_weighs_the_global_batch() -> None:
     model = tiny_v3()
     set_balance(model, TrainSettings(balance_loss_weight=0.4, gradient_accumulation=4, balance_loss="batch"))
     gate = layers_of(model)[1].mlp.gate
+    gate.quantile_sums.fill_(1e14)
+    set_balance(model, TrainSettings(balance_loss_weight=0.4, gradient_accumulation=4, balance_loss="batch"))
+    assert (gate.quantile_sums == 0).all(), "a loaded model has whatever stood in memory"
     assert gate.loss_weight == pytest.approx(0.1) and gate.loss_over_batch and not gate.gathers_quantiles
     set_balance(nn.Linear(2, 2), TrainSettings())
 
