@@ -10,7 +10,6 @@ as soon as it is made: the same command goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import importlib.util
 import json
@@ -28,6 +27,7 @@ import transformers
 import tyro
 from baselines import Sizes, TransMLA, mean_loss, supports, x_ecomla
 from circumstances import circumstances, command_line
+from rows import Row, Rows
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokenizer, save
@@ -47,8 +47,6 @@ SVD = "X-EcoMLA's initialisation"
 STOCK_BASELINES = (PUBLISHED, REPAIRED, SVD)
 STAGES = {"closed": "ours, closed form", "refined": "ours, refined", "distilled": "ours, refined, end-to-end KL"}
 HEALED, TRAINED = "ours, healed", "dense, trained on the same tokens"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -113,45 +111,22 @@ class Bench:
         self.dense = load_stock(self.folder)
         self.held_out_T, self.held_out_bytes = self._text(comparison.held_out)
         self.other_T = self._text(comparison.other_domain)[0] if comparison.other_domain else None
-        comparison.results.mkdir(parents=True, exist_ok=True)
-        earlier = sorted(comparison.results.glob(f"????-??-??-convert-quality-{comparison.out}.jsonl"))
-        today = f"{datetime.date.today()}-convert-quality-{comparison.out}.jsonl"
-        self.lines = earlier[-1] if earlier else comparison.results / today
-        self.rows = self._read_rows()
+        self.kept = Rows(comparison.results, f"convert-quality-{comparison.out}", comparison, free=("results", "work"))
+        self.lines, self.rows = self.kept.path, self.kept.rows
 
     def _text(self, names: tuple[str, ...]) -> tuple[Tensor, int]:
         texts = {"train" if BUILTIN_TEXT in names else "held_out": names}
         settings = DataSettings(separator=self.comparison.separator, **texts)  # type: ignore[arg-type]
         return pack(self.tokenizer, held_out_documents(settings), self.comparison.text_tokens)
 
-    def _read_rows(self) -> list[Row]:
-        """Rows of an earlier run of the same comparison.
-
-        Raises:
-            ValueError: that run measured something else under the same name.
-        """
-        tree = json.loads(json.dumps(dataclasses.asdict(self.comparison), default=str))
-        about = {key: value for key, value in tree.items() if key not in ("results", "work")}
-        if not self.lines.exists():
-            self.lines.write_text(json.dumps(about) + "\n", encoding="utf-8")
-        first, *rows = [json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines()]
-        changed = [key for key, value in about.items() if first.get(key) != value]
-        if changed:
-            raise ValueError(
-                f"{self.lines.name}: was measured with another {changed[0]}; name another --out or delete it"
-            )
-        return rows
-
     def add(self, **row: Any) -> None:
         """Keep one measurement."""
-        self.rows.append(row)
-        with self.lines.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+        self.kept.add(row)
         print(f"  {row['what']:40} perplexity {row['perplexity']:.3f}  {row['seconds'] or 0:.0f} s", flush=True)
 
     def has(self, **row: Any) -> bool:
         """Whether such a measurement is there."""
-        return any(row.items() <= done.items() for done in self.rows)
+        return bool(self.kept.find(**row))
 
     def measure(self, model: DeepseekV3 | StockModel) -> Row:
         """Loss and perplexity on the held-out text, KL to the dense model on the other domain's."""

@@ -1,27 +1,32 @@
-"""How do upcycled copies get told apart? Trains each routing a little and prints a table (issue 3, MLP, 1; design §4).
+"""How do upcycled copies get told apart? Trains each routing and symmetry breaking a little and prints a table.
 
-    python benchmarks/upcycle_routing.py SOURCE TRAIN.txt HELD_OUT.txt [STEPS]
+    python benchmarks/upcycle_routing.py SOURCE TRAIN.txt HELD_OUT.txt [STEPS [SEEDS]]
 
-Every variant starts as the dense model (up to 2% noise on the routed experts, where it says so) and sees the same
-batches. Only the MLPs are trained, the dense model's too: the exact attention holds a constant of 2^15, which no
+Every variant starts as the dense model, but for its noise on the routed experts (2% where nothing is said) and the
+share of their neurons that every copy draws anew, and sees the same batches. A seed draws noise, neurons and batches;
+figures are means over SEEDS of them (default 1) ± half the range, `below dense` those of the differences at one seed.
+Only the MLPs are trained, the dense model's too: the exact attention holds a constant of 2^15, which no
 step may move. `swapped` is by how much the held-out loss rises when every token is sent to the next copy: 0 while the
 copies are interchangeable. `apart` is the mean distance between two copies' weights over their norm.
 
-Shapes: N windows, T tokens, B windows in a batch, D hidden, E routed experts, G groups (= copies).
+Shapes: N windows, T tokens, B windows in a batch, D hidden, E routed experts, G groups (= copies),
+M neurons of an expert, I = 2 M.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from convert_quality import mean_and_spread
 from torch import Tensor
 
 from smolseek import convert
@@ -30,7 +35,7 @@ from smolseek.config import DataSettings
 from smolseek.conversion.experts import balancing_bias
 from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.data.windows import open_settings, pack
-from smolseek.model.balance import max_violation, take_expert_counts, update_biases
+from smolseek.model.balance import expert_weights, max_violation, take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 
 WINDOW_TOKENS, BATCH_WINDOWS, HELD_OUT_WINDOWS = 256, 4, 64
@@ -46,11 +51,16 @@ class Variant:
     groups: int = 1
     normalised: bool = True
     clustered: bool = False
+    redrawn: float = 0.0
+    """Share of each copy's neurons whose three matrices are drawn anew, at the size of the old ones."""
 
 
 VARIANTS = (
     Variant("one group, no noise", noise=0.0),
     Variant("one group"),
+    Variant("one group, noise 10%", noise=0.1),
+    Variant("one group, 5% redrawn", redrawn=0.05),
+    Variant("one group, 20% redrawn", redrawn=0.2),
     Variant("two groups, k = 2G", groups=2),
     Variant("one group, not normalised", normalised=False),
     Variant("one group, clustered rows", clustered=True),
@@ -58,21 +68,30 @@ VARIANTS = (
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table, a line as soon as all its seeds are there."""
     source, train, held_out, *rest = sys.argv[1:]
-    steps = int(rest[0]) if rest else 300
+    steps, seeds = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((300, 1)))
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(source)
     train_NT, held_NT = (windows(tokenizer, name) for name in (train, held_out))
     held_NT = held_NT[:HELD_OUT_WINDOWS]
-    print(f"{'':28}{'start':>8}{'loss':>8}{'swapped':>9}{'apart':>8}{'MaxVio':>8}{'seconds':>9}")
+    columns = ("", "start", "loss", "below dense", "swapped", "apart", "MaxVio", "seconds")
+    print("".join(f"{column:>17}" if column else f"{'':28}" for column in columns))
     with tempfile.TemporaryDirectory() as folder:
         out = convert(source, Path(folder) / "v3", exact=True, experts="upcycle", calibration=train)
-        report("dense", load(source), train_NT, held_NT, steps)
-        for variant in VARIANTS:
+
+        def rows(start: Callable[[int], Any]) -> list[dict[str, float]]:
+            return [train_and_measure(start(seed), train_NT, held_NT, steps, seed) for seed in range(seeds)]
+
+        def start(variant: Variant, seed: int) -> Any:
             model = load(out)
-            prepare(model, variant, train_NT)
-            report(variant.name, model, train_NT, held_NT, steps)
+            prepare(model, variant, train_NT, seed)
+            return model
+
+        dense = rows(lambda seed: load(source))
+        report("dense", dense, dense)
+        for variant in VARIANTS:
+            report(variant.name, rows(lambda seed, variant=variant: start(variant, seed)), dense)
 
 
 def windows(tokenizer: Any, name: str) -> Tensor:
@@ -88,9 +107,9 @@ def blocks(model: Any) -> Iterator[MixtureOfExperts]:
 
 
 @torch.no_grad()
-def prepare(model: Any, variant: Variant, train_NT: Tensor) -> None:
-    """Routing and noise of a variant, in place."""
-    generator = torch.Generator().manual_seed(0)
+def prepare(model: Any, variant: Variant, train_NT: Tensor, seed: int) -> None:
+    """Routing, noise and redrawn neurons of a variant, in place."""
+    generator = torch.Generator().manual_seed(seed)
     inputs = collect_mlp_inputs(model, train_NT[:32], 4096)
     for block, inputs_TD in zip(blocks(model), inputs, strict=True):
         gate = block.gate
@@ -106,6 +125,18 @@ def prepare(model: Any, variant: Variant, train_NT: Tensor) -> None:
             gate.e_score_correction_bias.mul_(0.1)
         for stack in (block.experts.gate_up_proj, block.experts.down_proj):
             stack.mul_(1 + variant.noise * torch.randn(stack.shape, generator=generator))
+        redraw(block.experts.gate_up_proj, block.experts.down_proj, variant.redrawn, generator)
+
+
+def redraw(gate_up_EID: Tensor, down_EDM: Tensor, share: float, generator: torch.Generator) -> None:
+    """A share of every expert's M neurons gets normal weights of the expert's own deviation, in place; neurons that are
+    padding (zero) stay so."""
+    for gate_up_ID, down_DM in zip(gate_up_EID, down_EDM, strict=True):
+        used = int((down_DM != 0).any(dim=0).sum())
+        drawn = torch.randperm(used, generator=generator)[: round(share * used)]
+        for rows_MD in (*gate_up_ID.chunk(2), down_DM.T):
+            deviation = rows_MD[:used].std()
+            rows_MD[drawn] = deviation * torch.randn(len(drawn), rows_MD.shape[1], generator=generator)
 
 
 def clustered_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
@@ -120,8 +151,8 @@ def clustered_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -
     return rows_GD / (inputs_TD @ rows_GD.T).std(0).unsqueeze(1)
 
 
-def report(name: str, model: Any, train_NT: Tensor, held_NT: Tensor, steps: int) -> None:
-    """Trains and prints one row of the table."""
+def train_and_measure(model: Any, train_NT: Tensor, held_NT: Tensor, steps: int, seed: int) -> dict[str, float]:
+    """One variant's figures after `steps` at one seed, by column."""
     started, before = time.process_time(), loss_of(model, held_NT)
     trained = [parameter for key, parameter in model.named_parameters() if ".mlp." in key]
     model.requires_grad_(False)
@@ -129,7 +160,7 @@ def report(name: str, model: Any, train_NT: Tensor, held_NT: Tensor, steps: int)
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed + 1)
     take_expert_counts(model)
     for _ in range(steps):
         ids_BT = train_NT[torch.randint(len(train_NT), (BATCH_WINDOWS,), generator=generator)]
@@ -139,15 +170,23 @@ def report(name: str, model: Any, train_NT: Tensor, held_NT: Tensor, steps: int)
         schedule.step()
         update_biases(model, take_expert_counts(model), BALANCE_SPEED)
     seconds, after = time.process_time() - started, loss_of(model, held_NT)
-    row = f"{name:28}{before:8.4f}{after:8.4f}"
+    row = {"start": before, "loss": after, "seconds": seconds}
     if list(blocks(model)):
-        violation = max(max_violation(counts_E) for _, counts_E in take_expert_counts(model))
-        apart = sum(distance(block) for block in blocks(model)) / len(list(blocks(model)))
+        row["MaxVio"] = max(max_violation(counts_E) for _, counts_E in take_expert_counts(model))
+        row["apart"] = statistics.mean(expert_weights(model).values())
         swap(model)
-        row += f"{loss_of(model, held_NT) - after:9.4f}{apart:8.3f}{violation:8.2f}{seconds:9.0f}"
-    else:
-        row += f"{'':25}{seconds:9.0f}"
-    print(row, flush=True)
+        row["swapped"] = loss_of(model, held_NT) - after
+    return row
+
+
+def report(name: str, rows: list[dict[str, float]], dense: list[dict[str, float]]) -> None:
+    """Prints one line of the table."""
+    rows = [row | {"below dense": control["loss"] - row["loss"]} for row, control in zip(rows, dense, strict=True)]
+    line = f"{name:28}"
+    for column, digits in (("start", 4), ("loss", 4), ("below dense", 4), ("swapped", 4), ("apart", 3), ("MaxVio", 2)):
+        cell = mean_and_spread([row[column] for row in rows], digits) if column in rows[0] else ""
+        line += f"{cell:>17}"
+    print(line + f"{mean_and_spread([row['seconds'] for row in rows], 0):>17}", flush=True)
 
 
 @torch.no_grad()
@@ -167,15 +206,6 @@ def swap(model: Any) -> None:
         shards = block.gate.num_experts // block.gate.n_group
         for stack in (block.experts.gate_up_proj, block.experts.down_proj):
             stack.copy_(stack.roll(shards, dims=0))
-
-
-@torch.no_grad()
-def distance(block: MixtureOfExperts) -> float:
-    """|W_copy - W_next| / |W| over all the routed weights."""
-    shards = block.gate.num_experts // block.gate.n_group
-    stacks = (block.experts.gate_up_proj, block.experts.down_proj)
-    apart = sum(float((stack - stack.roll(shards, dims=0)).square().sum()) for stack in stacks)
-    return (apart / sum(float(stack.square().sum()) for stack in stacks)) ** 0.5
 
 
 if __name__ == "__main__":

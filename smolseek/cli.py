@@ -64,6 +64,16 @@ class Train(Recipe):
 
 
 @dataclass(frozen=True)
+class Data(Recipe):
+    """Say what a recipe's text is (data stats RECIPE): documents, tokens, malformed lines, first rows."""
+
+    limit: int = 2000
+    """Documents to read of a hub data set; local sources are read to their end."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
 class Generate:
     """Continue a prompt."""
 
@@ -161,15 +171,19 @@ def _first_line(kind: type) -> str:
 
 
 def _parse(kind: type, verb: str, arguments: list[str]) -> Any:
-    """Arguments of one verb; `train` and `plan` read their defaults from a recipe named first."""
-    if kind is not Train:
+    """Arguments of one verb; `train` and `data stats` read their defaults from a recipe named first."""
+    if kind not in (Train, Data):
         return _tyro(kind, f"smolseek {verb}", arguments)
+    if kind is Data:
+        if arguments[:1] not in (["stats"], ["--help"], ["-h"]):
+            raise ValueError("data: say what about it, data stats RECIPE; see smolseek data --help")
+        verb, arguments = "data stats", arguments[1:] if arguments[0] == "stats" else arguments
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = load_recipe(arguments[0]), arguments[1:]
     else:
         recipe = load_recipe(recipes_folder() / "quickstart.yaml")
-    default = Train(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)})
-    return _tyro(Train, f"smolseek {verb} [RECIPE]", arguments, default=default)
+    default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)})
+    return _tyro(kind, f"smolseek {verb} [RECIPE]", arguments, default=default)
 
 
 def _tyro(kind: type, program: str, arguments: list[str], **options: Any) -> Any:
@@ -251,6 +265,7 @@ def _train(command: Train) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
+        bar.total = progress.steps  # fewer when a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
         bar.set_postfix_str(
             f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
@@ -274,6 +289,25 @@ def _train(command: Train) -> None:
     print(f"\n{table(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
     print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
     print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
+
+
+def _data(command: Data) -> None:
+    _quiet()
+    from smolseek.checkpoint.hub import load_tokenizer
+    from smolseek.checkpoint.source import TOKENIZER_FILES, resolve_folder
+    from smolseek.data.statistics import measure_data, render
+    from smolseek.training.start import corpus_tokenizer
+
+    name = command.tokenizer or command.source
+    if name is None and not command.train_tokenizer_entries:
+        raise ValueError("recipe: no tokenizer to count with; set tokenizer, source or train_tokenizer_entries")
+    tokenizer = (
+        load_tokenizer(resolve_folder(name, only=("config.json", *TOKENIZER_FILES)))
+        if name
+        else corpus_tokenizer(command)
+    )
+    statistics = measure_data(command, tokenizer, limit=command.limit)
+    print(json.dumps(statistics.to_dict(), indent=2) if command.json else render(statistics))
 
 
 def _generate(command: Generate) -> None:
@@ -457,6 +491,7 @@ VERBS |= {
     "plan": (Plan, _plan),
     "convert": (Convert, _convert),
     "train": (Train, _train),
+    "data": (Data, _data),
     "generate": (Generate, _generate),
     "chat": (Chat, _chat),
     "eval": (Eval, _eval),

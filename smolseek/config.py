@@ -68,7 +68,7 @@ class DataSettings:
     """Where the training text comes from and how it is cut."""
 
     train: tuple[str, ...] = ("builtin:python",)
-    """Sources read one after the other, again and again: files, globs, hub:ID[:CONFIG] or builtin:python."""
+    """Sources, read again and again: files, globs, hub:ID[:CONFIG] or builtin:python."""
     held_out: tuple[str, ...] = ()
     """Sources of held-out text; none: a share of the training documents, chosen by hash, is kept out of training."""
     held_out_share: float = 0.1
@@ -81,6 +81,38 @@ class DataSettings:
     """What stands between the documents of a text file."""
     shuffle_windows: int = 1024
     """Size of the shuffle buffer, in packed windows."""
+    weights: tuple[float, ...] = ()
+    """Share of the training tokens for each source, in any unit; none: one source after the other."""
+    messages_column: str = "messages"
+    """Field that holds a conversation, a list of {role, content}: only the assistant's tokens are learnt."""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage of a run: fields of `train` that it sets otherwise, and its length."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    tokens: int | None = None
+    """Tokens to train on, in place of steps (rounded up to whole steps)."""
+    trains: Literal["all", "attention", "experts"] | None = None
+    """Which weights train."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """AdamW or Muon."""
+    schedule: Literal["cosine", "wsd"] | None = None
+    """A cosine or warm-up, stable, decay; over this stage alone."""
+    learning_rate: float | None = None
+    """Peak learning rate."""
+    learning_rate_factors: dict[str, float] | None = None
+    """Factors on the learning rate by group of weights."""
+    final_learning_rate_share: float | None = None
+    """Learning rate at the stage's last step, as a share of its peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    distill_weight: float | None = None
+    """Weight of KL to the dense source in the loss."""
+    patience: int | None = None
+    """End the stage after this many evaluations in a row without a lower held-out loss."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +141,9 @@ class TrainSettings:
     """Autocast dtype; auto: bfloat16 where the hardware has it."""
     mask_documents: bool = True
     """Documents packed in one window do not see each other."""
-    balance_update_speed: float = 1e-3
-    """u of the loss-less load balancing: how far a routing bias moves per step."""
+    balance_update_speed: float | None = None
+    """u of the loss-less load balancing: how far a routing bias moves per step; none: what suits balance_rule (1e-3,
+    1e-3, 0.1). 0: not at all."""
     distill_weight: float = 0.0
     """Weight of KL to the dense source in the loss; the rest is cross-entropy."""
     evaluate_every: int = 100
@@ -125,6 +158,35 @@ class TrainSettings:
     """A step whose loss is above this many times the median of recent ones is skipped; 0: never."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a spike, or for a loss or gradient that is not finite; one more stops."""
+    balance_rule: Literal["sign", "proportional", "quantile"] = "sign"
+    """How a routing bias moves: by u towards balance; by u times the expert's relative lack of tokens; or u of the way
+    to where the batch's scores would give the expert its fair share."""
+    balance_freeze_share: float = 0.0
+    """Share of the steps, the last ones, in which the routing biases stay as they are."""
+    balance_loss: Literal["sequence", "batch"] = "sequence"
+    """Over what the balance loss is taken: each window, or all windows of a micro-batch."""
+    balance_loss_weight: float = 0.0
+    """Weight of the balance loss per expert layer; 0: none. DeepSeek-V3 has 1e-4 (sequence)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all weights, or Muon for hidden matrices and AdamW for embeddings, head, norms and router."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine, or the peak held and a straight line down over the last `decay_share`."""
+    decay_share: float = 0.2
+    """Share of the steps over which wsd goes down."""
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
+    """Factors on the learning rate by group of weights: attention, experts, router, norms, embeddings."""
+    distill_temperature: float = 1.0
+    """Temperature of both distributions in the KL, which is then multiplied by its square."""
+    distill_steps: int | None = None
+    """Steps that distil; after them plain cross-entropy and no teacher. None: all."""
+    activation_checkpointing: bool = False
+    """Keep one activation per block and compute the rest again in the backward pass: less memory, a second forward."""
+    trains: Literal["all", "attention", "experts"] = "all"
+    """Which weights train."""
+    patience: int | None = None
+    """End early after this many evaluations in a row without a lower held-out loss; none: never."""
+    stages: tuple[StageSettings, ...] = ()
+    """Stages one after the other, in place of one of `steps`; what a stage leaves out is as above."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +309,11 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
             raise ValueError(f"recipe key {where}: {value!r} is not a mapping")
-        return {key: _number(item) for key, item in value.items()}
+        item_kind = get_args(kind)[1]
+        return {
+            key: _number(item) if item_kind is Any else _coerce(item_kind, item, f"{where}.{key}")
+            for key, item in value.items()
+        }
     value = _number(value) if kind in (int, float) else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from smolseek.generation import evaluating, stream
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.balance import max_violation, take_expert_counts
+from smolseek.model.balance import (
+    expert_weights,
+    max_violation,
+    recorded_choices,
+    routing_information,
+    take_expert_counts,
+)
 
 WINDOW_TOKENS = 512
 
@@ -124,6 +130,28 @@ def measure_balance(model: DeepseekV3, ids_T: Tensor) -> dict[int, float]:
         for window_T in ids_T.split(size):
             model.hidden_states(window_T[None].to(next(model.parameters()).device))
     return {layer: max_violation(counts_E) for layer, counts_E in take_expert_counts(model)}
+
+
+def measure_specialisation(model: DeepseekV3 | StockModel, ids_T: Tensor) -> dict[str, dict[str, float]]:
+    """How different the experts are, per layer: `weights` (`balance.weights_apart`) and `routing`
+    (`balance.routing_information` over `ids_T`, in windows of 512); empty without expert layers."""
+    weights = expert_weights(model)
+    if not weights:
+        return {}
+    size, device = min(WINDOW_TOKENS, model.config.max_position_embeddings), next(model.parameters()).device
+    with recorded_choices(model) as choices, evaluating(model), torch.inference_mode():
+        for window_T in ids_T.split(size):
+            model.hidden_states(window_T[None].to(device))
+    take_expert_counts(model)
+    tokens_T, routing = ids_T.to(device), {}
+    for layer, parts in choices.items():
+        copies_TK = torch.cat(parts)
+        table_VE = torch.zeros(model.config.vocab_size, model.config.n_routed_experts, device=device)
+        ones = torch.ones_like(copies_TK, dtype=table_VE.dtype)
+        table_VE.index_put_((tokens_T[:, None].expand_as(copies_TK), copies_TK), ones, accumulate=True)
+        routing[layer] = routing_information(table_VE)
+    named = {"weights": weights, "routing": routing}
+    return {name: {str(layer): round(value, 4) for layer, value in by.items()} for name, by in named.items()}
 
 
 def measure_decode_speed(

@@ -28,6 +28,7 @@ _ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_
 _STEP_TOKENS = 2048  # of refinement, as in conversion/refine.py, which imports torch
 _LOGITS_AT_ONCE = 2**23  # what calibration and training hold of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
+_TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
 
 
 @dataclass(frozen=True)
@@ -260,8 +261,9 @@ def _convert_cost(
     """Calibration: forward, backward to activations and a second forward (6 W a token), moments in fp64, which counts
     double (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
     decompositions; each step of refinement 8 flops for an attention weight and token, each of the `distill` steps for
-    every weight (6 the student's, 2 the dense model's); then reading and writing fp32. The exact form calibrates
-    nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's activations and logits.
+    every weight (6 the student's, 2 the dense model's); what activations take to move; then reading and writing fp32.
+    The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's
+    activations and logits.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
@@ -272,20 +274,32 @@ def _convert_cost(
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
     flops = tokens * (6 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
-    if not settings.exact:
-        flops += settings.refine_steps * _STEP_TOKENS * 8 * layers * _attention_parameters(target)
-    flops += distill * _STEP_TOKENS * 8 * weights
+    refined = 0 if settings.exact else settings.refine_steps * _STEP_TOKENS
+    distilled = distill * _STEP_TOKENS
+    flops += refined * 8 * layers * _attention_parameters(target) + distilled * 8 * weights
+    length = min(2 * window, source["max_position_embeddings"])
+    moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
+    moved += tokens * _moved_bytes(source, window)
     batch = min(tokens, window * max(1, _LOGITS_AT_ONCE // (window * source["vocab_size"])))
     memory = 4 * parameters + 8 * layers * moments + _activation_bytes(source, batch)
-    return Cost(copied + flops / (EFFICIENCY * machine.flops_per_second), memory)
+    seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
+    return Cost(seconds, memory)
 
 
 def _heal_cost(target: dict[str, Any], machine: Machine, tokens: int) -> Cost:
-    """6 W flops a token, attention scores left out; AdamW in fp32 holds 16 bytes a parameter beside the activations of
-    a micro-batch of the default size."""
+    """6 W flops a token and what its activations take to move; AdamW in fp32 holds 16 bytes a parameter beside the
+    activations of a micro-batch of the default size."""
     batch = TrainSettings().batch_windows * TrainSettings().window_tokens
     seconds = tokens * 6 * _weights(target) / (EFFICIENCY * machine.flops_per_second)
+    seconds += tokens * _moved_bytes(target, TrainSettings().window_tokens) / machine.bytes_per_second
     return Cost(seconds, 16 * count_parameters(target)[0] + _activation_bytes(target, batch))
+
+
+def _moved_bytes(config: dict[str, Any], window: int, *, mlp: bool = True) -> int:
+    """Bytes that a training step moves for a token: activations and, in fp32, its scores against a whole window."""
+    per_layer = 8 * config["hidden_size"] + config["num_attention_heads"] * window
+    per_layer += 4 * (config["hidden_size"] + config["intermediate_size"]) if mlp else 0
+    return 4 * _TRAFFIC * config["num_hidden_layers"] * per_layer
 
 
 def _activation_bytes(config: dict[str, Any], tokens: int) -> int:

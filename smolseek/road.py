@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer
@@ -19,8 +20,9 @@ from smolseek.evaluation import measure_balance, measure_decode_speed, measure_q
 from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.planning import cache_bytes_per_token, count_parameters
-from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.loop import Trainer, Watcher, teacher_dtype
 from smolseek.training.parallel import Alone, join, restarted
+from smolseek.training.stages import stages_of
 from smolseek.training.start import corpus_tokenizer, random_model
 
 
@@ -75,7 +77,9 @@ def _travel(
     """Training, the control, and the summary."""
     device = str(next(model.parameters()).device)
     dense = recipe.teacher or (recipe.source if recipe.convert else None)
-    teacher = load_stock(dense, device=device) if dense and recipe.train.distill_weight else None
+    teacher = None
+    if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
+        teacher = load_stock(dense, dtype=teacher_dtype(torch.device(device), recipe.train.precision), device=device)
     trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
     _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
     rows = {"healed" if recipe.convert else "trained": trainer.save_model("model", _card(trainer))}
@@ -93,7 +97,8 @@ def _travel(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse recipes that name no start, or two."""
+    """Refuse recipes that name no start, or two, and training settings that no run can have."""
+    stages_of(recipe.train)
     if bool(recipe.source) == bool(recipe.model):
         raise ValueError("recipe: name either source (a checkpoint) or model (random weights), and not both")
     if recipe.model and recipe.convert:
@@ -129,17 +134,19 @@ def _start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 |
 
 def _fit(trainer: Trainer, verb: str, resume: bool, watcher: Watcher) -> None:
     resumed = resume and trainer.resume()
-    watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.settings.steps}" + (" (resumed)" if resumed else ""))
+    watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.course.steps}" + (" (resumed)" if resumed else ""))
     trainer.fit(watcher)
 
 
 def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
-    """The control: the dense source trained on the same tokens in the same order, by cross-entropy."""
+    """The control: the dense source trained whole on the same tokens in the same order, by cross-entropy."""
     recipe = healed.recipe
     assert recipe.source is not None
     control = dataclasses.replace(
         recipe,
-        train=dataclasses.replace(recipe.train, distill_weight=0.0),
+        train=dataclasses.replace(
+            recipe.train, distill_weight=0.0, steps=healed.step, stages=(), trains="all", patience=None
+        ),
         sample=dataclasses.replace(recipe.sample, every=0),
     )
     model = load_stock(recipe.source, device=str(healed.device))

@@ -132,10 +132,31 @@ def test_perplexity_is_stock_transformers(source, text, capsys):
     assert result["loss"] == pytest.approx(total / count, abs=1e-5)
 
 
+@pytest.mark.parametrize("recipe", [[], [str(ROOT / "recipes" / "heal.yaml")]])
+def test_data_stats_trains_nothing_and_loads_no_model(source, text, tmp_path, capsys, monkeypatch, recipe):
+    for weights in source.glob("*.safetensors"):
+        weights.unlink()
+    (tmp_path / "b.jsonl").write_text('{"text": "Anna likes a ball."}\nbroken\n')
+    command = ["data", "stats", *recipe, "--source", str(source), "--data.train", text, str(tmp_path / "b.jsonl")]
+    command += ["--data.held-out-share", "0.2", "--data.weights", "3", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--json"]) == 0
+    stories, broken = json.loads(capsys.readouterr().out)["sources"]
+    assert stories["padding_share"] == broken["padding_share"] == 0 and broken["malformed"] == 1
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert f"-- first rows of {text}" in out and "Anna likes a ball." in out and "cut at" not in out
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["fly"], "no such verb"),
+        (["data"], "data stats RECIPE"),
+        (["data", "fly"], "data stats RECIPE"),
+        (["data", "stats", "nowhere.yaml"], "no such file"),
+        (["data", "stats", "--data.train", "nowhere.txt"], "no such file"),
         (["train", "nowhere.yaml"], "no such file"),
         (["eval", "./nowhere", "--text", "a.txt"], "no such folder"),
         (["generate", "./nowhere", "--prompt", "a"], "no such folder"),

@@ -1,5 +1,6 @@
 """What docs/ names exists: functions, files and commands."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 
 from smolseek.cli import VERBS, _parse
+from smolseek.config import TrainSettings, load_recipe
+from smolseek.training.stages import stages_of
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+METHOD, TRAINING = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("method", "training"))
+PROSE = re.sub(r"```.*?```", "", METHOD, flags=re.DOTALL)
 PACKAGE = ROOT / "smolseek" / "conversion"
 MODULES = {path.stem for path in PACKAGE.glob("*.py")}
 NAMED = sorted(set(re.findall(r"`([\w/.\-]+)`", PROSE)))
@@ -21,8 +24,12 @@ FUNCTIONS = [
     n for n in NAMED if re.fullmatch(r"[\w.]+\.\w+", n) and n.split(".")[0] in MODULES | {"smolseek", "benchmarks"}
 ]
 COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines() if line.strip()
+    line
+    for block in re.findall(r"```sh\n(.*?)```", METHOD + TRAINING, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
 ]
+RECIPES = re.findall(r"```yaml\n(.*?)```", TRAINING, re.DOTALL)
 
 
 def function_cells() -> list[str]:
@@ -73,3 +80,14 @@ def test_commands_parse(line):
     program, verb, *arguments = shlex.split(line, comments=True)
     assert program == "smolseek"
     _parse(VERBS[verb][0], verb, arguments)
+
+
+@pytest.mark.parametrize("text", RECIPES)
+def test_recipes_load(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    stages_of(load_recipe(tmp_path / "recipe.yaml").train)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`train\.(\w+)[:`]", TRAINING))))
+def test_settings_exist(name):
+    assert name in {field.name for field in dataclasses.fields(TrainSettings)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.evaluation import measure_divergence
+from smolseek.evaluation import measure_divergence, measure_specialisation
 from smolseek.model import StockModel
 from tests.factories import logits_of, random_ids, tiny_llama, tiny_v3
 
@@ -46,3 +46,26 @@ def test_refusals(ids, vocabulary, message):
     other = tiny_llama() if vocabulary is None else tiny_llama(vocab_size=vocabulary)
     with pytest.raises(ValueError, match=message):
         measure_divergence(tiny_v3(), StockModel(other), random_ids(1, 8)[0] if ids is None else ids)
+
+
+def test_specialisation_is_said_for_every_expert_layer():
+    ids = random_ids(1, 150)[0]
+    for groups, experts in ((1, 3), (4, 2)):
+        model = tiny_v3(n_group=groups, topk_group=1, num_experts_per_tok=experts)
+        found = measure_specialisation(model, ids)
+        assert set(found) == {"weights", "routing"}
+        assert all(set(by_layer) == {"1", "2"} for by_layer in found.values())
+        assert found["weights"]["1"] == pytest.approx(2**0.5, rel=0.05)
+        assert 0 <= found["routing"]["1"] <= 1
+    assert measure_specialisation(StockModel(tiny_llama()), ids) == {}
+
+
+def test_routing_by_the_token_alone_is_fully_explained():
+    """Without attention the first expert layer sees nothing but the token."""
+    model, ids = tiny_v3(first_k_dense_replace=0), random_ids(1, 4000)[0]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    for router in (layer.mlp.gate for layer in model.model.layers):
+        router.num_experts_per_tok = 1
+    assert min(measure_specialisation(model, ids)["routing"].values()) > 0.97

@@ -48,7 +48,8 @@ def result(runs):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logs = (folder / "logs.txt").read_text().split("decode tok/s")[0]
     for line in lines:
-        line.pop("tokens_per_second", None)
+        for timed in ("tokens_per_second", "data_wait_share"):
+            line.pop(timed, None)
     weights = {name: (folder / name / "model.safetensors").read_bytes() for name in ("model", "best")}
     return {"weights": weights, "metrics": lines, "logs": logs}
 

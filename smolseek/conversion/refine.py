@@ -16,7 +16,7 @@ from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
-from smolseek.training.optimizer import warmed_cosine
+from smolseek.training.optimizer import Muon, warmed_cosine
 
 REFINE_BATCH_TOKENS = 2048
 """Tokens in a step, here as in the planning of its cost."""
@@ -104,11 +104,9 @@ class Descent:
             parameter.requires_grad_(True)
             size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
             factor = _ROUTER_FACTOR if name.endswith("mlp.gate.weight") else 1 / _MUON_RMS if muon else 1.0
-            groups.append({"params": [parameter], "lr": rate * size * factor})
+            groups.append({"params": [(name, parameter) if muon else parameter], "lr": rate * size * factor})
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Muon(groups, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-            if muon
-            else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+            Muon(groups) if muon else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         )
         self.schedule = warmed_cosine(self.optimizer, steps)
 

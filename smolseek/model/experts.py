@@ -11,6 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN
 
 from smolseek.model.layers import MLP
+from smolseek.model.routing import balance_loss, quantile_shift, with_loss
 
 
 class TopkRouter(nn.Module):
@@ -18,11 +19,13 @@ class TopkRouter(nn.Module):
 
     Scores are sigmoids, or a softmax when the config carries `scoring_func: softmax` (not stock V3).
     `e_score_correction_bias` takes part in choosing only; `expert_counts` counts the tokens sent to each expert since
-    `balance.take_expert_counts` last read it.
+    `balance.take_expert_counts` last read it. What else balancing wants of a training forward is off until
+    `balance.set_balance` asks for it: quantile shifts of the biases, and a loss over each sequence or the whole batch.
     """
 
     e_score_correction_bias: Tensor
     expert_counts: Tensor
+    quantile_sums: Tensor
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
@@ -35,17 +38,42 @@ class TopkRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
         self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
+        # The sum of the forwards' shifts, and behind them how many: sums are what ranks and micro-batches can add up.
+        self.register_buffer("quantile_sums", torch.zeros(self.num_experts + 1), persistent=False)
+        self.gathers_quantiles = False
+        self.loss_weight, self.loss_over_batch = 0.0, False
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The chosen experts' weights (N, K), fp32, and indices (N, K)."""
+    def forward(self, x_ND: Tensor, sequences: int = 1) -> tuple[Tensor, Tensor]:
+        """The chosen experts' weights (N, K), fp32, and indices (N, K) of N tokens in `sequences` of equal length."""
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.softmax(dim=-1) if self.scoring_func == "softmax" else logits_NE.sigmoid()
-        indices_NK = self.choose(scores_NE.detach() + self.e_score_correction_bias)
+        biased_NE = scores_NE.detach() + self.e_score_correction_bias
+        indices_NK = self.choose(biased_NE)
         weights_NK = scores_NE.gather(1, indices_NK)
         if self.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.training and self.gathers_quantiles:
+            self.quantile_sums[:-1] += self._quantile_shift(biased_NE)
+            self.quantile_sums[-1] += 1
+        if self.training and self.loss_weight:
+            unbiased_NK = self.choose(scores_NE.detach())
+            loss = balance_loss(scores_NE, unbiased_NK, 1 if self.loss_over_batch else sequences)
+            weights_NK = with_loss(weights_NK, self.loss_weight * loss)
         return weights_NK * self.routed_scaling_factor, indices_NK
+
+    @property
+    def chooses_whole_groups(self) -> bool:
+        """Whether a token takes every expert of its groups, so that groups are what is balanced (upcycled models)."""
+        grouped = self.topk_group < self.n_group
+        return grouped and self.num_experts_per_tok == self.topk_group * (self.num_experts // self.n_group)
+
+    def _quantile_shift(self, biased_NE: Tensor) -> Tensor:
+        if not self.chooses_whole_groups:
+            return quantile_shift(biased_NE, self.num_experts_per_tok)
+        score_NG = biased_NE.unflatten(1, (self.n_group, -1)).topk(2, dim=-1).values.sum(dim=-1)
+        # A group's score holds two of its biases.
+        return quantile_shift(score_NG, self.topk_group).repeat_interleave(self.num_experts // self.n_group) / 2
 
     def choose(self, biased_NE: Tensor) -> Tensor:
         """The top K experts (N, K) among the `topk_group` groups whose two best experts sum highest."""
@@ -97,7 +125,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
-        weights_NK, indices_NK = self.gate(x_ND)
+        weights_NK, indices_NK = self.gate(x_ND, sequences=x_BTD.shape[0])
         chosen_M, order_M = indices_NK.flatten().sort(stable=True)
         counts_E = torch.zeros_like(self.gate.expert_counts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
         self.gate.expert_counts += counts_E

@@ -4,11 +4,13 @@ Shapes: B batch, T tokens, S prefix + new tokens, D hidden, V vocabulary, R qk_r
 are (B, T).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
@@ -47,6 +49,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # transformers' own: default, linear, dynamic, yarn and longrope stay identical to it.
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.activation_checkpointing = False
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None, cache: LatentCache | None) -> Tensor:
         tokens = input_ids.shape[1]
@@ -56,7 +59,10 @@ class Transformer(nn.Module):
         rope = self.rope(tokens, cache)
         mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
         for layer in self.layers:
-            h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                h_BTD = _recomputed(layer, h_BTD, rope, mask_B1TS)
+            else:
+                h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
         if cache is not None:
             cache.length += tokens
         return self.norm(h_BTD)
@@ -71,6 +77,29 @@ class Transformer(nn.Module):
         cos, sin = self.rotary_emb(like, positions_BT)  # each angle twice, (..., R)
         pairs = cos.shape[-1] // 2
         return cos[..., :pairs].unsqueeze(2), sin[..., :pairs].unsqueeze(2)
+
+
+def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
+    """The layer's output, what is inside it computed again in the backward pass and its tokens not counted again."""
+
+    @contextlib.contextmanager
+    def counts_kept() -> Iterator[None]:
+        counts = [b for name, b in layer.named_buffers() if name.endswith("expert_counts")]
+        kept = [count_E.clone() for count_E in counts]
+        try:
+            yield
+        finally:
+            for count_E, kept_E in zip(counts, kept, strict=True):
+                count_E.copy_(kept_E)
+
+    return checkpoint(
+        layer,
+        *inputs,
+        None,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing in a layer is drawn at random
+        context_fn=lambda: (contextlib.nullcontext(), counts_kept()),
+    )
 
 
 def attention_mask(

@@ -1,4 +1,4 @@
-"""The training loop: streamed windows, AdamW, loss-less balancing, held-out evaluation, exact resume.
+"""The training loop: streamed windows, stages, loss-less balancing, held-out evaluation, exact resume.
 
 Shapes: N windows in a micro-batch, T tokens in a window, D hidden, E routed experts.
 """
@@ -19,20 +19,32 @@ from torch import Tensor
 
 from smolseek.checkpoint.atomic import remove_leftovers
 from smolseek.checkpoint.hub import save
-from smolseek.checkpoint.state import newest_state
+from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
-from smolseek.data.windows import WindowStream, held_out_documents, pack, segments
-from smolseek.evaluation import Quality, measure_quality
+from smolseek.data.corpus import SourceLost
+from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
+from smolseek.evaluation import Quality, measure_quality, measure_specialisation
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.balance import max_violation, take_expert_counts, update_biases
+from smolseek.model.balance import (
+    balance_speed,
+    describe_load,
+    quantile_sums,
+    set_balance,
+    take_expert_counts,
+    update_biases,
+)
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
-from smolseek.training.loss import next_token_loss
-from smolseek.training.optimizer import build_optimizer, learning_rate
+from smolseek.training.loss import IGNORED, next_token_loss
+from smolseek.training.optimizer import build_optimizers, choose_trained, learning_rate
 from smolseek.training.parallel import Alone
+from smolseek.training.stages import Course, stages_of, step_tokens
 
 log = logging.getLogger(__name__)
+
+SPECIALISATION_TOKENS = 16384
+"""Held-out tokens whose routing an evaluation looks at."""
 
 
 class Progress(NamedTuple):
@@ -86,14 +98,17 @@ class Trainer:
         processes: Alone = Alone(),  # noqa: B008  (has no state)
     ) -> None:
         check_settings(model, recipe, teacher)
-        processes.check(recipe.train)
+        self.course, self.teacher = Course(stages_of(recipe.train)), teacher
+        for stage in self.course.stages:
+            processes.check(stage)
         self.processes, self.model = processes, processes.shard(model)
         self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
-        self.settings, self.teacher = recipe.train, teacher
+        self.settings = self.course.settings
         self.device = next(model.parameters()).device
         self.autocast = _autocast(self.device, self.settings.precision)
-        self.optimizer = build_optimizer(model, self.settings)
-        processes.prepare(self.optimizer)
+        if self.settings.activation_checkpointing:
+            checkpoint_activations(model)
+        self._begin_stage()
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
@@ -105,6 +120,7 @@ class Trainer:
         self.log = RunLog(folder, muted=not processes.leads)
         self.guard = StepGuard(recipe.train)
         self.step = 0
+        self.step_seconds = 0.0
         self.best_loss = float("inf")
         self.best_training_loss = float("inf")
         self.quality: Quality | None = None
@@ -123,17 +139,19 @@ class Trainer:
         self.model.train()
         take_expert_counts(self.model)  # what ran before this run must not move its balance
         clock = time.perf_counter()
-        while self.step < self.settings.steps:
-            loss, maxvio = self._train_step()
+        while not self.course.done:
+            loss, counts = self._train_step()
             now = time.perf_counter()
             tokens_per_second, clock = self.step_tokens / (now - clock), now
-            self._report(loss, maxvio, tokens_per_second)
+            self._report(loss, counts, tokens_per_second)
             self.step += 1
             held_out = self.quality.loss if self.quality else None
-            watcher.on_step(Progress(self.step, self.settings.steps, loss, held_out, tokens_per_second))
-            stop = self.processes.agree(watcher.should_stop()) and self.step < self.settings.steps
+            if self.course.ends(self.step):
+                self._end_stage()
+            watcher.on_step(Progress(self.step, self.course.steps, loss, held_out, tokens_per_second))
+            stop = self.processes.agree(watcher.should_stop()) and not self.course.done
             due = self.step % self.settings.checkpoint_every == 0 and not self.guard.in_a_row  # what is kept is good
-            if stop or due or self.step == self.settings.steps:
+            if stop or due or self.course.done:
                 self.save()
             if stop:
                 raise Interrupted(self.step, self.folder)
@@ -141,34 +159,57 @@ class Trainer:
             self.quality = self.evaluate()
         return self.quality
 
-    def _train_step(self) -> tuple[float, dict[int, float]]:
-        """One optimizer step; the mean cross-entropy and MaxVio per expert layer, both over the global batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
-        total = 0.0
-        for _ in range(self.settings.gradient_accumulation):
-            ids_NT = self.processes.rows(self.stream.next(self.settings.batch_windows))
-            loss, entropy = self._loss(ids_NT.to(self.device))
-            (loss / self.settings.gradient_accumulation).backward()
-            total += entropy.item() / self.settings.gradient_accumulation
-        total = self.processes.mean(total)
+    def _begin_stage(self) -> None:
+        """Settings, trained weights, balancing and fresh optimizers of the stage at hand."""
+        self.settings = self.course.settings
+        choose_trained(self.model, self.settings.trains)
+        set_balance(self.model, self.settings)
+        self.optimizers = build_optimizers(self.model, self.settings)
+        for optimizer in self.optimizers:
+            self.processes.prepare(optimizer)
+
+    def _end_stage(self) -> None:
+        number, count = self.course.index + 1, len(self.course.stages)
+        early = self.step - self.course.start < self.settings.steps
+        if count > 1 or early:
+            reason = f"no lower held-out loss in {self.course.waited} evaluations" if early else "all its steps"
+            self.log.line(f"Stage {number}/{count} ends after step {self.step - 1}: {reason}")
+        self.course.advance(self.step)
+        if not self.course.done:
+            self._begin_stage()
+
+    def _train_step(self) -> tuple[float, list[tuple[int, Tensor]]]:
+        """One optimizer step; the mean cross-entropy and (layer, tokens per expert), both over the global batch."""
+        rate = learning_rate(self.stage_step, self.settings)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+        began, total = time.perf_counter(), 0.0
+        for windows_NT, share in self._micro_batches():
+            loss, entropy = self._loss(windows_NT.to(self.device))
+            (loss * share).backward()
+            total += entropy.item() * share
         norm = self.processes.clip(self.model, self.settings.clip_norm)
-        if self._skips(total, norm):
-            self.optimizer.zero_grad(set_to_none=True)
-            counts = self.processes.add(take_expert_counts(self.model))
-            return total, {layer: max_violation(counts_E) for layer, counts_E in counts}
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        total = self.processes.mean(total)
+        skipped = self._skips(total, norm)
+        for optimizer in self.optimizers:
+            if not skipped:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         counts = self.processes.add(take_expert_counts(self.model))
-        update_biases(self.model, counts, self.settings.balance_update_speed)
-        return total, {layer: max_violation(counts_E) for layer, counts_E in counts}
+        for sums in quantile_sums(self.model):
+            sums.copy_(self.processes.add([(0, sums)])[0][1])
+        speed = 0.0 if skipped else balance_speed(self.stage_step, self.settings)
+        update_biases(self.model, counts, speed, self.settings.balance_rule)
+        self.step_seconds += time.perf_counter() - began
+        return total, counts
 
     def _skips(self, loss: float, gradient_norm: float) -> bool:
         """Whether this step must leave weights, optimizer and biases alone; ValueError when that is so too often."""
         reason = self.guard.objection(loss, gradient_norm)
         if reason is None:
             return False
-        self.log.line(f"Step {self.step}/{self.settings.steps} | skipped: {reason}")
+        self.log.line(f"Step {self.step}/{self.course.steps} | skipped: {reason}")
         if self.guard.in_a_row > self.settings.max_skipped_steps:
             checkpoint = newest_state(self.folder / "checkpoints")
             raise ValueError(
@@ -179,12 +220,37 @@ class Trainer:
             )
         return True
 
-    def _loss(self, ids_NT: Tensor) -> tuple[Tensor, Tensor]:
-        inputs_NT, labels_NT = ids_NT[:, :-1], ids_NT[:, 1:]
-        segment_ids = segments(inputs_NT, self.tokenizer) if self.settings.mask_documents else None
+    def _micro_batches(self) -> list[tuple[Tensor, float]]:
+        """The step's windows by micro-batch, each with its share of the labels: a token weighs the same in all of them.
+
+        Drawn at once, so that a source that is lost leaves the state of the step before, which is saved.
+        """
+        size, count = self.settings.batch_windows, self.settings.gradient_accumulation
+        try:
+            batches = self.stream.next(size * count).split(size)
+        except SourceLost:
+            self.save()
+            raise
+        rows = [self.processes.rows(windows_NT) for windows_NT in batches]
+        labels = max(1, sum(map(_labels, batches)))
+        return [(windows_NT, _labels(windows_NT) * self.processes.size / labels) for windows_NT in rows]
+
+    def _data_wait_share(self) -> float:
+        """Share of the steps' time since the last call that went by waiting for windows."""
+        waited, spent = self.stream.waited_seconds, self.step_seconds
+        self.stream.waited_seconds = self.step_seconds = 0.0
+        return waited / spent if spent else 0.0
+
+    def _loss(self, windows_NT: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and cross-entropy of marked windows."""
+        ids_NT, loss_NT, segments_NT = read_marks(windows_NT)
+        inputs_NT, labels_NT = ids_NT[:, :-1], ids_NT[:, 1:].where(loss_NT[:, 1:], IGNORED)
+        segment_ids = segments_NT[:, :-1] if self.settings.mask_documents else None
+        distilling = self.settings.distill_steps is None or self.stage_step < self.settings.distill_steps
+        distill_weight = self.settings.distill_weight if distilling else 0.0
         with self.autocast:
             teacher_hidden = teacher_head = None
-            if self.teacher is not None and self.settings.distill_weight:
+            if self.teacher is not None and distill_weight:
                 with torch.no_grad():
                     teacher_hidden = self.teacher.hidden_states(inputs_NT, segment_ids=segment_ids).flatten(0, 1)
                 teacher_head = self.teacher.lm_head.weight
@@ -195,13 +261,19 @@ class Trainer:
                 labels_NT.flatten(),
                 teacher_hidden_ND=teacher_hidden,
                 teacher_head_VD=teacher_head,
-                distill_weight=self.settings.distill_weight,
+                distill_weight=distill_weight,
+                temperature=self.settings.distill_temperature,
             )
 
     @property
     def step_tokens(self) -> int:
         """Tokens predicted in one optimizer step."""
-        return self.settings.batch_windows * self.settings.gradient_accumulation * self.settings.window_tokens
+        return step_tokens(self.settings)
+
+    @property
+    def stage_step(self) -> int:
+        """Steps done in the running stage."""
+        return self.step - self.course.start
 
     # -- what a run tells ---------------------------------------------------------------------------------------------
 
@@ -233,28 +305,33 @@ class Trainer:
                 save(model, out, tokenizer_from=self.tokenizer, card=card, force=True)
         return out
 
-    def _report(self, loss: float, maxvio: dict[int, float], tokens_per_second: float) -> None:
+    def _report(self, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:
         """Log lines, held-out evaluation and samples that are due at this step."""
         settings, step = self.settings, self.step
-        last = step == settings.steps - 1
+        stage_ends = self.course.ends(step + 1)
         self.best_training_loss = min(self.best_training_loss, loss)
-        if step % settings.log_every == 0 or last:
-            self.log.line(f"Step {step}/{settings.steps} | Loss: {loss:.4f}")
+        if step % settings.log_every == 0 or stage_ends:
+            self.log.line(f"Step {step}/{self.course.steps} | Loss: {loss:.4f}")
             self.log.metrics(
                 step=step,
                 loss=loss if math.isfinite(loss) else None,
                 skipped_steps=self.guard.skipped,
-                learning_rate=learning_rate(step, settings),
+                learning_rate=learning_rate(self.stage_step, settings),
                 tokens=(step + 1) * self.step_tokens,
                 tokens_per_second=round(tokens_per_second, 1),
-                **({"maxvio": {str(layer): round(value, 4) for layer, value in maxvio.items()}} if maxvio else {}),
+                data_wait_share=round(self._data_wait_share(), 4),
+                **({"malformed_lines": self.stream.malformed} if self.stream.malformed else {}),
+                **describe_load(counts),
             )
-        if (step + 1) % settings.evaluate_every == 0 or last:
+        if (step + 1) % settings.evaluate_every == 0 or stage_ends:
             self._report_quality()
+        last = self.course.ends(step + 1) and self.course.index == len(self.course.stages) - 1
         if (self.recipe.sample.every and step % self.recipe.sample.every == 0) or last:
             prompts = self.recipe.sample.prompts
             for prompt, text in zip(prompts, self.sample(prompts), strict=True):
                 self.log.sample(step, prompt, text)
+        if last and self.stream.malformed:
+            self.log.line(f"Malformed lines skipped: {self.stream.malformed:,}")
         if last:
             self.log.line(
                 f"Best loss achieved: {self.best_loss:.4f} (held out); {self.best_training_loss:.4f} (a batch)"
@@ -263,11 +340,18 @@ class Trainer:
     def _report_quality(self) -> None:
         self.quality = self.evaluate()
         loss = self.quality.loss
-        self.log.line(f"Step {self.step}/{self.settings.steps} | Held-out loss: {loss:.4f}")
-        self.log.metrics(step=self.step, held_out=self.quality.to_dict())
+        self.course.note(loss)
+        self.log.line(f"Step {self.step}/{self.course.steps} | Held-out loss: {loss:.4f}")
+        experts = self._specialisation()
+        self.log.metrics(step=self.step, held_out=self.quality.to_dict(), **({"experts": experts} if experts else {}))
         if loss < self.best_loss:
             self.best_loss = loss
             self.save_model("best")
+
+    def _specialisation(self) -> dict[str, dict[str, float]]:
+        """How different the experts are; told by the leading process alone."""
+        with self.processes.whole(self.model) as model:
+            return {} if model is None else measure_specialisation(model, self.held_out_T[:SPECIALISATION_TOKENS])
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -279,10 +363,12 @@ class Trainer:
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{key}": value for key, value in state.items()}
         plain = {
             "step": self.step,
+            "course": self.course.state(),
             "best_loss": self.best_loss,
             "best_training_loss": self.best_training_loss,
             "quality": self.quality.to_dict() if self.quality else None,
@@ -306,19 +392,23 @@ class Trainer:
         if newest is None:
             self.log.rewind(dict.fromkeys(self.log.paths, 0))
             return False
-        plain, tensors = self.processes.load(newest, self._owners())
+        plain = load_plain(newest)
         changed = _changed_settings(plain["recipe"], asdict(self.recipe))
         if changed:
             raise ValueError(
                 f"{newest}: written with other settings ({changed}); use those, or start over with --force"
             )
+        self.step = plain["step"]
+        self.course.restore(plain["course"])
+        self._begin_stage()
+        _, tensors = self.processes.load(newest, self._owners())
         self._restore_model(_part(tensors, "model."))
-        self._restore_optimizer(_part(tensors, "optimizer."))
+        self._restore_optimizers(_part(tensors, "optimizer."))
         self.stream.restore(plain["data"], _part(tensors, "data."))
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
-        self.step, self.best_loss = plain["step"], plain["best_loss"]
+        self.best_loss = plain["best_loss"]
         self.best_training_loss = plain["best_training_loss"]
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
         self.guard.restore(plain["guard"])
@@ -328,51 +418,57 @@ class Trainer:
         return True
 
     def _owners(self) -> dict[str, Tensor]:
-        """The live tensors that those of a checkpoint lie beside: weights, and the optimizer's parameters by number."""
-        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
-        weights = {f"model.{name}": tensor for name, tensor in _untied_state(self.model).items()}
-        return weights | {f"optimizer.{index}": parameter for index, parameter in enumerate(parameters)}
+        """The live tensors that those of a checkpoint lie beside: weights, and the optimizers' parameters by number."""
+        owners = {f"model.{name}": tensor for name, tensor in _untied_state(self.model).items()}
+        for number, optimizer in enumerate(self.optimizers):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            owners |= {f"optimizer.{number}.{index}": parameter for index, parameter in enumerate(parameters)}
+        return owners
 
     def _restore_model(self, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, target in _untied_state(self.model).items():
                 target.copy_(tensors[name])
 
-    def _restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        tree = self.optimizer.state_dict()
-        for name, tensor in tensors.items():
-            index, _, key = name.partition(".")
-            tree["state"].setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict(tree)
+    def _restore_optimizers(self, tensors: dict[str, Tensor]) -> None:
+        for number, optimizer in enumerate(self.optimizers):
+            tree = optimizer.state_dict()
+            for name, tensor in _part(tensors, f"{number}.").items():
+                index, _, key = name.partition(".")
+                tree["state"].setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict(tree)
+
+
+def _labels(windows_NT: Tensor) -> int:
+    """How many tokens of marked windows loss is taken on."""
+    return int(read_marks(windows_NT)[1][:, 1:].sum())
 
 
 def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
     """Refuse settings that cannot work, before anything runs."""
     settings, limit = recipe.train, model.config.max_position_embeddings
-    for name in (
-        "steps",
-        "batch_windows",
-        "gradient_accumulation",
-        "window_tokens",
-        "evaluate_every",
-        "checkpoint_every",
-        "keep_last",
-    ):
+    stages = stages_of(settings)
+    for name in ("evaluate_every", "checkpoint_every", "keep_last"):
         if getattr(settings, name) < 1:
             raise ValueError(f"train.{name} {getattr(settings, name)}: must be at least 1")
     if settings.window_tokens > limit:
         raise ValueError(f"train.window_tokens {settings.window_tokens}: the model's limit is {limit} positions")
-    if not 0 <= settings.distill_weight <= 1:
-        raise ValueError(f"train.distill_weight {settings.distill_weight}: must be between 0 and 1")
-    if settings.distill_weight and teacher is None:
-        raise ValueError(
-            f"train.distill_weight {settings.distill_weight}: no dense model to distil from; name a teacher"
-        )
+    if teacher is None and any(stage.distill_weight for stage in stages):
+        weight = max(stage.distill_weight for stage in stages)
+        raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
     if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"teacher with {teacher.config.vocab_size} vocabulary entries for a model with {model.config.vocab_size}: "
             "they must share a tokenizer"
         )
+
+
+def checkpoint_activations(model: DeepseekV3 | StockModel) -> None:
+    """Keep one activation per block in training and compute the rest again (Chen et al. 2016)."""
+    if isinstance(model, StockModel):
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.model.activation_checkpointing = True
 
 
 _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last"}
@@ -420,8 +516,14 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _autocast(device: torch.device, precision: str) -> Any:
     """bf16 autocast when asked for, or when the hardware multiplies bf16 itself."""
+    dtype = teacher_dtype(device, precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def teacher_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What a model that is not trained is held in: the dtype of the computation, for nothing adds up in its weights."""
     use = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16) if use else contextlib.nullcontext()
+    return torch.bfloat16 if use else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

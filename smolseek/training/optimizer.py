@@ -1,33 +1,118 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW and Muon, which weights each of them moves, and the learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smolseek.config import TrainSettings
 
+GROUPS = ("attention", "experts", "router", "norms", "embeddings")
+"""Groups of weights that a recipe can give a learning rate of their own."""
 
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019), β = (0.9, 0.95), weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+
+def weight_group(name: str, parameter: Tensor) -> str:
+    """The one of `GROUPS` that a parameter belongs to; dense MLPs count as experts, the head as an embedding."""
+    if ".self_attn." in name:
+        return "attention"
+    if name.endswith(".mlp.gate.weight"):
+        return "router"
+    if ".mlp." in name:
+        return "experts"
+    return "norms" if parameter.dim() <= 1 else "embeddings"
+
+
+def choose_trained(model: nn.Module, trains: str) -> None:
+    """Let only the weights that `trains` names learn: all, attention, or experts with their router."""
+    chosen = {"attention": {"attention"}, "experts": {"experts", "router"}}.get(trains, set(GROUPS))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(weight_group(name, parameter) in chosen)
+
+
+def build_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """Fused AdamW (Loshchilov & Hutter 2019), β = (0.9, 0.95), for every trained weight, or behind Muon for the rest.
+
+    Weight decay on matrices only. Every group carries the `factor` of its learning rate.
+    """
+    adamw: dict[Any, dict[str, Any]] = {}
+    muon: dict[Any, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = weight_group(name, parameter)
+            decay = settings.weight_decay if parameter.dim() > 1 else 0.0
+            factor = settings.learning_rate_factors.get(group, 1.0)
+            hidden = parameter.dim() > 1 and parameter.numel() > 0 and group in ("attention", "experts")
+            groups = muon if settings.optimizer == "muon" and hidden else adamw
+            fresh = {"params": [], "weight_decay": decay, "factor": factor}
+            groups.setdefault((decay, factor), fresh)["params"].append((name, parameter))
+    rest = [group | {"params": [p for _, p in group["params"]]} for group in adamw.values()]
+    optimizers: list[torch.optim.Optimizer] = [Muon(muon.values(), lr=settings.learning_rate)] if muon else []
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True))
+    return optimizers
+
+
+class Muon(torch.optim.Muon):
+    """Muon (Jordan 2024) on named matrices and stacks of them, each matrix updated as if it stood alone.
+
+    A step has the root mean square that one of AdamW has (Liu et al. 2025, section 2.2), so that both can share a
+    learning rate. torch's own takes 2-D parameters only: it is given views, which share the weights' memory.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float = 1e-3) -> None:
+        self.sources: list[tuple[nn.Parameter, nn.Parameter, tuple[Any, ...]]] = []
+        for group in (groups := [dict(group) for group in groups]):
+            parts = [(p, index) for name, p in group["params"] for index in matrices_of(name, p)]
+            views = [nn.Parameter(p.detach()[index]) for p, index in parts]
+            self.sources += [(view, *part) for view, part in zip(views, parts, strict=True)]
+            group["params"] = views
+        super().__init__(groups, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step by the gradients of the weights that the views look into."""
+        assert closure is None
+        for view, whole, index in self.sources:
+            view.grad = None if whole.grad is None else whole.grad[index]
+        super().step()
+        for view, _, _ in self.sources:
+            view.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the weights themselves."""
+        for _, whole, _ in self.sources:
+            whole.grad = None
+
+
+def matrices_of(name: str, parameter: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Indices of the matrices in a parameter: one per expert, and gate and up apart where they are stacked."""
+    rows = parameter.shape[-2]
+    halves = (slice(0, rows // 2), slice(rows // 2, rows)) if name.endswith("gate_up_proj") else (slice(None),)
+    for expert in range(len(parameter)) if parameter.dim() == 3 else [None]:
+        for half in halves:
+            yield (half,) if expert is None else (expert, half)
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine to `final_learning_rate_share` of the peak at the last step."""
+    """Linear warm-up, then down to `final_learning_rate_share` of the peak at the last step.
+
+    By a cosine, or (wsd) after a stable phase in a straight line over the last `decay_share` of the steps (Hu et al.
+    2024, section 4).
+    """
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(1, settings.steps - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
     low = settings.final_learning_rate_share
-    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    if settings.schedule == "wsd":
+        span = max(1, round(settings.decay_share * settings.steps))
+        height = min(1.0, max(0, settings.steps - step) / span)
+    else:
+        span = max(1, settings.steps - settings.warmup_steps)
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
+    return settings.learning_rate * (low + (1 - low) * height)
 
 
 def warmed_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:

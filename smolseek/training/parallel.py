@@ -38,6 +38,8 @@ class Alone:
 
     leads = True
     """Whether this process logs, evaluates and writes."""
+    size = 1
+    """How many processes there are."""
 
     def check(self, settings: TrainSettings) -> None:
         """Refuse settings that cannot be divided among the processes (ValueError)."""
@@ -133,6 +135,11 @@ class Together(Alone):
             raise ValueError(
                 f"train.batch_windows {settings.batch_windows}: must be a multiple of the {self.size} processes, which "
                 "divide every micro-batch among them"
+            )
+        if settings.optimizer == "muon":
+            raise ValueError(
+                f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, which are sharded; use "
+                "adamw, or one process"
             )
 
     def shard(self, model: Any) -> Any:

@@ -1,16 +1,24 @@
+import dataclasses
 import json
+import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smolseek.config import DataSettings
+from smolseek.data.corpus import Document
 from smolseek.data.windows import (
+    Reading,
     WindowStream,
     calibration_windows,
     encode_document,
+    encode_marked,
     held_out_documents,
     pack,
-    segments,
+    packed_windows,
+    read_marks,
 )
 from tests.text import stories, tiny_tokenizer, write_stories
 
@@ -33,10 +41,11 @@ def test_documents_begin_with_bos_and_decode_to_their_text():
 
 def test_no_token_is_lost_or_repeated_within_an_epoch(settings):
     """Packing wastes nothing: one epoch of windows is the training documents, end to end."""
-    stream = stream_of(settings)
     windows = []
-    while stream.epoch == 0:
-        windows.append(stream._next_window())
+    for window, packing in stream_of(settings).windows():
+        windows.append(read_marks(window)[0])
+        if packing.readings[0].epoch:
+            break
     kept_out = {document.text for document in held_out_documents(settings)}
     wanted = [i for text in stories() if text not in kept_out for i in encode_document(tiny_tokenizer(), text)]
     got = torch.cat(windows).tolist()
@@ -59,20 +68,155 @@ def test_a_restored_stream_goes_on_with_the_same_windows(settings, batches):
     restored.restore(json.loads(json.dumps(plain)), tensors)
     for _ in range(120):
         assert torch.equal(stream.next(3), restored.next(3))
-    assert stream.epoch == restored.epoch > 0
+    assert stream.packing.readings == restored.packing.readings
+    assert all(reading.epoch > 0 for reading in stream.packing.readings)
 
 
-def test_segments_count_documents():
-    ids = torch.tensor([[5, 0, 6, 7, 0, 8]])
-    assert segments(ids, tiny_tokenizer()).tolist() == [[0, 1, 1, 1, 2, 2]]
+def test_the_state_is_that_of_the_windows_handed_out(settings):
+    """Whatever the thread has made ahead by then."""
+    stream = stream_of(settings)
+    stream.next(2)
+    early = stream.state()
+    while stream._ahead._queue.qsize() < 30:
+        threading.Event().wait(0.01)
+    late = stream.state()
+    assert early[0] == late[0] and all(torch.equal(early[1][name], late[1][name]) for name in early[1])
 
 
-def test_segments_without_bos_end_at_eos():
+def test_the_thread_ends_with_its_stream(settings):
+    stream = stream_of(settings)
+    stream.next(1)
+    thread = next(t for t in threading.enumerate() if t.name == "smolseek-ahead" and t.is_alive())
+    del stream
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+def test_an_error_in_the_thread_is_raised_by_next_and_loses_nothing(settings, monkeypatch):
+    stream, whole = stream_of(settings), stream_of(settings)
+    batches = [whole.next(3) for _ in range(20)]
+    first = stream.next(3)
+    stream.close()
+    records = stream.sources[0].records
+
+    def broken(position):
+        for number, record in enumerate(records(position)):
+            if number == 2:
+                raise OSError("gone")
+            yield record
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smolseek.data.windows._DOCUMENTS_AT_ONCE", 1)
+        patch.setattr(stream.sources[0], "records", broken)
+        got = [first]
+        for _ in range(2):
+            with pytest.raises(OSError, match="gone"):
+                while True:
+                    got.append(stream.next(3))
+    state = stream.state()
+    stream.restore(*state)
+    got += [stream.next(3) for _ in range(20 - len(got))]
+    assert all(torch.equal(a, b) for a, b in zip(got, batches, strict=True))
+
+
+def weighted(tmp_path, *weights):
+    paths = [str(write_stories(tmp_path / f"{n}.txt", count=4 + 30 * n, seed=n)) for n in range(len(weights))]
+    return DataSettings(train=tuple(paths), weights=weights, shuffle_windows=4, held_out=(paths[0],))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 6.0, 3.0)])
+def test_weights_are_shares_of_tokens(tmp_path, weights):
+    """Sources of 4, 34 and 64 documents: the small ones are read over and over."""
+    stream = stream_of(weighted(tmp_path, *weights))
+    stream.next(3000)
+    tokens = [reading.tokens for reading in stream.packing.readings]
+    longest = 160  # no document has more tokens
+    for got, weight in zip(tokens, weights, strict=True):
+        assert abs(got - sum(tokens) * weight / sum(weights)) < 2 * longest
+    assert stream.packing.readings[0].epoch > 3
+
+
+@pytest.mark.parametrize("batches", [1, 33])
+def test_a_weighted_stream_is_restored_in_its_own_epochs(tmp_path, batches):
+    settings = weighted(tmp_path, 2.0, 1.0)
+    stream, restored = stream_of(settings), stream_of(settings)
+    for _ in range(batches):
+        stream.next(5)
+    plain, tensors = stream.state()
+    restored.next(7)  # a stream that has run already is set back too
+    restored.restore(json.loads(json.dumps(plain)), tensors)
+    assert all(torch.equal(stream.next(5), restored.next(5)) for _ in range(60))
+    assert stream.packing.readings == restored.packing.readings
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"), [((1.0,), "1 for 2 sources"), ((1.0, 0.0), "above 0"), ((1.0, -1.0), "above 0")]
+)
+def test_weights_that_do_not_fit(tmp_path, weights, words):
+    settings = dataclasses.replace(weighted(tmp_path, 1.0, 1.0), weights=weights)
+    with pytest.raises(ValueError, match=words):
+        stream_of(settings)
+
+
+def test_malformed_lines_are_counted_once_whatever_is_restored(tmp_path):
+    lines = [json.dumps({"text": text}) for text in stories(20)]
+    lines[3:3] = ["{broken", '{"other": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "[1]"]))
+    settings = DataSettings(train=(str(tmp_path / "a.jsonl"),), held_out=("unused.txt",), shuffle_windows=4)
+    stream = stream_of(settings)
+    while not stream.packing.readings[0].epoch:
+        stream.next(1)
+        plain, tensors = stream.state()
+        stream = stream_of(settings)
+        stream.restore(json.loads(json.dumps(plain)), tensors)
+    assert stream.malformed in (3, 5)  # 5 where the next epoch has come to them
+    assert stream.packing.readings[0].documents >= 20
+
+
+def test_marks_are_the_first_tokens_of_documents(settings):
+    windows = stream_of(settings).next(50)
+    ids, loss, segments = read_marks(windows)
+    assert loss.all()
+    assert torch.equal(segments, (ids == tiny_tokenizer().bos_token_id).cumsum(-1))
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=8), st.integers(2, 20))
+def test_packing_keeps_every_token_and_mark(documents, window_tokens):
+    """Any documents in windows of any size: the stream of windows is the documents' marked tokens, end to end."""
+    tokens = [torch.arange(size, dtype=torch.int32) | (1 << 29 if masked else 0) for size, masked in documents]
+    for document in tokens:
+        document[0] |= 1 << 30
+    reader = _Cycle(tokens)
+    windows = packed_windows([reader], (1.0,), torch.empty(0, dtype=torch.int32), window_tokens)
+    got = torch.cat([next(windows)[0] for _ in range(30)])
+    once = torch.cat(tokens)
+    assert torch.equal(got, once.repeat(len(got) // len(once) + 1)[: len(got)])
+    ids, loss, _ = read_marks(got)
+    assert ids.max() < 30
+    assert torch.equal(loss, (got & (1 << 29)) == 0)
+
+
+class _Cycle:
+    """A reader of the same documents again and again."""
+
+    def __init__(self, documents):
+        self.documents, self.given, self.reading = documents, 0, Reading()
+
+    def next(self):
+        self.given += 1
+        return self.documents[(self.given - 1) % len(self.documents)]
+
+
+def test_documents_without_bos_are_marked_too():
     class Tokenizer:
-        bos_token_id = None
-        eos_token_id = 9
+        bos_token_id, eos_token_id = None, 9
 
-    assert segments(torch.tensor([[5, 9, 6, 9, 8]]), Tokenizer()).tolist() == [[0, 0, 1, 1, 2]]
+        def __call__(self, texts, **_options):
+            return {"input_ids": [[len(text)] * 2 for text in texts]}
+
+    windows = torch.cat(list(encode_marked(Tokenizer(), [Document("a", "a"), Document("b", "bb")])))
+    ids, _, segments = read_marks(windows)
+    assert ids.tolist() == [1, 1, 9, 2, 2, 9] and segments.tolist() == [1, 1, 1, 2, 2, 2]
 
 
 def test_pack_is_cut_at_the_limit_and_counts_bytes(settings):
@@ -86,14 +230,12 @@ def test_pack_is_cut_at_the_limit_and_counts_bytes(settings):
 
 def test_held_out_text_is_never_trained_on(settings):
     stream = stream_of(settings)
-    trained = " ".join(tiny_tokenizer().decode(window) for window in stream.next(200))
+    trained = " ".join(tiny_tokenizer().decode(window) for window in read_marks(stream.next(200))[0])
     for document in held_out_documents(settings):
         assert document.text not in trained
 
 
 def test_own_held_out_sources_free_the_whole_training_text(settings, tmp_path):
-    import dataclasses
-
     other = write_stories(tmp_path / "b.txt", 5, seed=9)
     settings = dataclasses.replace(settings, held_out=(str(other),))
     assert [document.text for document in held_out_documents(settings)] == stories(5, seed=9)

@@ -7,11 +7,15 @@ from transformers import LlamaForCausalLM
 
 from smolseek.checkpoint.hub import load
 from smolseek.checkpoint.state import newest_state
-from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.config import DataSettings, Recipe, SampleSettings, StageSettings, TrainSettings
+from smolseek.data.corpus import SourceLost
+from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
+from smolseek.model.balance import take_expert_counts
 from smolseek.training.loop import Interrupted, Trainer, Watcher
+from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
-from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
 
 
 @pytest.fixture
@@ -51,7 +55,8 @@ def with_train(recipe, **changes):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+    timings = {"tokens_per_second", "data_wait_share"}
+    return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
 def stop_at(step):
@@ -59,8 +64,9 @@ def stop_at(step):
     return Watcher(on_step=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1] >= step)
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5, 8])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, stopped_at):
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(1, "adamw"), (5, "muon"), (8, "adamw"), (8, "muon")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, stopped_at, optimizer):
+    recipe = with_train(recipe, optimizer=optimizer)
     whole = trainer_of(recipe, tmp_path / "whole")
     whole.fit(Watcher())
     with pytest.raises(Interrupted, match="--resume"):
@@ -114,6 +120,91 @@ def test_micro_batches_are_one_batch(recipe, tmp_path):
             assert torch.equal(tensor, two.state_dict()[name]) and not torch.equal(tensor, start[name])
 
 
+@pytest.fixture
+def chat(recipe, tmp_path):
+    """The recipe on conversations of unequal length, and the tokenizer with a template."""
+    tokenizer = tokenizer_with(CHATML)
+    rows = [
+        [{"role": "user", "content": text * (1 + n % 3)}, {"role": "assistant", "content": text[: 5 + 9 * (n % 7)]}]
+        for n, text in enumerate(stories())
+    ]
+    lines = [json.dumps({"messages": row}) for row in rows]
+    (tmp_path / "chat.jsonl").write_text("\n".join([*lines[:5], "broken", *lines[5:]]))
+    data = dataclasses.replace(recipe.data, train=(str(tmp_path / "chat.jsonl"),))
+    return dataclasses.replace(recipe, data=data), tokenizer
+
+
+def test_a_token_weighs_the_same_in_every_micro_batch_of_chat_data(chat, tmp_path):
+    recipe, tokenizer = chat
+    recipe = with_train(recipe, steps=1, batch_windows=8)
+    one, two = model_of(), model_of()
+    Trainer(one, tokenizer, recipe, tmp_path / "one").fit(Watcher())
+    split = with_train(recipe, batch_windows=2, gradient_accumulation=4)
+    Trainer(two, tokenizer, split, tmp_path / "two").fit(Watcher())
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, two.state_dict()[name], rtol=0, atol=2e-4)
+    losses = [metrics(tmp_path / name)[0]["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_chat_data_trains_and_goes_on_bit_for_bit(chat, tmp_path):
+    recipe, tokenizer = chat
+    whole, cut, resumed = (Trainer(model_of(), tokenizer, recipe, tmp_path / n) for n in ("whole", "cut", "cut"))
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        cut.fit(stop_at(7))
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    logs = (tmp_path / "whole" / "logs.txt").read_text()
+    assert logs == (tmp_path / "cut" / "logs.txt").read_text()
+    assert f"Malformed lines skipped: {whole.stream.malformed}" in logs
+
+
+def test_the_users_words_teach_nothing(chat, tmp_path):
+    """The labels of marked tokens do not reach the loss: changing them changes nothing."""
+    recipe, tokenizer = chat
+    trainer = Trainer(model_of(), tokenizer, recipe, tmp_path / "run")
+    windows = trainer.stream.next(4)
+    ids, loss, _ = read_marks(windows)
+    last = windows.clone()
+    last[:, -1] = windows[:, -1] ^ 1  # the last token is a label and no input
+    masked = ~loss[:, -1]
+    assert masked.any() and not masked.all()
+    assert torch.equal(trainer._loss(windows[masked])[0], trainer._loss(last[masked])[0])
+    assert not torch.equal(trainer._loss(windows[~masked])[0], trainer._loss(last[~masked])[0])
+    assert ids.max() < ENTRIES
+
+
+def test_a_lost_source_leaves_the_state_to_go_on_from(recipe, tmp_path):
+    whole, lost = trainer_of(recipe, tmp_path / "whole"), trainer_of(recipe, tmp_path / "lost")
+    whole.fit(Watcher())
+    draw = lost.stream.next
+
+    def next_windows(count):
+        if lost.step == 7:
+            raise SourceLost("data source hub:a/b: lost")
+        return draw(count)
+
+    lost.stream.next = next_windows
+    with pytest.raises(SourceLost):
+        lost.fit(Watcher())
+    resumed = trainer_of(recipe, tmp_path / "lost")
+    assert resumed.resume() and resumed.step == 7
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_the_share_of_time_that_waits_for_data_is_told(recipe, tmp_path):
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["data_wait_share"] for line in lines if "loss" in line]
+    assert len(shares) == 12 and all(0 <= share <= 1 for share in shares)
+
+
 def test_training_learns_and_leaves_what_is_described(recipe, tmp_path):
     folder = tmp_path / "run"
     trainer = trainer_of(with_train(recipe, steps=60, learning_rate=1e-2, evaluate_every=20), folder)
@@ -157,10 +248,63 @@ def test_distillation_brings_the_model_to_its_teacher(recipe, tmp_path):
     assert after < before / 2
 
 
+def test_distillation_for_the_first_part_only_asks_the_teacher_no_longer(recipe, tmp_path, monkeypatch):
+    teacher = StockModel(tiny_llama(vocab_size=ENTRIES)).eval()
+    asked, hidden_states = [], teacher.hidden_states
+    monkeypatch.setattr(teacher, "hidden_states", lambda *a, **k: asked.append(trainer.step) or hidden_states(*a, **k))
+    trainer = trainer_of(with_train(recipe, distill_weight=0.9, distill_steps=5), tmp_path / "run", teacher=teacher)
+    trainer.fit(Watcher())
+    assert asked == list(range(5))
+
+
+def test_the_teacher_may_be_held_in_bf16(recipe, tmp_path):
+    teacher = StockModel(tiny_llama(vocab_size=ENTRIES)).eval()
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        bf16 = with_train(recipe, distill_weight=0.5, precision="bfloat16")
+        trainer = trainer_of(bf16, tmp_path / "run", teacher=teacher.to(dtype))
+        losses.append(trainer._loss(trainer.stream.next(4))[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(recipe, tmp_path, dense):
+    found = []
+    for checkpointing in (False, True):
+        model = StockModel(tiny_llama(vocab_size=ENTRIES)) if dense else model_of()
+        changed = with_train(recipe, activation_checkpointing=checkpointing)
+        trainer = trainer_of(changed, tmp_path / "run", model.train())
+        take_expert_counts(model)
+        calls: list[int] = []
+        norm = next(module for name, module in model.named_modules() if name.endswith("0.input_layernorm"))
+        norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for _ in range(2):  # two micro-batches
+            trainer._loss(trainer.stream.next(4))[0].backward()
+        assert len(calls) == (4 if checkpointing else 2)
+        found.append(({name: p.grad for name, p in model.named_parameters()}, take_expert_counts(model)))
+    (plain, counts), (recomputed, counts_again) = found
+    for name, grad in plain.items():
+        assert torch.equal(grad, recomputed[name]), name
+    assert len(counts) == len(counts_again) == (0 if dense else 2)
+    for (_, once), (_, again) in zip(counts, counts_again, strict=True):
+        assert once.sum() == 2 * 4 * 16 * 3 and torch.equal(once, again)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"steps": 0}, r"train\.steps 0"),
+        ({"distill_temperature": 0.0}, r"train\.distill_temperature 0\.0: must be above 0"),
+        ({"decay_share": 2.0}, r"train\.decay_share 2\.0: must be between 0 and 1"),
+        ({"patience": 0}, r"train\.patience 0: must be at least 1"),
+        (
+            {"learning_rate_factors": {"gates": 2.0}},
+            r"learning_rate_factors\.gates: no such group; there are attention",
+        ),
+        ({"stages": (StageSettings(),)}, "give it one of the two"),
+        ({"stages": (StageSettings(steps=1, tokens=1),)}, "give it one of the two"),
+        ({"stages": (StageSettings(steps=1, distill_weight=2.0),)}, r"train\.stages\.0\.distill_weight 2\.0"),
+        ({"stages": (StageSettings(steps=1, distill_weight=0.5),)}, "name a teacher"),
         ({"window_tokens": 65}, r"train\.window_tokens 65: the model's limit is 64"),
         ({"distill_weight": 1.5}, "between 0 and 1"),
         ({"distill_weight": 0.5}, "name a teacher"),
@@ -204,10 +348,10 @@ def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, val
 
     def step():
         before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-        moments = [s["exp_avg"].clone() for s in trainer.optimizer.state_dict()["state"].values()]
+        moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state_dict()["state"].values()]
         result = take()
         same = all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in before.items())
-        after = [s["exp_avg"] for s in trainer.optimizer.state_dict()["state"].values()]
+        after = [s["exp_avg"] for s in trainer.optimizers[0].state_dict()["state"].values()]
         seen.append(same and all(torch.equal(*pair) for pair in zip(moments, after, strict=True)) and trainer.step > 0)
         return result
 

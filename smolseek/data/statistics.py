@@ -1,0 +1,151 @@
+"""What a recipe's text is, told without training: documents, tokens, malformed lines, first rows."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from smolseek.config import Recipe
+from smolseek.data.windows import (
+    Reader,
+    Reading,
+    check_weights,
+    held_out_documents,
+    is_trained_on,
+    open_settings,
+    pack,
+    packed_windows,
+    read_marks,
+)
+
+FIRST_ROWS = 3
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """One source's training split."""
+
+    source: str
+    documents: int
+    tokens: int
+    bytes_per_token: float
+    malformed: int
+    """Malformed lines, skipped."""
+    padding_share: float
+    """Share of the packed windows that no document fills."""
+    loss_share: float
+    """Share of the packed windows on which loss is taken; below 1 where there are conversations."""
+    epochs: float | None
+    """How often the recipe reads it; None where it was not read to its end."""
+    complete: bool
+    """Whether it was read to its end."""
+    first_rows: list[str]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """All sources of a recipe, and its held-out text as an evaluation reads it."""
+
+    sources: list[SourceStatistics]
+    held_out_tokens: int
+    held_out_bytes: int
+    trained_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-able dict."""
+        return asdict(self)
+
+
+def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
+    """Read every training source of a recipe once, of a hub data set no more than `limit` documents.
+
+    Raises:
+        ValueError: sources that are not there or hold no text, or weights that do not fit them.
+    """
+    data, train = recipe.data, recipe.train
+    check_weights(data)
+    trained = train.steps * train.gradient_accumulation * train.batch_windows * train.window_tokens
+    sources = [_measure_source(spec, recipe, tokenizer, limit) for spec in data.train]
+    ids_T, text_bytes = pack(tokenizer, held_out_documents(data), data.held_out_tokens)
+    whole = [s.tokens if s.complete else None for s in sources]
+    epochs = _epochs(trained, whole, data.weights)
+    return Statistics(
+        [replace(s, epochs=e) for s, e in zip(sources, epochs, strict=True)], len(ids_T), text_bytes, trained
+    )
+
+
+def _epochs(trained: int, tokens: Sequence[int | None], weights: Sequence[float]) -> list[float | None]:
+    """How often `trained` tokens read each source: by its weight, or all of them one after the other."""
+    if weights:
+        return [t and trained * w / sum(weights) / t for t, w in zip(tokens, weights, strict=True)]
+    known = [t for t in tokens if t is not None]
+    return [trained / sum(known) if len(known) == len(tokens) else None] * len(tokens)
+
+
+class _End(Exception):
+    """The source has been read as far as asked for."""
+
+
+class _Once(Reader):
+    """A source up to its end, or up to a number of documents."""
+
+    limit: int | None = None
+
+    def next(self) -> torch.Tensor:
+        if self.reading.epoch or (self.limit is not None and self.reading.documents >= self.limit):
+            raise _End
+        return super().next()
+
+
+def _measure_source(spec: str, recipe: Recipe, tokenizer: Any, limit: int) -> SourceStatistics:
+    settings, window_tokens = recipe.data, recipe.train.window_tokens + 1
+    source = open_settings(settings, (spec,))
+    reader = _Once(source, spec, tokenizer, settings, Reading())
+    reader.limit = limit if spec.startswith("hub:") else None
+    slots = learnt = filled = 0
+    try:
+        for window_T, packing in packed_windows([reader], (1.0,), torch.empty(0, dtype=torch.int32), window_tokens):
+            slots, learnt = slots + len(window_T), learnt + int(read_marks(window_T)[1].sum())
+            filled = packing.readings[0].tokens - len(packing.rest_T)
+    except _End:
+        pass
+    reading = reader.reading
+    kept = (document.text for _, document in source.documents(None) if is_trained_on(document, settings))
+    return SourceStatistics(
+        source=spec,
+        documents=reading.documents,
+        tokens=reading.tokens,
+        bytes_per_token=round(reading.text_bytes / max(1, reading.tokens), 3),
+        malformed=reading.malformed,
+        padding_share=1 - filled / max(1, slots) if slots else 0.0,
+        loss_share=round(learnt / max(1, slots), 4),
+        epochs=None,
+        complete=reading.epoch > 0,
+        first_rows=[textwrap.shorten(text[:1000], 100) for text in islice(kept, FIRST_ROWS)],
+    )
+
+
+def render(statistics: Statistics) -> str:
+    """The statistics as a table, with the first rows of each source under it."""
+    width = max(len(s.source) for s in statistics.sources)
+    lines = [
+        f"{'':{width}}{'documents':>12}{'tokens':>14}{'bytes/token':>13}{'padding':>9}{'malformed':>11}{'loss on':>9}"
+        f"{'epochs':>9}"
+    ]
+    for s in statistics.sources:
+        epochs = "?" if s.epochs is None else f"{s.epochs:.2f}"
+        lines.append(
+            f"{s.source:{width}}{s.documents:12,}{s.tokens:14,}{s.bytes_per_token:13.2f}{s.padding_share:9.1%}"
+            f"{s.malformed:11,}{s.loss_share:9.1%}{epochs:>9}"
+        )
+    lines += [f"{s.source}: cut at {s.documents:,} documents (--limit)" for s in statistics.sources if not s.complete]
+    lines.append(f"The run trains on {statistics.trained_tokens:,} tokens.")
+    lines.append(f"Held out: {statistics.held_out_tokens:,} tokens, {statistics.held_out_bytes:,} bytes.")
+    for s in statistics.sources:
+        lines += ["", f"-- first rows of {s.source}", *s.first_rows]
+    return "\n".join(lines)

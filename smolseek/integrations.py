@@ -1,0 +1,99 @@
+"""Loss-less load balancing for who trains with transformers' Trainer, or TRL's, instead of ours.
+
+Shapes: E routed experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from smolseek.model.balance import max_violation, proportional_bias, signed_bias
+
+
+class BalanceCallback(TrainerCallback):
+    """Updates `e_score_correction_bias` of a stock `DeepseekV3ForCausalLM` after every optimizer step, which
+    transformers itself never does, and adds `maxvio` (worst layer, last global batch) to the Trainer's log history.
+
+    `Trainer(..., callbacks=[BalanceCallback()])` is all. Any model whose routers hold that buffer and return the chosen
+    experts last is balanced. Evaluation and recomputed activations do not count; micro-batches and processes add up.
+    Padding is routed too, and counts: pack, or keep it rare.
+
+    Args:
+        update_speed: u of the update.
+        rule: `balance.signed_bias` or `balance.proportional_bias`.
+        freeze_share: share of the steps, the last ones, in which the biases stay as they are.
+
+    Raises:
+        ValueError: when training starts, for a model without such routers.
+    """
+
+    def __init__(
+        self,
+        update_speed: float = 1e-3,
+        *,
+        rule: Literal["sign", "proportional"] = "sign",
+        freeze_share: float = 0.0,
+    ) -> None:
+        self.update_speed, self.freeze_share = update_speed, freeze_share
+        self.move = {"sign": signed_bias, "proportional": proportional_bias}[rule]
+        self.maxvio: dict[str, float] = {}
+        """MaxVio of each router in the last global batch, by the router's name."""
+        self._routers: dict[str, Any] = {}
+        self._counts: dict[nn.Module, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._close()
+        self._routers = {name: m for name, m in model.named_modules() if hasattr(m, "e_score_correction_bias")}
+        if not self._routers:
+            raise ValueError(
+                f"BalanceCallback: {type(model).__name__} has no router with e_score_correction_bias; train a "
+                "DeepSeek-V3 model with expert layers, or leave the callback out"
+            )
+        for router in self._routers.values():
+            # Half precision would swallow steps of 1e-3; the scores that it is added to are fp32 anyway.
+            router.e_score_correction_bias = router.e_score_correction_bias.float()
+            self._handles.append(router.register_forward_hook(self._count))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        frozen = state.global_step > state.max_steps * (1 - self.freeze_share)
+        for name, router in self._routers.items():
+            counts_E = self._counts.pop(router)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(counts_E)
+            self.maxvio[name] = max_violation(counts_E)
+            if not frozen:
+                bias_E = router.e_score_correction_bias
+                moved_E = self.move(bias_E, counts_E, self.update_speed)
+                bias_E.copy_(moved_E - moved_E.mean())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.maxvio and logs is not None and "loss" in logs:
+            # The history has its own copy of what is logged.
+            for entry in (logs, state.log_history[-1]):
+                entry["maxvio"] = round(max(self.maxvio.values()), 4)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._close()
+
+    @torch.no_grad()
+    def _count(self, router: Any, inputs: Any, output: Any) -> None:
+        """Adds up the tokens that each expert received in a training forward."""
+        if not router.training or _is_recomputing():
+            return
+        counts_E = torch.bincount(output[-1].flatten(), minlength=len(router.e_score_correction_bias))
+        self._counts[router] = self._counts.get(router, 0) + counts_E
+
+    def _close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._counts, self.maxvio = [], {}, {}
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as gradient checkpointing's second one does."""
+    return torch._C._current_graph_task_id() != -1

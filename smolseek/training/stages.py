@@ -1,0 +1,108 @@
+"""The stages of a run: each is the run's settings with some fields changed, and may end early."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from smolseek.config import StageSettings, TrainSettings
+from smolseek.training.optimizer import GROUPS
+
+
+def stages_of(train: TrainSettings) -> tuple[TrainSettings, ...]:
+    """The settings of each stage, one of the whole settings where none is listed.
+
+    Raises:
+        ValueError: a value that no stage can have.
+    """
+    stages = tuple(_settings_of(stage, train) for stage in train.stages) or (train,)
+    for number, stage in enumerate(stages):
+        _check(stage, f"train.stages.{number}" if train.stages else "train")
+    return stages
+
+
+def step_tokens(settings: TrainSettings) -> int:
+    """Tokens predicted in one optimizer step."""
+    return settings.batch_windows * settings.gradient_accumulation * settings.window_tokens
+
+
+def _settings_of(stage: StageSettings, train: TrainSettings) -> TrainSettings:
+    """`train` with what the stage sets, its length in steps."""
+    if (stage.steps is None) == (stage.tokens is None):
+        raise ValueError(
+            f"train.stages: a stage of steps {stage.steps} and tokens {stage.tokens}; give it one of the two"
+        )
+    changes = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
+    tokens = changes.pop("tokens")
+    if tokens is not None:
+        changes["steps"] = math.ceil(tokens / step_tokens(train))
+    return dataclasses.replace(train, stages=(), **{k: v for k, v in changes.items() if v is not None})
+
+
+def _check(stage: TrainSettings, where: str) -> None:
+    for name in ("steps", "batch_windows", "gradient_accumulation", "window_tokens", "patience"):
+        value = getattr(stage, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{where}.{name} {value}: must be at least 1")
+    for name in ("distill_weight", "decay_share"):
+        if not 0 <= getattr(stage, name) <= 1:
+            raise ValueError(f"{where}.{name} {getattr(stage, name)}: must be between 0 and 1")
+    if stage.distill_temperature <= 0:
+        raise ValueError(f"{where}.distill_temperature {stage.distill_temperature}: must be above 0; 1 changes nothing")
+    for group in stage.learning_rate_factors:
+        if group not in GROUPS:
+            raise ValueError(f"{where}.learning_rate_factors.{group}: no such group; there are {', '.join(GROUPS)}")
+
+
+@dataclass
+class Course:
+    """Where a run stands in its stages; steps are counted from the run's beginning."""
+
+    stages: tuple[TrainSettings, ...]
+    index: int = 0
+    """The stage that runs; as many as there are: the run is over."""
+    start: int = 0
+    """The step at which it began."""
+    best: float = math.inf
+    """Its lowest held-out loss."""
+    waited: int = 0
+    """Evaluations in a row since then."""
+
+    @property
+    def settings(self) -> TrainSettings:
+        """Those of the running stage (of the last one when the run is over)."""
+        return self.stages[min(self.index, len(self.stages) - 1)]
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.index == len(self.stages)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run, if no further stage ends early."""
+        return self.start + sum(stage.steps for stage in self.stages[self.index :])
+
+    def note(self, loss: float) -> None:
+        """A held-out loss was measured."""
+        self.waited = 0 if loss < self.best else self.waited + 1
+        self.best = min(self.best, loss)
+
+    def ends(self, step: int) -> bool:
+        """Whether the running stage is over after `step` steps, by its length or its patience."""
+        patience = self.settings.patience
+        return step - self.start >= self.settings.steps or (patience is not None and self.waited >= patience)
+
+    def advance(self, step: int) -> None:
+        """Begin the next stage at `step`."""
+        self.index, self.start, self.best, self.waited = self.index + 1, step, math.inf, 0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, JSON-able."""
+        return {name: getattr(self, name) for name in ("index", "start", "best", "waited")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where `state` was taken."""
+        vars(self).update(state)

@@ -1,0 +1,135 @@
+import copy
+import json
+
+import pytest
+
+from smolseek.config import DataSettings
+from smolseek.data.chat import encode_chat
+from smolseek.data.windows import WindowStream, read_marks
+from tests.text import tiny_tokenizer
+
+CHATML = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+MARKED = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>
+{% endgeneration %}{% else %}{{ m.content }}<|end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+# As Llama 2's: no generation prompt, roles that must alternate.
+STRICT = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}\
+{% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content | trim }} </s>{% endif %}\
+{% endfor %}"""
+# As Qwen3's: an empty thought before the last reply only.
+THINKING = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.role == 'assistant' and loop.last %}<think></think>
+{% endif %}{{ m.content }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+# As Phi-3's: the whole conversation is closed, by a token whose first characters are those of the next turn too.
+CLOSED = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+MESSAGES = [
+    {"role": "user", "content": "Anna sees a ball"},
+    {"role": "assistant", "content": "Ben likes the cat 7."},
+    {"role": "user", "content": "Ben likes the cat 7."},
+    {"role": "assistant", "content": " Ünï 日本"},
+]
+
+
+def tokenizer_with(template):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learnt(template, messages=MESSAGES):
+    """The stretches of text that loss is taken on."""
+    tokenizer = tokenizer_with(template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]})
+    ids, written = encode_chat(tokenizer, messages)
+    assert (
+        ids == tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+    )
+    stretches, run = [], []
+    for token, mine in [*zip(ids, written, strict=True), (0, False)]:
+        if mine:
+            run.append(token)
+        elif run:
+            stretches.append(tokenizer.decode(run))
+            run = []
+    return stretches
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (CHATML, ["Ben likes the cat 7.<|end|>\n", " Ünï 日本<|end|>\n"]),
+        (MARKED, ["Ben likes the cat 7.<|end|>\n", " Ünï 日本<|end|>\n"]),
+        (STRICT, [" Ben likes the cat 7. </s>", " Ünï 日本 </s>"]),
+        (THINKING, ["<think></think>\n Ünï 日本<|end|>\n"]),
+        (CLOSED, ["Ben likes the cat 7.<|end|>\n", " Ünï 日本<|end|>\n<|endoftext|>"]),
+    ],
+    ids=["chatml", "marked", "strict", "thinking", "closed"],
+)
+def test_the_assistants_turns_alone_are_learnt(template, turns):
+    assert learnt(template) == turns
+
+
+def test_a_system_message_and_a_reply_before_any_question_are_not_learnt():
+    greeting = [{"role": "assistant", "content": "Hello."}, *MESSAGES[:2]]
+    assert learnt(CHATML, greeting) == ["Ben likes the cat 7.<|end|>\n"]
+    assert learnt(CHATML, [{"role": "system", "content": "Be kind."}, *MESSAGES[:2]]) == [
+        "Ben likes the cat 7.<|end|>\n"
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, STRICT])
+def test_nothing_to_learn_from(template):
+    assert encode_chat(tokenizer_with(template), MESSAGES[:1]) is None
+
+
+def test_a_conversation_that_the_template_refuses():
+    assert encode_chat(tokenizer_with(STRICT), [MESSAGES[0], *MESSAGES]) is None
+
+
+def test_no_template_is_one_line():
+    with pytest.raises(ValueError, match="no chat template") as raised:
+        encode_chat(tiny_tokenizer(), MESSAGES)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    rows = [{"messages": [m | {"content": m["content"] + str(n)} for m in MESSAGES]} for n in range(20)]
+    rows.insert(2, {"messages": MESSAGES[:1]})
+    (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"text": "Anna sees"}']))
+    return DataSettings(train=(str(tmp_path / "a.jsonl"),), held_out=("unused.txt",), shuffle_windows=4)
+
+
+@pytest.mark.parametrize("batches", [1, 13])
+def test_the_mask_survives_the_buffer_and_a_checkpoint(settings, batches):
+    tokenizer = tokenizer_with(CHATML)
+    stream, restored = (WindowStream(tokenizer, settings, window_tokens=33, seed=0) for _ in range(2))
+    for _ in range(batches):
+        stream.next(3)
+    plain, tensors = stream.state()
+    restored.restore(json.loads(json.dumps(plain)), tensors)
+    for _ in range(60):
+        windows = stream.next(3)
+        assert windows.equal(restored.next(3))
+        ids, loss, _ = read_marks(windows)
+        assert 0 < loss.float().mean() < 1
+        text = "".join(tokenizer.decode(ids[0][loss[0]]))
+        assert "<|user|>" not in text and "Anna sees a ball" not in text
+    assert stream.malformed > 0
+
+
+def test_conversations_are_packed_whole(settings):
+    """Documents are counted by conversation, whatever tokens the template begins its messages with."""
+    tokenizer = tokenizer_with(CHATML)
+    windows = WindowStream(tokenizer, settings, window_tokens=400, seed=0).windows()
+    ids, _, segments = read_marks(next(windows)[0])
+    for number in range(1, 4):
+        text = tokenizer.decode(ids[segments == number])
+        assert text.startswith("<|user|>\nAnna") and text.endswith("<|end|>\n") and text.count("<|end|>") == 4

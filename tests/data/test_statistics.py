@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from smolseek.config import DataSettings, Recipe, TrainSettings
+from smolseek.data.corpus import HubSource
+from smolseek.data.statistics import measure_data, render
+from smolseek.data.windows import encode_document, held_out_documents
+from tests.data.test_chat import CHATML, MESSAGES, tokenizer_with
+from tests.text import stories, tiny_tokenizer, write_stories
+
+
+def recipe_of(*sources, **data):
+    train = TrainSettings(steps=10, batch_windows=2, gradient_accumulation=3, window_tokens=16)
+    return Recipe(source="unused", data=DataSettings(train=sources, held_out_share=0.2, **data), train=train)
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "b.jsonl").write_text("\n".join([*(json.dumps({"text": t}) for t in stories(9, seed=3)), "{", "1"]))
+    return str(write_stories(tmp_path / "a.txt")), str(tmp_path / "b.jsonl")
+
+
+def test_counts_are_those_of_the_training_split(files):
+    recipe = recipe_of(*files)
+    statistics = measure_data(recipe, tiny_tokenizer(), limit=1)
+    kept_out = {document.text for document in held_out_documents(recipe.data)}
+    for source, texts in zip(statistics.sources, (stories(), stories(9, seed=3)), strict=True):
+        kept = [text for text in texts if text not in kept_out]
+        assert source.documents == len(kept) and source.complete
+        assert source.tokens == sum(len(encode_document(tiny_tokenizer(), text)) for text in kept)
+        assert source.bytes_per_token == pytest.approx(sum(map(len, kept)) / source.tokens, abs=1e-3)
+        assert source.padding_share == 0 and source.loss_share == 1
+        assert source.first_rows[0] == kept[0][:100] or source.first_rows[0].endswith("[...]")
+    assert [source.malformed for source in statistics.sources] == [0, 2]
+    assert statistics.held_out_tokens == sum(len(encode_document(tiny_tokenizer(), text)) for text in kept_out)
+    assert statistics.trained_tokens == 10 * 2 * 3 * 16
+    tokens = sum(source.tokens for source in statistics.sources)
+    assert statistics.sources[0].epochs == statistics.sources[1].epochs == pytest.approx(960 / tokens)
+
+
+def test_epochs_follow_the_weights(files):
+    first, second = measure_data(recipe_of(*files, weights=(1.0, 3.0)), tiny_tokenizer(), limit=1).sources
+    assert first.epochs == pytest.approx(240 / first.tokens) and second.epochs == pytest.approx(720 / second.tokens)
+
+
+def test_a_hub_data_set_is_cut_and_says_so(files, monkeypatch):
+    import datasets
+
+    rows = {"text": stories(40)}
+    monkeypatch.setattr(HubSource, "_open", lambda self: datasets.Dataset.from_dict(rows).to_iterable_dataset())
+    statistics = measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7)
+    local, hub = statistics.sources
+    assert local.complete and not hub.complete and hub.documents == 7 and hub.epochs is None
+    assert "hub:some/text: cut at 7 documents (--limit)" in render(statistics)
+
+
+def test_conversations_tell_the_share_that_is_learnt(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": MESSAGES})] * 5 + ["{}"]))
+    recipe = recipe_of(str(tmp_path / "a.jsonl"), held_out=(str(tmp_path / "a.jsonl"),))
+    (source,) = measure_data(recipe, tokenizer_with(CHATML), limit=1).sources
+    assert source.documents == 5 and source.malformed == 1 and 0.1 < source.loss_share < 0.9
+    assert "Anna sees a ball" in source.first_rows[0]
+
+
+def test_nothing_but_malformed_lines_is_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n[]\n")
+    with pytest.raises(ValueError, match="no training text in it \\(2 malformed lines\\)"):
+        measure_data(recipe_of(str(tmp_path / "a.jsonl")), tiny_tokenizer(), limit=1)

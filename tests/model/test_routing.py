@@ -1,0 +1,102 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from smolseek.model.experts import MixtureOfExperts
+from smolseek.model.routing import balance_loss, quantile_shift, with_loss
+from tests.factories import enliven, tiny_v3_config
+
+
+def training_moe(weight: float, over_batch: bool = False, **overrides: object) -> MixtureOfExperts:
+    moe = MixtureOfExperts(tiny_v3_config(**overrides)).train()
+    enliven(moe)
+    moe.gate.loss_weight, moe.gate.loss_over_batch = weight, over_batch
+    return moe
+
+
+def loss_by_hand(moe: MixtureOfExperts, x_BTD: torch.Tensor) -> torch.Tensor:
+    """Equations 17 to 20, one sequence and one expert at a time."""
+    experts, chosen = moe.gate.num_experts, moe.gate.num_experts_per_tok
+    losses = []
+    for x_TD in x_BTD:
+        scores = torch.sigmoid(x_TD @ moe.gate.weight.T)
+        tokens = len(scores)
+        loss = torch.zeros(())
+        for expert in range(experts):
+            hits = sum(int(expert in row.topk(chosen).indices.tolist()) for row in scores)
+            loss = loss + experts / (chosen * tokens) * hits * (scores[:, expert] / scores.sum(1)).sum() / tokens
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("over_batch", [False, True])
+def test_the_loss_and_its_gradients_are_the_papers(over_batch: bool, checkpointed: bool) -> None:
+    plain, balanced = training_moe(0.0), training_moe(0.3, over_batch)
+    x = torch.randn(4, 7, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = x.detach().clone().requires_grad_(True)
+    sequences = y.view(1, -1, 40) if over_batch else y
+    (plain(y).square().sum() + 0.3 * loss_by_hand(plain, sequences)).backward()
+    out = checkpoint(balanced, x, use_reentrant=False) if checkpointed else balanced(x)
+    assert torch.equal(out, plain(y))
+    out.square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    for (name, mine), (_, wanted) in zip(balanced.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_bias_takes_no_part_in_the_loss() -> None:
+    moe, x = training_moe(1.0), torch.randn(2, 6, 40)
+    grads = []
+    for bias in (0.0, 5.0):
+        moe.gate.e_score_correction_bias.zero_()[0] = bias
+        scores = torch.sigmoid(x.view(-1, 40) @ moe.gate.weight.T)
+        loss = balance_loss(scores, moe.gate.choose(scores.detach()), 2)
+        grads.append(torch.autograd.grad(loss, moe.gate.weight)[0])
+    assert torch.equal(*grads)
+
+
+def test_no_loss_and_no_quantiles_outside_training() -> None:
+    moe = training_moe(1.0)
+    moe.gate.gathers_quantiles = True
+    moe.eval()(torch.randn(2, 6, 40)).sum().backward()
+    plain = training_moe(0.0)
+    assert (moe.gate.quantile_sums == 0).all()
+    moe.train()(torch.randn(2, 6, 40))
+    assert moe.gate.quantile_sums[-1] == 1 and plain.gate.quantile_sums[-1] == 0
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(2, 8), st.data())
+def test_even_routing_costs_one(sequences: int, experts: int, data: st.DataObject) -> None:
+    chosen = data.draw(st.integers(1, experts))
+    tokens = experts * 3
+    indices = (torch.arange(tokens)[:, None] + torch.arange(chosen)) % experts
+    loss = balance_loss(torch.rand(sequences * tokens, experts), indices.repeat(sequences, 1), sequences)
+    torch.testing.assert_close(loss, torch.ones(()))
+
+
+def test_a_loss_passed_on_is_minimised_and_changes_no_value() -> None:
+    x, weight = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    out = with_loss(x, weight.square())
+    assert torch.equal(out, x)
+    (5 * out).sum().backward()
+    assert weight.grad == 4 and torch.equal(x.grad, torch.full((3,), 5.0))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(2, 9), st.integers(0, 10_000), st.data())
+def test_a_bias_moved_alone_by_its_shift_takes_its_fair_share(experts: int, seed: int, data: st.DataObject) -> None:
+    chosen, expert = data.draw(st.integers(1, experts)), data.draw(st.integers(0, experts - 1))
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(64, experts, generator=generator) + torch.randn(experts, generator=generator)
+    shift = quantile_shift(scores, chosen)
+    scores[:, expert] += shift[expert] - 1e-6  # the token on the threshold stays out
+    taken = int((scores.topk(chosen).indices == expert).sum())
+    assert abs(taken - 64 * chosen / experts) <= 1
+
+
+def test_a_shift_of_what_is_not_finite_is_none() -> None:
+    assert torch.equal(quantile_shift(torch.full((8, 4), torch.nan), 2), torch.zeros(4))

@@ -1,0 +1,153 @@
+"""Stages: what each trains and for how long, early ends, and resuming in and between them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolseek.config import StageSettings, TrainSettings, load_recipe
+from smolseek.training.loop import Interrupted, Watcher
+from smolseek.training.stages import Course, stages_of, step_tokens
+from tests.training.test_loop import metrics, model_of, recipe, stop_at, trainer_of, with_train
+
+__all__ = ["recipe"]  # a fixture
+
+STAGES = (
+    StageSettings(steps=5, trains="attention", learning_rate=2e-3, warmup_steps=1),
+    StageSettings(tokens=6 * 4 * 16 - 3, trains="experts", optimizer="muon", learning_rate_factors={"router": 3.0}),
+    StageSettings(steps=3, schedule="wsd"),
+)
+
+
+def test_no_stages_are_one_of_the_whole_settings():
+    train = TrainSettings(steps=7, patience=2)
+    assert stages_of(train) == (train,)
+
+
+def test_a_stage_is_the_settings_with_its_own_in_front():
+    train = TrainSettings(
+        steps=99, batch_windows=4, window_tokens=16, learning_rate=1e-3, distill_weight=0.0, stages=STAGES
+    )
+    first, second, third = stages_of(train)
+    assert (first.steps, first.trains, first.learning_rate, first.optimizer) == (5, "attention", 2e-3, "adamw")
+    assert (second.steps, second.optimizer, second.learning_rate) == (6, "muon", 1e-3)
+    assert dataclasses.replace(third, steps=99, schedule="cosine", stages=STAGES) == train
+
+
+@given(st.integers(1, 10**6), st.integers(1, 8), st.integers(1, 4), st.integers(1, 64))
+def test_a_token_budget_is_met_by_whole_steps(tokens, windows, micro_batches, window_tokens):
+    train = TrainSettings(
+        batch_windows=windows,
+        gradient_accumulation=micro_batches,
+        window_tokens=window_tokens,
+        stages=(StageSettings(tokens=tokens),),
+    )
+    (stage,) = stages_of(train)
+    assert tokens <= stage.steps * step_tokens(train) < tokens + step_tokens(train)
+
+
+def test_a_course_waits_with_patience():
+    course = Course((TrainSettings(steps=10, patience=2), TrainSettings(steps=4)))
+    for loss, ended in ((3.0, False), (2.0, False), (2.5, False), (2.0, True)):
+        course.note(loss)
+        assert course.ends(6) == ended
+    assert course.steps == 14
+    course.advance(6)
+    assert course.steps == 10 and not course.ends(9) and course.ends(10) and not course.done
+    course.advance(10)
+    assert course.done and course.steps == 10 and course.settings.steps == 4
+
+
+def test_each_stage_trains_its_own_weights(recipe, tmp_path):
+    recipe = with_train(recipe, stages=STAGES)
+    states = {0: model_of().state_dict()}
+
+    def keep(progress):
+        states[progress.step] = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+    trainer = trainer_of(recipe, tmp_path / "run")
+    trainer.fit(Watcher(on_step=keep))
+    assert max(states) == 14 == trainer.course.steps
+
+    def moved(first, last):
+        return {name for name, tensor in states[first].items() if not torch.equal(tensor, states[last][name])}
+
+    parameters = {name for name, _ in trainer.model.named_parameters()}
+    assert moved(0, 5) & parameters == {name for name in parameters if ".self_attn." in name}
+    assert moved(5, 11) & parameters == {name for name in parameters if ".mlp." in name}
+    assert moved(11, 14) >= parameters
+    assert "Stage 1/3 ends after step 4: all its steps" in (tmp_path / "run" / "logs.txt").read_text()
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert rates[0] == 2e-3 and rates[5] == rates[11] == 5e-4  # each stage warms up anew
+
+
+def early(recipe, **changes):
+    """A second stage that cannot learn, so that its patience ends it: at step 5 + 4."""
+    stages = (STAGES[0], StageSettings(steps=50, learning_rate=0.0, patience=2, trains="experts"), STAGES[2])
+    return with_train(recipe, stages=stages, evaluate_every=1, balance_update_speed=0.0, **changes)
+
+
+def test_a_stage_ends_early_when_held_out_loss_stops_improving(recipe, tmp_path):
+    trainer = trainer_of(early(recipe), tmp_path / "run")
+    trainer.fit(Watcher())
+    assert trainer.step == trainer.course.steps == 5 + 3 + 3
+    logs = (tmp_path / "run" / "logs.txt").read_text()
+    assert "Stage 2/3 ends after step 7: no lower held-out loss in 2 evaluations" in logs
+    assert logs.count("Best loss achieved") == 1
+
+
+def test_the_last_stage_may_end_early_too(recipe, tmp_path):
+    recipe = with_train(recipe, steps=50, learning_rate=0.0, patience=2, evaluate_every=1, balance_update_speed=0.0)
+    trainer = trainer_of(recipe, tmp_path / "run")
+    trainer.fit(Watcher())
+    assert trainer.step == 3
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert "Best loss achieved" in (tmp_path / "run" / "logs.txt").read_text()
+    again = trainer_of(recipe, tmp_path / "run")
+    assert again.resume() and again.course.done
+    assert again.fit(Watcher()) == trainer.quality and again.step == 3
+
+
+@pytest.mark.parametrize("stopped_at", [3, 5, 6, 8, 10])
+def test_resuming_in_and_between_stages_is_exact(recipe, tmp_path, stopped_at):
+    recipe = early(recipe, optimizer="muon")
+    whole = trainer_of(recipe, tmp_path / "whole")
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(stopped_at))
+    resumed = trainer_of(recipe, tmp_path / "cut")
+    assert resumed.resume() and resumed.step == stopped_at
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert (tmp_path / "whole" / "logs.txt").read_text() == (tmp_path / "cut" / "logs.txt").read_text()
+
+
+def test_stages_in_a_recipe(tmp_path):
+    path = tmp_path / "staged.yaml"
+    path.write_text(
+        "train:\n  learning_rate: 1e-3\n  stages:\n"
+        "    - {tokens: 10000, trains: attention, learning_rate_factors: {attention: 2}}\n"
+        "    - {steps: 10, distill_weight: 0, patience: 3}\n"
+    )
+    first, second = load_recipe(path).train.stages
+    assert first.tokens == 10000 and first.learning_rate_factors == {"attention": 2.0}
+    assert second.patience == 3 and second.distill_weight == 0.0
+    path.write_text("train: {stages: [{step: 3}]}")
+    with pytest.raises(ValueError, match=r"train\.stages\.step: unknown; did you mean train\.stages\.steps"):
+        load_recipe(path)
+
+
+def test_a_course_stands_where_it_was_saved():
+    course = Course((TrainSettings(), TrainSettings()))
+    course.note(2.0)
+    course.note(3.0)
+    course.advance(4)
+    course.note(1.5)
+    other = Course(course.stages)
+    other.restore(course.state())
+    assert other == course and other.best == 1.5 and math.isfinite(other.best)
