@@ -43,14 +43,14 @@ def start(recipe: Path, runs: Path, *options: str, prelude: str = "", **how: Any
 
 def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
     """What a process said; it must end with `status`."""
-    output, _ = process.communicate(timeout=280)
+    output, _ = process.communicate(timeout=1000)
     assert process.returncode == status, output
     return output
 
 
 def wait_for(folder: Path, process: "subprocess.Popen[str]", pattern: str = "step-*") -> None:
     """Until something of that name lies in `folder`."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not list(folder.glob(pattern)):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.02)

@@ -14,6 +14,7 @@ import pytest
 from smolseek.checkpoint.state import find_damage
 from tests.runs import finish, scratch_recipe, start, wait_for
 
+pytestmark = pytest.mark.timeout(1200)  # each test is several processes, on machines that are shared
 DIES_WRITING = """
 import os, signal
 import smolseek.checkpoint.state as state
@@ -87,7 +88,7 @@ def test_killed_three_times_the_run_ends_the_same(reference, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_killed_twenty_times_the_run_ends_the_same(reference, tmp_path):
     recipe = scratch_recipe(tmp_path)
     longer = tmp_path / "longer"

@@ -1,0 +1,77 @@
+"""Processes together do what one does alone (gloo on this machine)."""
+
+import pytest
+import torch
+from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
+
+from smolseek.cli import main
+from smolseek.config import ParallelSettings
+from smolseek.training.parallel import Alone, join, restarted
+from tests.text import write_stories
+
+pytestmark = pytest.mark.timeout(1200)
+
+
+def recipe_of(folder, steps):
+    return write_recipe(folder, steps, str(write_stories(folder / "a.txt")))
+
+
+def test_one_process_is_alone(monkeypatch):
+    with join(ParallelSettings(), "cpu") as (processes, device):
+        assert type(processes) is Alone and device == "cpu" and processes.leads
+        ids = torch.arange(6).view(3, 2)
+        assert processes.rows(ids) is ids and processes.mean(1.5) == 1.5 and processes.agree(True)
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted()
+
+
+@pytest.mark.parametrize(("expert", "size"), [(2, 1), (0, 1), (3, 4)])
+def test_experts_must_divide_the_processes(monkeypatch, expert, size):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
+    with (
+        pytest.raises(ValueError, match=rf"parallel\.expert {expert}: .*{size}.*torchrun"),
+        join(ParallelSettings(expert), "cpu"),
+    ):
+        pass
+
+
+def test_two_processes_follow_one_and_one_goes_on_from_two(tmp_path):
+    """With the experts divided between them; then the checkpoint that both wrote, taken up by one."""
+    recipe = recipe_of(tmp_path, steps=16)
+    assert main(["train", str(recipe), "--runs", str(tmp_path / "1")]) == 0
+    run(recipe, tmp_path / "2", 2, "--parallel.expert", "2")
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
+    resume_at(recipe, tmp_path / "2", tmp_path / "2-1", 1)
+    assert largest_difference(tmp_path / "1", tmp_path / "2-1") < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_and_four_processes_follow_one_over_100_steps(tmp_path):
+    recipe = recipe_of(tmp_path, steps=100)
+    run(recipe, tmp_path / "1", 1)
+    for processes, expert in ((2, 1), (2, 2), (4, 1), (4, 2)):
+        runs = tmp_path / f"{processes}-{expert}"
+        run(recipe, runs, processes, "--parallel.expert", str(expert))
+        assert largest_difference(tmp_path / "1", runs) < 1e-3, (processes, expert)
+    for processes in (1, 2):
+        resume_at(recipe, tmp_path / "4-2", tmp_path / f"resumed-{processes}", processes)
+        assert largest_difference(tmp_path / "1", tmp_path / f"resumed-{processes}") < 1e-3, processes
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_and_the_run_finishes(tmp_path):
+    recipe = recipe_of(tmp_path, steps=20)
+    run(recipe, tmp_path / "1", 1)
+    script = tmp_path / "dies_once.py"
+    script.write_text(DIES_ONCE.format(step=15))
+    said = run(recipe, tmp_path / "2", 2, script=script, restarts=2)
+    assert "train: steps 10 to 20 (resumed)" in said
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    recipe = recipe_of(tmp_path, steps=2)
+    with pytest.raises(RuntimeError, match=r"train\.batch_windows 3: must be a multiple of the 2 processes"):
+        run(recipe, tmp_path / "2", 2, "--train.batch-windows", "3")
