@@ -26,7 +26,7 @@ FUNCTIONS = [
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", METHOD + TRAINING, re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
 RECIPES = re.findall(r"```yaml\n(.*?)```", TRAINING, re.DOTALL)
@@ -77,8 +77,12 @@ def test_files_exist(name):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    program, verb, *arguments = shlex.split(line, comments=True)
-    assert program == "smolseek"
+    words = shlex.split(line, comments=True)
+    if words[0] == "smolseek":
+        verb, *arguments = words[1:]
+    else:  # train.py, by python or torchrun
+        assert words[0] in ("python", "torchrun")
+        verb, arguments = "train", words[words.index("train.py") + 1 :]
     _parse(VERBS[verb][0], verb, arguments)
 
 
