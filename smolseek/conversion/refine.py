@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smolseek.conversion.attention import LATENT_RMS
 from smolseek.model import DeepseekV3
-from smolseek.model.attention import MultiheadLatentAttention, scale_latents
+from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
 from smolseek.training.optimizer import Muon, warmed_cosine
@@ -192,3 +192,16 @@ def distill(
 def layers_of(model: DeepseekV3) -> list[Any]:
     """The decoder layers, untyped: nn.ModuleList hides what they are."""
     return list(model.model.layers)
+
+
+@torch.no_grad()
+def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
+    """Multiply what goes into the latent norms, which changes nothing behind them.
+
+    A latent at `LATENT_RMS` is safe from every eps, but its encoder would stand still beside other weights in training.
+    """
+    for name, tensor in block.named_parameters():
+        if name.startswith("kv_a_proj_with_mqa"):
+            tensor[: block.kv_lora_rank].mul_(factor)
+        elif name.startswith("q_a_proj"):
+            tensor.mul_(factor)

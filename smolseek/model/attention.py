@@ -135,25 +135,3 @@ class MultiheadLatentAttention(nn.Module):
         )
         out_BTHW = out if one_token else out.transpose(1, 2)
         return torch.einsum("bthc,hvc->bthv", out_BTHW[..., : self.kv_lora_rank], up_v_HVC)
-
-
-@torch.no_grad()
-def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
-    """Multiply what goes into the latent norms, which changes nothing behind them.
-
-    A large latent is safe from every eps, but its encoder would stand still beside other weights in training.
-    """
-    for name, tensor in block.named_parameters():
-        if name.startswith("kv_a_proj_with_mqa"):
-            tensor[: block.kv_lora_rank].mul_(factor)
-        elif name.startswith("q_a_proj"):
-            tensor.mul_(factor)
-
-
-def latent_size(block: MultiheadLatentAttention) -> float:
-    """How much larger the latent's encoder is than `o_proj`, as a power of two, which scales without rounding."""
-    sizes = [
-        weight.detach().float().square().mean().sqrt().clamp(min=1e-30)
-        for weight in (block.kv_a_proj_with_mqa.weight[: block.kv_lora_rank], block.o_proj.weight)
-    ]
-    return 2.0 ** round(float(torch.log2(sizes[0] / sizes[1])))

@@ -26,7 +26,6 @@ from smolseek.data.windows import WindowStream, held_out_documents, pack, read_m
 from smolseek.evaluation import Quality, measure_quality, measure_specialisation
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.attention import MultiheadLatentAttention, latent_size, scale_latents
 from smolseek.model.balance import (
     balance_speed,
     describe_load,
@@ -102,8 +101,6 @@ class Trainer:
         self.course, self.teacher = Course(stages_of(recipe.train)), teacher
         for stage in self.course.stages:
             processes.check(stage)
-        self.latent_sizes = [max(1.0, latent_size(block)) for block in latent_attention(model)]
-        self._scale_latents(model, down=True)
         self.processes, self.model = processes, processes.shard(model)
         self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
         self.settings = self.course.settings
@@ -305,16 +302,8 @@ class Trainer:
         out = self.folder / name
         with self.processes.whole(self.model) as model:
             if model is not None:
-                self._scale_latents(model, down=False)
                 save(model, out, tokenizer_from=self.tokenizer, card=card, force=True)
-                self._scale_latents(model, down=True)
         return out
-
-    def _scale_latents(self, model: DeepseekV3 | StockModel, *, down: bool) -> None:
-        """Conversion writes large latents, whose encoder learning rates would hardly move: they train at the size of
-        the other weights, which changes no output, and are written as they came."""
-        for block, size in zip(latent_attention(model), self.latent_sizes, strict=True):
-            scale_latents(block, 1 / size if down else size)
 
     def _report(self, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:
         """Log lines, held-out evaluation and samples that are due at this step."""
@@ -448,11 +437,6 @@ class Trainer:
                 index, _, key = name.partition(".")
                 tree["state"].setdefault(int(index), {})[key] = tensor
             optimizer.load_state_dict(tree)
-
-
-def latent_attention(model: torch.nn.Module) -> list[MultiheadLatentAttention]:
-    """The latent attention blocks of our model; none of a dense one."""
-    return [module for module in model.modules() if isinstance(module, MultiheadLatentAttention)]
 
 
 def _labels(windows_NT: Tensor) -> int:

@@ -13,10 +13,10 @@ from smolseek.conversion.refine import (
     distill,
     layers_of,
     refine_attention,
+    scale_latents,
     shuffled,
 )
 from smolseek.model import DeepseekV3
-from smolseek.model.attention import scale_latents
 from tests.factories import enliven, random_ids, tiny_llama, tiny_v3, tiny_v3_config
 
 

@@ -11,9 +11,8 @@ from smolseek.config import DataSettings, Recipe, SampleSettings, StageSettings,
 from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
-from smolseek.model.attention import scale_latents
 from smolseek.model.balance import take_expert_counts
-from smolseek.training.loop import Interrupted, Trainer, Watcher, latent_attention
+from smolseek.training.loop import Interrupted, Trainer, Watcher
 from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
@@ -228,22 +227,6 @@ def test_evaluation_and_samples_do_not_touch_training(recipe, tmp_path):
     two.fit(Watcher())
     for name, tensor in one.model.state_dict().items():
         assert torch.equal(tensor, two.model.state_dict()[name]), name
-
-
-def test_large_latents_train_at_the_size_of_other_weights_and_are_written_as_they_came(recipe, tmp_path):
-    model, ids = model_of(), torch.arange(1, 9)[None]
-    for block in latent_attention(model):
-        scale_latents(block, 64.0)
-    before, logits = {name: tensor.clone() for name, tensor in model.state_dict().items()}, model(ids)
-    trainer = trainer_of(recipe, tmp_path / "run", model)
-    assert all(size >= 32 for size in trainer.latent_sizes)
-    torch.testing.assert_close(model(ids), logits, atol=1e-4, rtol=1e-4)  # but for the norm's eps
-    written = load(trainer.save_model("model")).state_dict()
-    assert all(torch.equal(written[name], tensor) for name, tensor in before.items())
-    trainer.fit(Watcher())
-    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-    moved = load(trainer.save_model("model")).state_dict()[name] - before[name]
-    assert moved[: model.config.kv_lora_rank].abs().mean() > 8 * moved[model.config.kv_lora_rank :].abs().mean()
 
 
 def test_a_dense_llama_trains_too(recipe, tmp_path):
