@@ -15,7 +15,8 @@ from smolseek.config import TrainSettings, load_recipe
 from smolseek.training.stages import stages_of
 
 ROOT = Path(__file__).parent.parent
-METHOD, TRAINING = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("method", "training"))
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+TRAINING = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("training*.md")))
 PROSE = re.sub(r"```.*?```", "", METHOD, flags=re.DOTALL)
 PACKAGE = ROOT / "smolseek" / "conversion"
 MODULES = {path.stem for path in PACKAGE.glob("*.py")}
@@ -26,7 +27,7 @@ FUNCTIONS = [
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", METHOD + TRAINING, re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
 RECIPES = re.findall(r"```yaml\n(.*?)```", TRAINING, re.DOTALL)
@@ -77,7 +78,10 @@ def test_files_exist(name):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    program, verb, *arguments = shlex.split(line, comments=True)
+    words = shlex.split(line, comments=True)
+    if words[0] in ("python", "torchrun"):  # what train.py is given is the verb's
+        words[: words.index("train.py") + 1] = ["smolseek", "train"]
+    program, verb, *arguments = words
     assert program == "smolseek"
     _parse(VERBS[verb][0], verb, arguments)
 
