@@ -47,6 +47,17 @@ def test_two_processes_follow_one_and_one_goes_on_from_two(tmp_path):
 
 
 @pytest.mark.slow
+def test_stages_that_freeze_weights_follow_too(tmp_path):
+    """What trains changes on the way, in sharded weights as in whole ones."""
+    recipe = recipe_of(tmp_path, steps=12)
+    stages = "stages: [{steps: 6, trains: attention}, {steps: 6, trains: experts}], batch_windows"
+    recipe.write_text(recipe.read_text().replace("steps: 12, batch_windows", stages))
+    run(recipe, tmp_path / "1", 1)
+    run(recipe, tmp_path / "2", 2, "--parallel.expert", "2")
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_and_four_processes_follow_one_over_100_steps(tmp_path):
     recipe = recipe_of(tmp_path, steps=100)
