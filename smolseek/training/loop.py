@@ -5,11 +5,10 @@ Shapes: N windows in a micro-batch, T tokens in a window, D hidden, E routed exp
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,8 @@ from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.optimizer import build_optimizers, choose_trained, learning_rate
 from smolseek.training.parallel import Alone
+from smolseek.training.precision import autocast
+from smolseek.training.settings import changed_settings, check_settings, steered
 from smolseek.training.stages import Course, stages_of, step_tokens
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class Trainer:
         self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
         self.settings = self.course.settings
         self.device = next(model.parameters()).device
-        self.autocast = _autocast(self.device, self.settings.precision)
+        self.autocast = autocast(self.device, self.settings.precision)
         if self.settings.activation_checkpointing:
             checkpoint_activations(model)
         self._begin_stage()
@@ -393,7 +394,7 @@ class Trainer:
             self.log.rewind(dict.fromkeys(self.log.paths, 0))
             return False
         plain = load_plain(newest)
-        changed = _changed_settings(plain["recipe"], asdict(self.recipe))
+        changed = changed_settings(plain["recipe"], asdict(self.recipe))
         if changed:
             raise ValueError(
                 f"{newest}: written with other settings ({changed}); use those, or start over with --force"
@@ -413,7 +414,7 @@ class Trainer:
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
         self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
-        for line in _steered(plain["recipe"], asdict(self.recipe)):
+        for line in steered(plain["recipe"], asdict(self.recipe)):
             self.log.line(f"Resumed at step {self.step} with {line}")
         return True
 
@@ -444,62 +445,12 @@ def _labels(windows_NT: Tensor) -> int:
     return int(read_marks(windows_NT)[1][:, 1:].sum())
 
 
-def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
-    """Refuse settings that cannot work, before anything runs."""
-    settings, limit = recipe.train, model.config.max_position_embeddings
-    stages = stages_of(settings)
-    for name in ("evaluate_every", "checkpoint_every", "keep_last"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"train.{name} {getattr(settings, name)}: must be at least 1")
-    if settings.window_tokens > limit:
-        raise ValueError(f"train.window_tokens {settings.window_tokens}: the model's limit is {limit} positions")
-    if teacher is None and any(stage.distill_weight for stage in stages):
-        weight = max(stage.distill_weight for stage in stages)
-        raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
-    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"teacher with {teacher.config.vocab_size} vocabulary entries for a model with {model.config.vocab_size}: "
-            "they must share a tokenizer"
-        )
-
-
 def checkpoint_activations(model: DeepseekV3 | StockModel) -> None:
     """Keep one activation per block in training and compute the rest again (Chen et al. 2016)."""
     if isinstance(model, StockModel):
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model.model.activation_checkpointing = True
-
-
-_FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last"}
-"""Settings that do not matter to the numbers of a run."""
-_STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
-"""Settings that may be changed on the way, to get a run past a bad place; logs.txt says so."""
-
-
-def _changed_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names of settings that differ and matter to the numbers of a run."""
-    return ", ".join(
-        f"{name} {was!r} then, {now!r} now" for name, was, now in _differences(old, new, _FREE | _STEERING)
-    )
-
-
-def _steered(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each steering setting that was changed."""
-    return [f"{name} {now!r} (was {was!r})" for name, was, now in _differences(old, new, _FREE) if name in _STEERING]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, was, now) of settings that differ."""
-    pairs = [
-        (f"{room}.{key}", old[room].get(key), value) for room in ("data", "train") for key, value in new[room].items()
-    ]
-    pairs.append(("seed", old["seed"], new["seed"]))
-    return ((name, was, now) for name, was, now in pairs if name not in free and was != _plain(now))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _untied_state(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -512,25 +463,3 @@ def _untied_state(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _autocast(device: torch.device, precision: str) -> Any:
-    """bf16 autocast when asked for, or when the hardware multiplies bf16 itself."""
-    dtype = teacher_dtype(device, precision)
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
-
-
-def teacher_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What a model that is not trained is held in: the dtype of the computation, for nothing adds up in its weights."""
-    use = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
-    return torch.bfloat16 if use else torch.float32
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix units (emulated bf16 is slower than fp32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return False

@@ -1,0 +1,30 @@
+"""In which dtype a model computes, by the recipe's wish and the hardware."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """bf16 autocast when asked for, or when the hardware multiplies bf16 itself."""
+    dtype = teacher_dtype(device, precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+
+
+def teacher_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What a model that is not trained is held in: the dtype of the computation, for nothing adds up in its weights."""
+    use = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    return torch.bfloat16 if use else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has bf16 matrix units (emulated bf16 is slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
