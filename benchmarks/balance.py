@@ -13,23 +13,22 @@ JSON line as soon as it is measured: the same command goes on where it stopped, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import functools
 import json
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import tyro
 from circumstances import circumstances, command_line
 from convert_quality import mean_and_spread
-from expert_load import NEEDS_MATPLOTLIB, draw
-from rows import Row, Rows
+from expert_load import draw
+from rows import Row, Rows, present
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load, load_tokenizer
@@ -311,20 +310,12 @@ def plot(rows: Rows, mine: Comparison, path: Path) -> None:
 def main() -> int:
     """Train, measure, write the report and the plots, print the report."""
     mine = tyro.cli(Comparison, description=__doc__)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError(NEEDS_MATPLOTLIB)
+
+    def measure() -> tuple[Path, str, Callable[[Path], None]]:
         rows = compare(mine)
-        text = report(rows, mine, command_line())
-        rows.path.with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(rows, mine, rows.path.with_suffix(".png"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+        return rows.path, report(rows, mine, command_line()), functools.partial(plot, rows, mine)
+
+    return present(measure)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import shutil
 import statistics
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 import tyro
 from baselines import Sizes, TransMLA, mean_loss, supports, x_ecomla
 from circumstances import circumstances, command_line
-from rows import Row, Rows
+from rows import Row, Rows, present
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokenizer, save
@@ -443,6 +441,9 @@ def _excess_table(bench: Bench, below: dict[str, dict[str, float]]) -> Iterator[
 
 def plot(bench: Bench, path: Path) -> None:
     """Perplexity over dense against the share of the cache kept, a line a method, bars from lowest to highest seed."""
+    groups = grouped(bench.rows, part="attention")
+    if not groups:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -450,7 +451,6 @@ def plot(bench: Bench, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     dense = bench.rows[0]["perplexity"]
-    groups = grouped(bench.rows, part="attention")
     for name in (*STOCK_BASELINES, *STAGES.values(), HEALED):
         points = sorted(
             (100 * rows[0]["numbers"] / bench.whole, [row["perplexity"] / dense for row in rows])
@@ -473,21 +473,12 @@ def plot(bench: Bench, path: Path) -> None:
 def main() -> int:
     """Measure, write the report and the plot, print the report."""
     comparison = tyro.cli(Comparison, description=__doc__)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'")
+
+    def measure() -> tuple[Path, str, Callable[[Path], None]]:
         bench = compare(comparison)
-        text = report(bench, command_line())
-        bench.lines.with_suffix(".md").write_text(text, encoding="utf-8")
-        if grouped(bench.rows, part="attention"):
-            plot(bench, bench.lines.with_suffix(".png"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+        return bench.lines, report(bench, command_line()), functools.partial(plot, bench)
+
+    return present(measure)
 
 
 if __name__ == "__main__":

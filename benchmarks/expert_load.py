@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NEEDS_MATPLOTLIB = "matplotlib: not installed, and the picture needs it; run pip install -e '.[bench]'"
+from rows import NEEDS_MATPLOTLIB
 
 
 def loads(metrics: Path) -> tuple[list[int], dict[str, list[list[float]]]]:

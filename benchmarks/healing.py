@@ -10,23 +10,22 @@ ends, and goes on from its last checkpoint when the same command is given again.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import transformers
 import tyro
 from circumstances import circumstances, command_line
 from convert_quality import BUILTIN_TEXT, mean_and_spread
-from rows import Row, Rows
+from rows import Row, Rows, present
 
 from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
 from smolseek.checkpoint.source import resolve_folder
@@ -279,20 +278,12 @@ def plot(bench: Bench, path: Path) -> None:
 def main() -> int:
     """Train, write the report and the plot, print the report."""
     healing = tyro.cli(Healing, description=__doc__)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'")
+
+    def measure() -> tuple[Path, str, Callable[[Path], None]]:
         bench = compare(healing)
-        text = report(bench, command_line())
-        bench.lines.with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(bench, bench.lines.with_suffix(".png"))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text)
-    return 0
+        return bench.lines, report(bench, command_line()), functools.partial(plot, bench)
+
+    return present(measure)
 
 
 if __name__ == "__main__":

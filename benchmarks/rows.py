@@ -1,14 +1,21 @@
-"""Measurements as JSON lines behind a first line that says what of: how an interrupted benchmark goes on."""
+"""Measurements as JSON lines behind a first line that says what of, and the report and plot beside them: how an
+interrupted benchmark goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.util
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 Row = dict[str, Any]
+NEEDS_MATPLOTLIB = "matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'"
 
 
 class Rows:
@@ -45,3 +52,23 @@ class Rows:
     def find(self, **about: Any) -> list[Row]:
         """The measurements that agree with `about`."""
         return [row for row in self.rows if about.items() <= row.items()]
+
+
+def present(measure: Callable[[], tuple[Path, str, Callable[[Path], None]]]) -> int:
+    """Write and print what `measure` gives: the path of the JSON lines, the report, and what draws the plot at a path.
+
+    The exit status: 2 for a user's mistake, said in one line.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError(NEEDS_MATPLOTLIB)
+        path, text, plot = measure()
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        plot(path.with_suffix(".png"))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    return 0
