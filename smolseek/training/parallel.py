@@ -174,7 +174,8 @@ class Together(Alone):
             mixture.experts = SharedExperts(mixture.experts, self.mesh["expert"])
             fully_shard(mixture.experts, mesh=self.mesh["data"], shard_placement_fn=lambda parameter: Shard(1))
             # A process's experts see the tokens of its whole group, and the loss is a mean over all processes.
-            mixture.experts.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]  # gloo cannot scale
+            if holders > 1:  # gloo cannot scale while it sums; alone, FSDP would divide twice
+                mixture.experts.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
             mixture.experts.set_gradient_divide_factor(float(self.size))  # type: ignore[operator]
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:

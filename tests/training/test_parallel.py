@@ -37,13 +37,15 @@ def test_experts_must_divide_the_processes(monkeypatch, expert, size):
 
 
 def test_two_processes_follow_one_and_one_goes_on_from_two(tmp_path):
-    """With the experts divided between them; then the checkpoint that both wrote, taken up by one."""
+    """With the experts divided between them; then the checkpoint that both wrote, taken up by one.
+
+    AdamW hides a wrong scale of the gradients until its moments meet gradients of another scale: resumed by one."""
     recipe = recipe_of(tmp_path, steps=16)
     assert main(["train", str(recipe), "--runs", str(tmp_path / "1")]) == 0
     run(recipe, tmp_path / "2", 2, "--parallel.expert", "2")
-    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
+    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-4
     resume_at(recipe, tmp_path / "2", tmp_path / "2-1", 1)
-    assert largest_difference(tmp_path / "1", tmp_path / "2-1") < 1e-3
+    assert largest_difference(tmp_path / "1", tmp_path / "2-1") < 1e-4
 
 
 @pytest.mark.slow
