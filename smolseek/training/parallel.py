@@ -350,15 +350,27 @@ def join(settings: ParallelSettings, device: str) -> Iterator[tuple[Alone, str]]
     if size == 1:
         yield Alone(), device
         return
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import PrefixStore, destroy_process_group, init_process_group
+    from torch.distributed.rendezvous import rendezvous
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=TIMEOUT)
+    store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    init_process_group(backend, store=PrefixStore(_attempt(), store), rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Together(settings, device), f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device
     finally:
         destroy_process_group()
+
+
+def _attempt() -> str:
+    """A name for this start of the processes: torchrun keeps its store over a restart, and with it dead addresses.
+
+    On several machines each counts its own restarts: docs/training-parallel.md has the variable that renews the store.
+    """
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
 
 
 def restarted() -> bool:
