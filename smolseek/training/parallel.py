@@ -367,7 +367,7 @@ def join(settings: ParallelSettings, device: str) -> Iterator[tuple[Alone, str]]
 def _attempt() -> str:
     """A name for this start of the processes: torchrun keeps its store over a restart, and with it dead addresses.
 
-    On several machines each counts its own restarts: docs/training-parallel.md has the variable that renews the store.
+    On several machines each counts its own restarts: docs/training.md has the variable that renews the store.
     """
     one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
