@@ -137,11 +137,11 @@ def compare(mine: Comparison) -> Rows:
                 run = work / f"{method.replace(':', '-')}-{seed}"
                 trainer = _trainer(mine, start, method, seed, run)
                 if not rows.find(method=START):
-                    rows.add({"method": START, "seed": seed, **measure(trainer)})
+                    rows.add(method=START, seed=seed, **measure(trainer))
                 row = {"method": method, "seed": seed, **_train(trainer)}
                 if method in mine.pictures and seed == mine.seeds[0]:
                     draw(run / "metrics.jsonl", rows.path.with_name(f"{rows.path.stem}-load-{method}.png"))
-                rows.add(row)
+                rows.add(**row)
                 print(f"  {method:16} seed {seed}  loss {row['loss']:.4f}  MaxVio {row['maxvio']:.3f}", flush=True)
                 shutil.rmtree(run)
     return rows

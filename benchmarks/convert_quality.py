@@ -117,15 +117,6 @@ class Bench:
         settings = DataSettings(separator=self.comparison.separator, **texts)  # type: ignore[arg-type]
         return pack(self.tokenizer, held_out_documents(settings), self.comparison.text_tokens)
 
-    def add(self, **row: Any) -> None:
-        """Keep one measurement."""
-        self.kept.add(row)
-        print(f"  {row['what']:40} perplexity {row['perplexity']:.3f}  {row['seconds'] or 0:.0f} s", flush=True)
-
-    def has(self, **row: Any) -> bool:
-        """Whether such a measurement is there."""
-        return bool(self.kept.find(**row))
-
     def measure(self, model: DeepseekV3 | StockModel) -> Row:
         """Loss and perplexity on the held-out text, KL to the dense model on the other domain's."""
         quality = measure_quality(model, self.held_out_T, self.held_out_bytes)
@@ -178,8 +169,8 @@ class Bench:
 def compare(comparison: Comparison) -> Bench:
     """Measure whatever of the comparison is not measured yet."""
     bench = Bench(comparison)
-    if not bench.has(what="dense"):
-        bench.add(
+    if not bench.kept.find(what="dense"):
+        bench.kept.add(
             part="dense", size="", what="dense", seed=0, numbers=bench.whole, seconds=None, **bench.measure(bench.dense)
         )
     for seed in comparison.seeds:
@@ -192,7 +183,7 @@ def compare(comparison: Comparison) -> Bench:
                 )
         if "upcycle" in comparison.parts:
             _compare_ours(bench, seed, "upcycle", "", {"experts": "upcycle", "exact": True}, stages=["closed"])
-        if comparison.heal_steps and not bench.has(what=TRAINED, seed=seed):
+        if comparison.heal_steps and not bench.kept.find(what=TRAINED, seed=seed):
             _measure_healed(bench, bench.folder, seed, part="dense", size="", what=TRAINED, numbers=bench.whole)
     return bench
 
@@ -219,7 +210,7 @@ def _compare_attention(bench: Bench, seed: int) -> None:
         print(f"cache {size}, seed {seed}: {given.rank} + {given.rope} numbers per token and layer", flush=True)
         if not supports(bench.dense.model):
             print("  no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
-        elif not bench.has(size=size, what=SVD, seed=seed):
+        elif not bench.kept.find(size=size, what=SVD, seed=seed):
             _measure_baselines(bench, size, seed, windows_NT, rotate, [given] if mine.sizes else _splits(bench, given))
         _compare_ours(bench, seed, "attention", size, fields)
 
@@ -253,7 +244,7 @@ def _measure_baselines(
     best = min(splits, key=lambda split: mean_loss(models[split], windows_NT))
     about |= {"split": f"{best.rank}+{best.rope}", "seconds": time.perf_counter() - start}
     for row in [*rows, about | {"what": SVD} | _measure_written(bench, models[best])]:  # all or, interrupted, none
-        bench.add(**row)
+        bench.kept.add(**row)
 
 
 def _measure_written(bench: Bench, model: DeepseekV3) -> Row:
@@ -271,10 +262,10 @@ def _compare_ours(
     """Ours by stage, then healed from the last of them."""
     stages = stages or bench.stages()
     about: dict[str, Any] = {"part": part, "size": size, "seed": seed}
-    healing = bool(bench.comparison.heal_steps) and not bench.has(**about, what=HEALED)
+    healing = bool(bench.comparison.heal_steps) and not bench.kept.find(**about, what=HEALED)
     for stage in stages:
         kept = healing and stage == stages[-1]
-        if bench.has(**about, what=STAGES[stage]) and not kept:
+        if bench.kept.find(**about, what=STAGES[stage]) and not kept:
             continue
         folder = bench.comparison.work / bench.comparison.out / "-".join(filter(None, (part, size, stage, str(seed))))
         if not folder.exists():
@@ -284,12 +275,12 @@ def _compare_ours(
         report, target = (json.loads((folder / f"{name}.json").read_text()) for name in ("conversion", "config"))
         sizes = Sizes(target["kv_lora_rank"], target["qk_rope_head_dim"])
         about |= {"numbers": sum(sizes), "split": f"{sizes.rank}+{sizes.rope}"}
-        if not bench.has(**about, what=STAGES[stage]):
+        if not bench.kept.find(**about, what=STAGES[stage]):
             model = load_for_evaluation(folder)
             row = bench.measure(model) | {"seconds": report["seconds"]}
             if part == "upcycle":
                 row["logit_difference"] = _logit_difference(bench, model)
-            bench.add(**about, what=STAGES[stage], **row)
+            bench.kept.add(**about, what=STAGES[stage], **row)
         if kept:
             _measure_healed(bench, folder, what=HEALED, **about)
         shutil.rmtree(folder)
@@ -333,7 +324,7 @@ def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
     begin = time.perf_counter()
     travel(recipe, run, resume=run.exists())
     seconds = time.perf_counter() - begin
-    bench.add(**about, seed=seed, seconds=seconds, **bench.measure(load_for_evaluation(run / "model")))
+    bench.kept.add(**about, seed=seed, seconds=seconds, **bench.measure(load_for_evaluation(run / "model")))
     shutil.rmtree(run)
 
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from circumstances import circumstances, command_line
@@ -107,15 +107,6 @@ class Bench:
         self.kept = Rows(healing.results, f"healing-{healing.out}", healing, free=("results", "work"))
         self.lines, self.rows = self.kept.path, self.kept.rows
 
-    def add(self, **row: Any) -> None:
-        """Keep one measurement."""
-        self.kept.add(row)
-        print(f"  {row['what']:40} perplexity {row['perplexity']:.3f}  {row['seconds'] or 0:.0f} s", flush=True)
-
-    def has(self, **row: Any) -> bool:
-        """Whether such a measurement is there."""
-        return bool(self.kept.find(**row))
-
     def recipe(self, arm: Arm, optimizer: Optimizer, seed: int) -> Recipe:
         """recipes/heal.yaml with what this run has of its own."""
         mine = self.healing
@@ -152,14 +143,15 @@ def compare(healing: Healing) -> Bench:
     """Make whatever run of the comparison is not there yet."""
     bench = Bench(healing)
     for what, folder in bench.folders.items():
-        if not bench.has(what=what):
+        if not bench.kept.find(what=what):
             ids_T, text_bytes = pack(load_tokenizer(folder), held_out_documents(bench.data), healing.text_tokens)
             quality = measure_quality(load_for_evaluation(folder), ids_T, text_bytes)
-            bench.add(what=what, loss=quality.loss, perplexity=quality.perplexity, tokens=quality.tokens, seconds=None)
+            row = {"loss": quality.loss, "perplexity": quality.perplexity, "tokens": quality.tokens}
+            bench.kept.add(what=what, **row, seconds=None)
     for seed in healing.seeds:
         for optimizer in healing.optimizers:
             for arm in healing.arms:
-                if not bench.has(what=arm, optimizer=optimizer, seed=seed):
+                if not bench.kept.find(what=arm, optimizer=optimizer, seed=seed):
                     _heal(bench, arm, optimizer, seed)
     return bench
 
@@ -177,7 +169,7 @@ def _heal(bench: Bench, arm: Arm, optimizer: Optimizer, seed: int) -> None:
     curve = [[(line["step"] + 1) * tokens, line["held_out"]["loss"]] for line in lines if "held_out" in line]
     last = {key: summary["trained"][key] for key in ("loss", "perplexity")}
     about = {"what": arm, "optimizer": optimizer, "seed": seed, "rate": recipe.train.learning_rate}
-    bench.add(**about, **last, maxvio=summary.get("maxvio"), curve=curve, seconds=seconds)
+    bench.kept.add(**about, **last, maxvio=summary.get("maxvio"), curve=curve, seconds=seconds)
     shutil.rmtree(run)
 
 

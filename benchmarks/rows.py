@@ -43,11 +43,13 @@ class Rows:
                 f"{self.path.name}: was measured with another {changed[0]}; name another --out or delete it"
             )
 
-    def add(self, row: Row) -> None:
-        """Keep one measurement."""
+    def add(self, **row: Any) -> None:
+        """Keep one measurement, and tell its perplexity if it has one."""
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
+        if "perplexity" in row:
+            print(f"  {row['what']:40} perplexity {row['perplexity']:.3f}  {row['seconds'] or 0:.0f} s", flush=True)
 
     def find(self, **about: Any) -> list[Row]:
         """The measurements that agree with `about`."""

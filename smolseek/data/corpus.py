@@ -35,7 +35,6 @@ wsgiref xml xmlrpc zipapp zipfile zipimport zoneinfo
 """.split()
 PYTHON_TABLES = {"html.entities", "email.architecture"}
 
-
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Waits before a dropped stream is opened again; the list starts anew with every row that arrives."""
 
@@ -47,6 +46,9 @@ class Document(NamedTuple):
     text: str
     messages: tuple[dict[str, Any], ...] = ()
     """Of a conversation: its messages; `text` is then what they say, line by line."""
+
+
+EMPTY = Document("", "")
 
 
 class Columns(NamedTuple):
@@ -115,9 +117,6 @@ def _is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
-
-
-EMPTY = Document("", "")
 
 
 def is_held_out(document: Document, share: float) -> bool:

@@ -30,6 +30,7 @@ _DOCUMENTS_AT_ONCE = 32  # one call for many documents: less of it in Python, an
 _WINDOWS_AHEAD = 64
 _FIRST, _NO_LOSS = 1 << 30, 1 << 29
 _ID = _NO_LOSS - 1
+_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 def encode_document(tokenizer: Any, text: str, *, end: bool = False) -> list[int]:
@@ -131,9 +132,6 @@ class Reader:
                     yield following, next(encoded), len(trained_on.text.encode())
                 else:
                     yield following, None if document is None else _NOTHING, 0
-
-
-_NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 def encode_marked(tokenizer: Any, documents: list[Document]) -> Iterator[Tensor | None]:

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 _MAX_CHUNK_LOGITS = 2**25
 """Logits held at once; 128 MiB in fp32."""
-
-
 IGNORED = -100
 """The label of a position that has no part in the loss."""
 

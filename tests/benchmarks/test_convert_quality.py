@@ -78,7 +78,7 @@ def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(bench, mon
     assert [json.loads(line) for line in lines[1:]] == bench.rows
     bench.lines.write_text("\n".join(lines[:-1]) + "\n")
     measured = []
-    monkeypatch.setattr(convert_quality.Bench, "add", lambda self, **row: measured.append(row["what"]))
+    monkeypatch.setattr(convert_quality.Rows, "add", lambda self, **row: measured.append(row["what"]))
     compare(bench.comparison)
     assert measured == [bench.rows[-1]["what"]]
     bench.lines.write_text("\n".join(lines) + "\n")

@@ -59,6 +59,14 @@ def metrics(folder):
     return [{key: value for key, value in line.items() if key not in timings} for line in lines]
 
 
+def assert_same_run(one, other):
+    """Weights, metrics and logs, bit for bit."""
+    for name, tensor in one.model.state_dict().items():
+        assert torch.equal(tensor, other.model.state_dict()[name]), name
+    assert metrics(one.folder) == metrics(other.folder)
+    assert (one.folder / "logs.txt").read_text() == (other.folder / "logs.txt").read_text()
+
+
 def stop_at(step):
     seen = []
     return Watcher(on_step=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1] >= step)
@@ -75,10 +83,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, st
     resumed = trainer_of(recipe, tmp_path / "cut")
     assert resumed.resume() and resumed.step == stopped_at
     resumed.fit(Watcher())
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    assert (tmp_path / "whole" / "logs.txt").read_text() == (tmp_path / "cut" / "logs.txt").read_text()
+    assert_same_run(whole, resumed)
 
 
 def test_resume_goes_back_to_the_checkpoint_and_repeats_no_line(recipe, tmp_path):

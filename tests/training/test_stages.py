@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from smolseek.config import StageSettings, TrainSettings, load_recipe
 from smolseek.training.loop import Interrupted, Watcher
 from smolseek.training.stages import Course, stages_of, step_tokens
-from tests.training.test_loop import metrics, model_of, recipe, stop_at, trainer_of, with_train
+from tests.training.test_loop import assert_same_run, metrics, model_of, recipe, stop_at, trainer_of, with_train
 
 __all__ = ["recipe"]  # a fixture
 
@@ -121,10 +121,7 @@ def test_resuming_in_and_between_stages_is_exact(recipe, tmp_path, stopped_at):
     resumed = trainer_of(recipe, tmp_path / "cut")
     assert resumed.resume() and resumed.step == stopped_at
     resumed.fit(Watcher())
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    assert (tmp_path / "whole" / "logs.txt").read_text() == (tmp_path / "cut" / "logs.txt").read_text()
+    assert_same_run(whole, resumed)
 
 
 def test_stages_in_a_recipe(tmp_path):
