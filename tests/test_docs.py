@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from smolseek.cli import VERBS, _parse
+from smolseek.cli import VERBS, parse_verb
 from smolseek.config import TrainSettings, load_recipe
 from smolseek.training.stages import stages_of
 
@@ -83,7 +83,7 @@ def test_commands_parse(line):
     else:  # train.py, by python or torchrun
         assert words[0] in ("python", "torchrun")
         verb, arguments = "train", words[words.index("train.py") + 1 :]
-    _parse(VERBS[verb][0], verb, arguments)
+    parse_verb(VERBS[verb][0], verb, arguments)
 
 
 @pytest.mark.parametrize("text", RECIPES)

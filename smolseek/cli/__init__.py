@@ -1,0 +1,84 @@
+"""The command line: reads arguments, calls the library, prints; decides nothing. One module a group of verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from smolseek.cli.convert import Convert, Plan, run_convert, run_plan
+from smolseek.cli.evaluate import Eval, run_eval
+from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
+from smolseek.cli.parsing import parse
+from smolseek.cli.shared import Stopped
+from smolseek.cli.train import Data, Train, run_data, run_train
+from smolseek.config import Recipe, load_recipe, recipes_folder
+
+VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "plan": (Plan, run_plan),
+    "convert": (Convert, run_convert),
+    "train": (Train, run_train),
+    "data": (Data, run_data),
+    "generate": (Generate, run_generate),
+    "chat": (Chat, run_chat),
+    "eval": (Eval, run_eval),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for a user's mistake, said in one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(
+            "usage: smolseek VERB [--help]\n\n" + "\n".join(f"  {v:9} {_first_line(k)}" for v, (k, _) in VERBS.items())
+        )
+        return 0
+    if verb == "--version":
+        from smolseek import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        return _fail(f"{verb}: no such verb; there are {', '.join(VERBS)}")
+    kind, run = VERBS[verb]
+    try:
+        run(parse_verb(kind, verb, arguments[1:]))
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return _fail(str(error))
+    except Stopped as stopped:
+        print(f"smolseek: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"smolseek: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").splitlines()[0]
+
+
+def parse_verb(kind: type, verb: str, arguments: list[str]) -> Any:
+    """Arguments of one verb; `train` and `data stats` read their defaults from a recipe named first."""
+    if kind not in (Train, Data):
+        return parse(kind, f"smolseek {verb}", arguments)
+    if kind is Data:
+        if arguments[:1] not in (["stats"], ["--help"], ["-h"]):
+            raise ValueError("data: say what about it, data stats RECIPE; see smolseek data --help")
+        verb, arguments = "data stats", arguments[1:] if arguments[0] == "stats" else arguments
+    if arguments and not arguments[0].startswith("-"):
+        recipe, arguments = load_recipe(arguments[0]), arguments[1:]
+    else:
+        recipe = load_recipe(recipes_folder() / "quickstart.yaml")
+    default = kind(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe)})
+    return parse(kind, f"smolseek {verb} [RECIPE]", arguments, default=default)

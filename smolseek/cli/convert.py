@@ -1,0 +1,68 @@
+"""plan and convert."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from smolseek.cli.shared import quiet, stage_bars
+from smolseek.config import ConvertSettings, load_recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a conversion would give, from a config.json alone: sizes, cache, time, and each runtime's verdict."""
+
+    source: tyro.conf.Positional[str]
+    """Folder, config.json, hub id, builtin:base, or a recipe (.yaml)."""
+    settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
+    heal_tokens: int = 10_000_000
+    """Tokens of healing to estimate the time of."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn a dense Llama-family checkpoint into a stock DeepSeek-V3 folder."""
+
+    source: tyro.conf.Positional[str]
+    """Folder, hub id or builtin:base."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
+    force: bool = False
+    """Replace OUT if it exists."""
+
+
+def run_plan(command: Plan) -> None:
+    from smolseek.checkpoint.source import read_config_of
+    from smolseek.planning import measure_machine, plan, render
+
+    settings, source = command.settings, command.source
+    if source.endswith((".yaml", ".yml")):
+        recipe = load_recipe(source)
+        if recipe.source is None:
+            raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
+        settings, source = recipe.convert or settings, recipe.source
+    result = plan(read_config_of(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
+    print(json.dumps(result.to_dict(), indent=2) if command.json else render(result))
+
+
+def run_convert(command: Convert) -> None:
+    quiet()
+    from smolseek.conversion.pipeline import convert
+
+    with stage_bars() as on_progress:
+        out = convert(
+            command.source, command.out, settings=command.settings, force=command.force, on_progress=on_progress
+        )
+    report = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+    judged = report["calibration"].get("judged_tokens", 0)
+    for stage in ("dense", "closed_form", "refined", "distilled"):
+        if stage in report["losses"]:
+            print(f"{stage.replace('_', ' '):12} loss {report['losses'][stage]:.4f} on {judged:,} tokens kept aside")
+    print(f"{out}: a stock DeepSeek-V3 folder, in {report['seconds']:.0f} s; next: smolseek eval {out} --text FILE")

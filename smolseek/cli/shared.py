@@ -1,0 +1,84 @@
+"""What several verbs share: device and dtype by name, quiet libraries, progress bars, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+Device = Literal["cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Stopped(Exception):
+    """A run ended by a signal, its state saved."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+@contextlib.contextmanager
+def stop_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
+    """Signals noted inside the block: while `defer` holds, the first SIGINT or SIGTERM waits; else it stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if received or not defer():
+            raise Stopped("stopped; go on with --resume", number)
+        received.append(number)
+
+    former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage of a conversion, on a terminal's standard error."""
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm[Any]] = {}
+
+    def on_progress(stage: str, done: int, count: int) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=count, desc=stage, disable=not sys.stderr.isatty())
+        bars[stage].update(done - bars[stage].n)
+
+    try:
+        yield on_progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
+def torch_dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        raise ValueError(f"--device {device}: not available here; use {', '.join(d for d in there if there[d])}")
+
+
+def quiet() -> None:
+    """Only warnings of ours; no progress bars or advice from the libraries."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,108 @@
+"""train and data: what a recipe asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolseek.cli.shared import Device, Stopped, check_device, quiet, stop_signals
+from smolseek.config import Recipe
+
+
+@dataclass(frozen=True)
+class Train(Recipe):
+    """Run a recipe: convert its source (or start from random weights), train, compare, and print a table."""
+
+    resume: bool = False
+    """Go on with the run in its folder."""
+    force: bool = False
+    """Throw an earlier run of this name away."""
+    device: Device = "cpu"
+    """Where to train."""
+    runs: Path = Path("runs")
+    """Where run folders live."""
+
+
+@dataclass(frozen=True)
+class Data(Recipe):
+    """Say what a recipe's text is (data stats RECIPE): documents, tokens, malformed lines, first rows."""
+
+    limit: int = 2000
+    """Documents to read of a hub data set; local sources are read to their end."""
+    json: bool = False
+    """Print JSON."""
+
+
+def run_train(command: Train) -> None:
+    quiet()
+    from tqdm import tqdm
+
+    from smolseek.road import table, travel
+    from smolseek.training.loop import Interrupted, Progress, Watcher
+
+    recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
+    check_device(command.device)
+    folder = command.runs / recipe.name
+    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one speaks
+    bar: tqdm[Any] | None = None
+
+    def on_stage(stage: str) -> None:
+        nonlocal bar
+        if bar is not None:
+            bar.close()
+            bar = None
+        if leads:
+            print(f"[{recipe.name}] {stage}", flush=True)
+
+    def on_step(progress: Progress) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
+        bar.total = progress.steps  # fewer when a stage ended early
+        held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
+        bar.set_postfix_str(
+            f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
+        )
+        bar.update()
+
+    # The bar stands while steps are being trained: then a signal waits for the step's end, and the state is saved.
+    with stop_signals(defer=lambda: bar is not None) as received:
+        watcher = Watcher(on_stage, on_step, lambda: bool(received))
+        try:
+            summary = travel(
+                recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
+            )
+        except Interrupted as stopped:
+            raise Stopped(str(stopped), received[0] if received else signal.SIGTERM) from None
+        finally:
+            if bar is not None:
+                bar.close()
+    if not leads:
+        return
+    print(f"\n{table(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
+    print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
+    print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
+
+
+def run_data(command: Data) -> None:
+    quiet()
+    from smolseek.checkpoint.hub import load_tokenizer
+    from smolseek.checkpoint.source import TOKENIZER_FILES, resolve_folder
+    from smolseek.data.statistics import measure_data, render
+    from smolseek.training.start import corpus_tokenizer
+
+    name = command.tokenizer or command.source
+    if name is None and not command.train_tokenizer_entries:
+        raise ValueError("recipe: no tokenizer to count with; set tokenizer, source or train_tokenizer_entries")
+    tokenizer = (
+        load_tokenizer(resolve_folder(name, only=("config.json", *TOKENIZER_FILES)))
+        if name
+        else corpus_tokenizer(command)
+    )
+    statistics = measure_data(command, tokenizer, limit=command.limit)
+    print(json.dumps(statistics.to_dict(), indent=2) if command.json else render(statistics))
