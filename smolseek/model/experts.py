@@ -100,6 +100,11 @@ class Experts(nn.Module):
         gate_MI, up_MI = grouped_linear(x_MD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
         return grouped_linear(self.act_fn(gate_MI) * up_MI, self.down_proj, ends_E)
 
+    def one(self, index: int, x_MD: Tensor) -> Tensor:
+        """Outputs (M, D) of one expert."""
+        gate_MI, up_MI = F.linear(x_MD, self.gate_up_proj[index]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate_MI) * up_MI, self.down_proj[index])
+
 
 def grouped_linear(x_MF: Tensor, weight_EOF: Tensor, ends_E: Tensor) -> Tensor:
     """x W_eᵀ for each expert's rows, (M, O), in autocast's dtype where it is on (it does not know grouped_mm)."""
@@ -126,6 +131,8 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         weights_NK, indices_NK = self.gate(x_ND, sequences=x_BTD.shape[0])
+        if len(x_ND) == 1 and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._one_token(x_ND, weights_NK[0], indices_NK[0]).view_as(x_BTD) + self.shared_experts(x_BTD)
         chosen_M, order_M = indices_NK.flatten().sort(stable=True)
         counts_E = torch.zeros_like(self.gate.expert_counts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
         self.gate.expert_counts += counts_E
@@ -134,3 +141,9 @@ class MixtureOfExperts(nn.Module):
         out_MD = out_MD * weights_NK.flatten()[order_M].unsqueeze(-1)
         routed_ND = torch.zeros_like(x_ND, dtype=out_MD.dtype).index_add(0, token_M, out_MD)
         return routed_ND.to(x_BTD.dtype).view_as(x_BTD) + self.shared_experts(x_BTD)
+
+    def _one_token(self, x_1D: Tensor, weights_K: Tensor, indices_K: Tensor) -> Tensor:
+        """The routed part without sorting and grouping, which cost more than one token's products."""
+        self.gate.expert_counts.scatter_add_(0, indices_K, torch.ones_like(indices_K))
+        out_KD = torch.cat([self.experts.one(index, x_1D) for index in indices_K.tolist()])
+        return (weights_K.unsqueeze(0) @ out_KD.float()).to(x_1D.dtype)

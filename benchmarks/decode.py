@@ -1,0 +1,295 @@
+"""Greedy decoding: tokens per second of ours, of transformers' DeepSeek-V3 and of the dense Llama that it came from.
+
+python benchmarks/decode.py [--experts] [--prompts 512 1024 4096] [--batches 1 8 64] [--device cuda] [--out NAME]
+
+SmolLM2-135M's shape with random weights, the dense one with grouped heads and a cache of 384 numbers per token and
+layer, V3 with 160; ours and transformers' V3 hold the same weights. Caches are filled with random numbers in place of
+a prefill, which decoding does not notice. The competitors take turns, round by round, in one process; a figure is the
+median over the rounds, the spread half their range. The limit is the time to read the active weights and the cache
+once at the memory bandwidth measured in the same process: no decoder of one token at a time can be faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from circumstances import circumstances, command_line
+from rows import Row, Rows, present
+from torch import Tensor
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
+
+from smolseek.model import DeepseekV3
+from smolseek.model.inference import prepare_for_generation
+
+OURS, INT8, V3, DENSE, COMPILED = "ours", "ours, int8", "V3, transformers", "dense, transformers", "dense, compiled"
+Step = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Decode with every competitor."""
+
+    prompts: tuple[int, ...] = (512, 1024, 4096)
+    """Tokens in the cache before the first step."""
+    batches: tuple[int, ...] = (1,)
+    """Sequences at once."""
+    competitors: tuple[str, ...] = (OURS, INT8, V3, DENSE)
+    """Who runs; "dense, compiled" is transformers' static cache with torch.compile, and costs minutes to compile."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, activations and caches."""
+    experts: bool = False
+    """One shared and eight routed experts of 512 neurons, two of them per token, in place of the dense MLP."""
+    layers: int = 30
+    """Layers of both models."""
+    rounds: int = 5
+    """How often each takes its turn."""
+    steps: int = 16
+    """Tokens per turn and sequence."""
+    threads: int | None = None
+    """CPU threads; none: torch's choice."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to run."""
+    out: str = "run"
+    """NAME in results/DATE-decode-NAME.md."""
+    results: Path = Path(__file__).parent / "results"
+    """Where report and JSON lines go."""
+
+
+def configs(mine: Comparison) -> tuple[DeepseekV3Config, LlamaConfig]:
+    """SmolLM2-135M's shape as V3 at 42% of its cache, and as it is."""
+    shared = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": mine.layers,
+        "num_attention_heads": 9,
+        "max_position_embeddings": 65536,
+        "rope_theta": 1e5,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    latent = {
+        "num_key_value_heads": 9,
+        "q_lora_rank": None,
+        "kv_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "attention_bias": False,
+    }
+    experts = {
+        "n_shared_experts": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 512,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 1 if mine.experts else mine.layers,
+    }
+    return DeepseekV3Config(**shared, **latent, **experts), LlamaConfig(**shared, num_key_value_heads=3)
+
+
+class Models:
+    """Every competitor's weights, made once."""
+
+    def __init__(self, mine: Comparison) -> None:
+        torch.manual_seed(0)
+        self.mine, self.dtype = mine, getattr(torch, mine.dtype)
+        v3_config, llama_config = configs(mine)
+        ours = DeepseekV3(v3_config).eval().to(mine.device, self.dtype)
+        self.by_name: dict[str, Any] = {}
+        for name in mine.competitors:
+            if name in (OURS, INT8):
+                self.by_name[name] = copy.deepcopy(ours)
+                prepare_for_generation(self.by_name[name], int8=name == INT8)
+            elif name == V3:
+                self.by_name[name] = DeepseekV3ForCausalLM(v3_config).eval().to(mine.device, self.dtype)
+                self.by_name[name].load_state_dict(ours.state_dict())
+            elif name in (DENSE, COMPILED):
+                self.by_name[name] = LlamaForCausalLM(llama_config).eval().to(mine.device, self.dtype)
+            else:
+                raise ValueError(f"competitors {name}: is none of {', '.join((OURS, INT8, V3, DENSE, COMPILED))}")
+        self.active_bytes = _active_bytes(ours)
+
+    def start(self, name: str, batch: int, prompt: int) -> Step:
+        """A step of one competitor behind a cache of `prompt` random tokens: (B, 1) ids to (B, 1) ids."""
+        model, room = self.by_name[name], prompt + self.mine.steps + 2
+        if name in (OURS, INT8):
+            cache = model.new_cache(batch, room)
+            cache.entries_LBSW.normal_()
+            cache.length = prompt
+            return lambda ids_B1: model.lm_head(model.hidden_states(ids_B1, cache=cache)[:, -1:]).argmax(-1)
+        run: Any = model
+        if name == COMPILED:
+            stored: Any = StaticCache(config=model.config, max_cache_len=room)
+            run = torch.compile(model, dynamic=False)
+        else:
+            stored = DynamicCache(config=model.config)
+        position = torch.full((batch, 1), prompt, device=self.mine.device)
+        if name != COMPILED:
+            model(torch.zeros_like(position), past_key_values=stored, use_cache=True)
+            for layer in stored.layers:
+                heads, width, value_width = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+                layer.keys = layer.keys.new_empty(batch, heads, prompt, width).normal_()
+                layer.values = layer.keys.new_empty(batch, heads, prompt, value_width).normal_()
+        mask = torch.zeros(1, 1, 1, room, dtype=self.dtype, device=self.mine.device) if name == COMPILED else None
+
+        def step(ids_B1: Tensor) -> Tensor:
+            options = {"position_ids": position, "attention_mask": mask} if name == COMPILED else {}
+            logits = run(ids_B1, past_key_values=stored, use_cache=True, logits_to_keep=1, **options).logits
+            return logits.argmax(-1)
+
+        return step
+
+
+def _active_bytes(model: DeepseekV3) -> int:
+    """Bytes of the weights that one token reads: all but the embedding's rows and the experts that are not chosen."""
+    parameters = dict(model.named_parameters())
+    total = sum(p.nbytes for p in parameters.values())  # the tied embedding counts once, as the head
+    routed = sum(p.nbytes for name, p in parameters.items() if ".mlp.experts." in name)
+    return total - routed + routed * model.config.num_experts_per_tok // model.config.n_routed_experts
+
+
+def measure_bandwidth(device: str) -> float:
+    """Bytes per second read by a sum over 512 MiB, the best of ten."""
+    numbers = torch.ones(128 * 2**20, device=device)
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        float(numbers.sum())
+        seconds.append(time.perf_counter() - begin)
+    return numbers.nbytes / min(seconds)
+
+
+@contextlib.contextmanager
+def _quiet_memory() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@torch.inference_mode()
+def turn(step: Step, batch: int, steps: int, device: str) -> float:
+    """Seconds per step, after two that warm up."""
+    ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    for _ in range(2):
+        ids_B1 = step(ids_B1)
+    with _quiet_memory():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            ids_B1 = step(ids_B1)
+        ids_B1.tolist()
+        return (time.perf_counter() - begin) / steps
+
+
+def compare(mine: Comparison) -> Rows:
+    """Measure whatever cell is not measured yet."""
+    if mine.threads:
+        torch.set_num_threads(mine.threads)
+    rows = Rows(mine.results, f"decode-{mine.out}", mine, free=("prompts", "batches", "competitors", "results"))
+    models = Models(mine)
+    for batch in mine.batches:
+        for prompt in mine.prompts:
+            names = [n for n in mine.competitors if not rows.find(competitor=n, batch=batch, prompt=prompt)]
+            seconds: dict[str, list[float]] = {name: [] for name in names}
+            bandwidth = measure_bandwidth(mine.device) if names else 0.0
+            for _ in range(mine.rounds):
+                for name in names:
+                    with torch.inference_mode():
+                        step = models.start(name, batch, prompt)
+                    seconds[name].append(turn(step, batch, mine.steps, mine.device))
+                    del step
+            for name in names:
+                rows.add(
+                    competitor=name,
+                    batch=batch,
+                    prompt=prompt,
+                    seconds=seconds[name],
+                    limit=_limit(mine, models, name, batch, prompt) / bandwidth,
+                    bandwidth=bandwidth,
+                )
+                print(f"  batch {batch}, {prompt}: {name} {statistics.median(seconds[name]) * 1e3:.1f} ms", flush=True)
+    return rows
+
+
+def _limit(mine: Comparison, models: Models, name: str, batch: int, prompt: int) -> float:
+    """Bytes that a step must read: with a batch every expert may be met, so that its limit is of the chosen share."""
+    numbers = 384 if name in (DENSE, COMPILED) else 160
+    size = models.dtype.itemsize
+    weights = (
+        sum(p.nbytes for p in models.by_name[name].parameters()) if name in (DENSE, COMPILED) else models.active_bytes
+    )
+    weights = weights // size if name == INT8 else weights
+    return weights + batch * prompt * mine.layers * numbers * size
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def report(mine: Comparison, rows: list[Row], command: str) -> str:
+    """The comparison as Markdown."""
+    shape = "one shared and eight routed experts of 512, two a token" if mine.experts else "dense MLPs"
+    bandwidth = statistics.median(row["bandwidth"] for row in rows) / 1e9
+    about = (
+        f"SmolLM2-135M's shape, {mine.layers} layers, {shape}; {mine.dtype}, {torch.get_num_threads()} threads; medians "
+        f"of {mine.rounds} turns of {mine.steps} steps ± half the range. Memory bandwidth {bandwidth:.1f} GB/s. Cache "
+        "per token: V3 160 numbers a layer, dense 384. The limit of a row is its own, int8's with half the weights."
+    )
+    lines = [
+        "| batch | prompt | | ms per step | tokens/s | of the limit | ours is faster by | int8 by |",
+        "|" + "---|" * 8,
+    ]
+    for batch, prompt in dict.fromkeys((row["batch"], row["prompt"]) for row in rows):
+        cell = {row["competitor"]: row for row in rows if (row["batch"], row["prompt"]) == (batch, prompt)}
+        medians = {name: statistics.median(row["seconds"]) for name, row in cell.items()}
+        for name, row in cell.items():
+            spread = (max(row["seconds"]) - min(row["seconds"])) / 2
+            cells = [f"{batch}", f"{prompt:,}", name, f"{medians[name] * 1e3:.1f} ± {spread * 1e3:.1f}"]
+            cells += [f"{batch / medians[name]:,.0f}", f"{row['limit'] / medians[name]:.0%}"]
+            cells += [f"{medians[name] / medians[ours]:.2f}" if ours in medians else "" for ours in (OURS, INT8)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n\n".join([f"# Decoding: {mine.out}", f"`{command}`", circumstances(), about, "\n".join(lines)]) + "\n"
+
+
+def main() -> int:
+    """Measure, write the report, print it."""
+    mine = tyro.cli(Comparison, description=__doc__)
+
+    def measure() -> tuple[Path, str, Callable[[Path], None]]:
+        rows = compare(mine)
+        return rows.path, report(mine, rows.rows, command_line()), functools.partial(_no_plot)
+
+    return present(measure)
+
+
+def _no_plot(_path: Path) -> None:
+    """A table says it."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

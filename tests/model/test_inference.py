@@ -1,0 +1,122 @@
+"""Every shortcut of generation against the plain path, within a stated bound."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolseek.model import DeepseekV3, attention
+from smolseek.model.attention import _attend_one_token
+from smolseek.model.inference import Int8Linear, PackedLinear, PlainLinear, prepare_for_generation
+from smolseek.model.layers import RMSNorm
+from tests.factories import random_ids, tiny_llama, tiny_v3
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "latent queries": {"q_lora_rank": 20},
+    "biases": {"attention_bias": True, "q_lora_rank": 20},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "no shared expert": {"n_shared_experts": 0},
+    "wide": {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 64, "kv_lora_rank": 32},
+}
+
+
+def steps(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
+    """Logits at every position: a prefill of five tokens, then one at a time."""
+    cache = model.new_cache(len(ids), ids.shape[1])
+    with torch.inference_mode():
+        parts = [ids[:, :5], *ids[:, 5:].split(1, dim=1)]
+        return torch.cat([model(part, cache=cache) for part in parts], dim=1).float()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "int8", "bound"),
+    # The logits' standard deviation is about 1: bf16 keeps 8 bits of each number, int8 rounds each weight to 1 / 254.
+    [
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 0.05),
+        (torch.float32, True, 0.1),
+        (torch.bfloat16, True, 0.15),
+    ],
+)
+def test_prepared_weights_give_the_same_logits(
+    shape: str, batch: int, dtype: torch.dtype, int8: bool, bound: float
+) -> None:
+    model = tiny_v3(**SHAPES[shape]).eval()
+    ids = random_ids(batch, 14)
+    # Rerouting is a jump and not an error of rounding: every expert is chosen, by weights that still differ.
+    for module in model.modules():
+        if hasattr(module, "num_experts_per_tok"):
+            module.num_experts_per_tok, module.topk_group = module.num_experts, module.n_group
+    expected = steps(model, ids)
+    model = model.to(dtype)
+    prepare_for_generation(model, int8=int8)
+    difference = (steps(model, ids) - expected) / expected.std()
+    assert difference.pow(2).mean().sqrt() <= bound
+
+
+def test_greedy_choice_of_experts_is_the_plain_paths() -> None:
+    model = tiny_v3().eval()
+    prepared = copy.deepcopy(model)
+    prepare_for_generation(prepared)
+    ids = random_ids(1, 14)
+    torch.testing.assert_close(steps(prepared, ids), steps(model, ids), rtol=0, atol=1e-4)
+    buffers = dict(prepared.named_buffers())
+    counts = {name: count_E for name, count_E in model.named_buffers() if name.endswith("expert_counts")}
+    assert counts
+    assert all(torch.equal(count_E, buffers[name]) for name, count_E in counts.items())
+
+
+def test_a_dense_model_of_transformers_too() -> None:
+    model, ids = tiny_llama(), random_ids(2, 9)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        prepare_for_generation(model, int8=True)
+        assert isinstance(model.lm_head, Int8Linear)
+        assert ((model(ids).logits - expected) / expected.std()).pow(2).mean().sqrt() <= 0.1
+
+
+@pytest.mark.parametrize("laid", [PackedLinear, Int8Linear, PlainLinear])
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("width", [16, 40, 96])
+def test_a_laid_out_layer_is_its_linear_layer(laid: Any, rows: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, rows, width, generator=generator).bfloat16()
+    weight, bias = (
+        torch.randn(24, width, generator=generator).bfloat16(),
+        torch.randn(24, generator=generator).bfloat16(),
+    )
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    with torch.inference_mode():
+        difference = laid(weight, bias)(x).double() - expected
+    assert difference.abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_int8_halves_the_bytes() -> None:
+    layer = Int8Linear(torch.randn(64, 64).bfloat16(), None)
+    assert layer.weight.nbytes == 64 * 64
+    assert layer.scale.shape == (64,)
+
+
+@pytest.mark.parametrize("tokens", [8, 9, 31])
+def test_a_cache_read_in_parts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, entries = torch.randn(1, 1, 3, 16), torch.randn(1, 1, tokens, 16)
+    whole = F.scaled_dot_product_attention(q, entries, entries, scale=0.5)
+    monkeypatch.setattr(attention, "_SPLIT_TOKENS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    torch.testing.assert_close(_attend_one_token(q, entries, None, 0.5), whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_norm_of_a_few_rows(dtype: torch.dtype) -> None:
+    norm = RMSNorm(24, eps=1e-5).to(dtype)
+    x = (torch.randn(2, 3, 24) * 0.01 + 0.02).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        expected = F.rms_norm(x.double(), (24,), norm.weight.double(), 1e-5)
+        difference = (norm(x).double() - expected).abs().max()
+    assert difference <= (1e-6 if dtype == torch.float32 else 0.03)
