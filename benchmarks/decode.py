@@ -256,9 +256,9 @@ def report(mine: Comparison, rows: list[Row], command: str) -> str:
     shape = "one shared and eight routed experts of 512, two a token" if mine.experts else "dense MLPs"
     bandwidth = statistics.median(row["bandwidth"] for row in rows) / 1e9
     about = (
-        f"SmolLM2-135M's shape, {mine.layers} layers, {shape}; {mine.dtype}, {torch.get_num_threads()} threads; medians "
-        f"of {mine.rounds} turns of {mine.steps} steps ± half the range. Memory bandwidth {bandwidth:.1f} GB/s. Cache "
-        "per token: V3 160 numbers a layer, dense 384. The limit of a row is its own, int8's with half the weights."
+        f"SmolLM2-135M's shape, {mine.layers} layers, {shape}; {mine.dtype}; medians of {mine.rounds} turns of "
+        f"{mine.steps} steps ± half the range. Memory bandwidth {bandwidth:.1f} GB/s. Cache per token: V3 160 numbers "
+        "a layer, dense 384. The limit of a row is its own, int8's with a byte a weight."
     )
     lines = [
         "| batch | prompt | | ms per step | tokens/s | of the limit | ours is faster by | int8 by |",

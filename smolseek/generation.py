@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,46 @@ def stream(
         if token in ends:
             return
         yield token
+
+
+def stream_text(
+    model: DeepseekV3 | StockModel,
+    tokenizer: Any,
+    input_ids: Tensor,
+    *,
+    stop: Sequence[str] = (),
+    on_token: Callable[[int], None] = lambda token: None,
+    **options: Any,
+) -> Iterator[str]:
+    """The text of the new tokens as it comes, up to the first of the `stop` strings, itself left out.
+
+    Half a character waits for its other half, and what may become a stop string for what follows. `on_token` is told
+    every token as it is drawn; `options` and errors as `stream`.
+    """
+    new: list[int] = []
+    shown = 0
+    for token in stream(model, input_ids, **options):
+        on_token(token)
+        new.append(token)
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        if text.endswith("�"):
+            continue
+        end = min((text.index(word) for word in stop if word in text), default=None)
+        safe = len(text) - _may_begin(text, stop) if end is None else end
+        if safe > shown:
+            yield text[shown:safe]
+            shown = safe
+        if end is not None:
+            return
+    rest = tokenizer.decode(new, skip_special_tokens=True)[shown:]
+    if rest:
+        yield rest
+
+
+def _may_begin(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` are the beginning of a stop string."""
+    lengths = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
+    return max(lengths, default=0)
 
 
 def continue_text(

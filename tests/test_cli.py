@@ -103,6 +103,28 @@ def test_the_python_interface(source, text, tmp_path):
     assert smolseek.generate(model, ids, max_new_tokens=4).shape == (1, 7)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_several_samples_as_json(source, capsys, tmp_path, dtype):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("Anna sees")
+    command = ["generate", str(source), "--prompt-file", str(prompt), "--samples", "2", "--seed", "3", "--json"]
+    assert main([*command, "--max-new-tokens", "6", "--dtype", dtype]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["seed"] for line in lines] == [3, 4]
+    assert all(line["prompt"] == "Anna sees" and line["new_tokens"] <= 6 for line in lines)
+    assert lines[0]["tokens_per_second"] > 0 and lines[0]["text"] != lines[1]["text"]
+
+
+def test_text_on_one_stream_and_speed_on_the_other(source, capsys):
+    command = ["generate", str(source), "--prompt", "Anna", "--max-new-tokens", "12", "--temperature", "0"]
+    assert main(command) == 0
+    whole, said = capsys.readouterr()
+    assert "tokens/s" in said
+    word = whole[len("Anna") + 5 : len("Anna") + 9]
+    assert main([*command, "--stop", word]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == whole[: whole.index(word, len("Anna"))].rstrip("\n")
+
+
 def test_chat_without_a_template_continues_one_text(source, capsys, monkeypatch):
     lines = iter(["Anna sees", "Ben likes", ""])
     monkeypatch.setattr("builtins.input", lambda _prompt: next(lines))
@@ -160,6 +182,9 @@ def test_data_stats_trains_nothing_and_loads_no_model(source, text, tmp_path, ca
         (["train", "nowhere.yaml"], "no such file"),
         (["eval", "./nowhere", "--text", "a.txt"], "no such folder"),
         (["generate", "./nowhere", "--prompt", "a"], "no such folder"),
+        (["generate", "./nowhere", "--prompt", "a", "--prompt-file", "b"], "give one of them"),
+        (["generate", "./nowhere", "--prompt", "a", "--samples", "0"], "at least 1"),
+        (["chat", "./nowhere", "--json"], "smolseek generate has them"),
         (["plan", "./nowhere"], "no such folder"),
         (["convert", "./nowhere", "out", "--calibration", "a.txt"], "no such folder"),
     ],

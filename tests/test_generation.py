@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from smolseek import generation
-from smolseek.generation import Sampling, generate, repetition_rate, stream
+from smolseek.generation import Sampling, generate, repetition_rate, stream, stream_text
 from smolseek.model import DeepseekV3, StockModel
 from tests.factories import VOCAB, random_ids, tiny_llama, tiny_v3, tiny_v3_pair
 
@@ -121,6 +121,28 @@ def test_penalty_is_transformers_and_spares_padding() -> None:
 def draw(logits_BV: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
     rows = len(logits_BV)
     return generation._draw(logits_BV, torch.zeros(rows, 1).long(), torch.zeros(rows).long(), how, generator)
+
+
+class Letters:
+    """A tokenizer of one letter a token, two of them halves of a character."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text = "".join("ab<>/"[i] if i < 5 else "?" for i in ids)
+        return text.replace("??", "é").replace("?", "�")
+
+
+def test_text_stops_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(tokens: list[int], stop: tuple[str, ...]) -> list[str]:
+        monkeypatch.setattr(generation, "stream", lambda model, ids: iter(tokens))
+        return list(stream_text(MODELS["V3"], Letters(), random_ids(1, 2), stop=stop))
+
+    assert pieces([0, 1, 0], ()) == ["a", "b", "a"]
+    assert pieces([0, 5, 5, 1], ()) == ["a", "é", "b"]
+    assert pieces([0, 5], ()) == ["a", "�"]
+    assert pieces([0, 2, 4, 3, 1], ("</>",)) == ["a"]
+    assert pieces([0, 2, 4, 1], ("</>",)) == ["a", "</b"]
+    assert pieces([0, 2], ("</>",)) == ["a", "<"]
+    assert pieces([0, 1, 2, 3], ("<>", "b")) == ["a"]
 
 
 @each_model
