@@ -59,12 +59,12 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
             "total_parameters",
             "active_parameters",
             "decode_tokens_per_second",
-            "sample",
+            "samples",
         } <= set(summary[row])
     assert summary["converted"]["cache_bytes_per_token"] < 0.6 * summary["dense"]["cache_bytes_per_token"]
     assert summary["healed"]["loss"] < summary["converted"]["loss"]
     assert summary["maxvio"] >= 0
-    assert "healed" in table(summary) and summary["healed"]["sample"] in table(summary)
+    assert "healed" in table(summary) and summary["healed"]["samples"]["Anna "] in table(summary)
     started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
     assert started == ["convert", "heal:", "train", "measure"]
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
