@@ -1,0 +1,169 @@
+"""Which charts there are of runs and conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from smolseek.reporting.charts import Chart, HeatMap, HeatPanel, Line, LineChart
+from smolseek.reporting.read import Conversion, Run, fair_shares, perplexities
+
+STAGES = ("closed_form", "refined", "distilled", "healed")
+"""Of a conversion, in their order; healing comes after it."""
+ERRORS = {
+    "attention": {"closed_form": "attention_error", "refined": "attention_error_refined"},
+    "MLP": {"closed_form": "mlp_error", "refined": "mlp_error_refined"},
+}
+"""What conversion.json calls the error of a block's output relative to the dense block's, by stage."""
+
+
+def training_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Loss, held-out loss, learning rate and speed of all runs over one another, and of several their balance."""
+    charts: list[Chart | None] = [
+        _over_steps(runs, "Training loss", "Nats per token of each logged batch.", "loss"),
+        held_out_chart(runs),
+        _over_steps(
+            runs, "Learning rate", "Of weights without a factor of their own.", "learning_rate", y_format=".3g"
+        ),
+        _over_steps(
+            runs,
+            "Tokens per second",
+            "Of each logged step, with the evaluation, samples and checkpoint before it.",
+            "tokens_per_second",
+        ),
+    ]
+    if len(runs) > 1:
+        worst = "(largest load − mean load) / mean load over a batch, of the run's worst layer."
+        charts.append(_over_steps(runs, "MaxVio", worst, "maxvio", value=lambda by: max(by.values())))
+    return [chart for chart in charts if chart is not None]
+
+
+def held_out_chart(runs: Sequence[Run]) -> LineChart | None:
+    """Held-out loss at every evaluation, with the control dashed and the dense model's where it is one for all."""
+    lines = []
+    for hue, run in enumerate(runs):
+        for source, dashed in ((run, False), (run.control, True)):
+            xs, ys = source.series("held_out", "loss") if source else ([], [])
+            if source and xs:
+                name = f"{run.name}, dense model trained alike" if dashed else run.name
+                lines.append(Line(name, xs, ys, hue=hue, dashed=dashed, marked=True))
+    reach = [x for line in lines for x in line.xs]
+    for model in ("dense", "converted") if reach else ():
+        losses = {run.models[model]["loss"] for run in runs if model in run.models}
+        if len(losses) == 1 and all(model in run.models for run in runs):
+            loss = losses.pop()
+            name = {"dense": "dense source", "converted": "as converted"}[model]
+            lines.append(Line(name, [0, max(reach)], [loss, loss], dashed=model == "converted"))
+    note = "Nats per token of text that no run trains on."
+    return LineChart("Held-out loss", note, "step", lines) if reach else None
+
+
+def expert_charts(run: Run) -> list[Chart]:
+    """Balance and specialisation of one run, a line or a panel per layer; none without expert layers."""
+    charts: list[Chart] = []
+    if not run.layers:
+        return charts
+    charts.append(load_chart(run))
+    for title, note, path in (
+        ("MaxVio", "(largest load − mean load) / mean load over each logged batch; 0 is balanced.", ("maxvio",)),
+        (
+            "Experts' weights apart",
+            "Distance between two over their norm: 0 equal, 1.41 unrelated.",
+            ("experts", "weights"),
+        ),
+        ("Routing by the token", "Share of the choice that the token's identity explains.", ("experts", "routing")),
+    ):
+        lines = []
+        for number, layer in enumerate(run.layers):
+            xs, ys = run.series(*path, layer)
+            rank = number / max(1, len(run.layers) - 1)
+            lines.append(Line(f"layer {layer}", xs, ys, rank=rank, marked=path[0] == "experts"))
+        if any(line.xs for line in lines):
+            charts.append(LineChart(title, note, "step", lines, from_zero=True, y_format=",.3g"))
+    return charts
+
+
+def load_chart(run: Run) -> HeatMap:
+    """Each expert's load over the run, a panel a layer.
+
+    Raises:
+        ValueError: a run without expert layers.
+    """
+    if not run.layers:
+        raise ValueError(f"{run.name}: no load of experts in its metrics; it trained a model without expert layers")
+    panels = []
+    for layer in run.layers:
+        xs, loads = run.series("load", layer)
+        ratios = fair_shares(loads)
+        panels.append(HeatPanel(f"layer {layer}", [list(expert) for expert in zip(*ratios, strict=True)]))
+    note = (
+        "Choices that fell on each expert in a logged batch, over its fair share; experts upwards, steps to the right."
+    )
+    return HeatMap("Load of every expert", note, xs, panels)
+
+
+def conversion_charts(conversion: Conversion) -> list[Chart]:
+    """The error that each layer was left with by stage; none of an exact conversion."""
+    charts: list[Chart] = []
+    for part, keys in ERRORS.items():
+        lines = [_by_layer(conversion, stage, key) for stage, key in keys.items()]
+        note = f"What each layer's {part} is off the dense one's output, relative; the end-to-end stage has no layers."
+        if any(line.xs for line in lines):
+            charts.append(_layer_chart(f"{part[0].upper()}{part[1:]} error by layer", note, lines))
+    line = _by_layer(conversion, "closed_form", "latent_error_weighted")
+    if not charts and line.xs:
+        charts.append(
+            _layer_chart("Latent cut by layer", "Share of keys and values lost, by what it does to the loss.", [line])
+        )
+    return charts
+
+
+def _by_layer(conversion: Conversion, stage: str, key: str) -> Line:
+    return _by_place(stage, [(layer["layer"], layer[key]) for layer in conversion.layers if key in layer])
+
+
+def _by_place(stage: str, points: list[tuple[float, float]]) -> Line:
+    return Line(spoken(stage), [x for x, _ in points], [y for _, y in points], hue=STAGES.index(stage), marked=True)
+
+
+def _layer_chart(title: str, note: str, lines: list[Line]) -> LineChart:
+    shown = [line for line in lines if line.xs]
+    return LineChart(title, note, "layer", shown, from_zero=True, each_x=True, y_format=",.3g")
+
+
+def cache_chart(runs: Sequence[Run], conversions: Sequence[Conversion]) -> LineChart | None:
+    """Perplexity over the dense model's against the cache kept, by stage; none without conversions of two sizes."""
+    points: dict[str, list[tuple[float, float]]] = {stage: [] for stage in STAGES}
+    for conversion in conversions:
+        told = perplexities(conversion.losses)
+        for stage in STAGES:
+            if stage in told and "dense" in told:
+                points[stage].append((100 * conversion.cache_share, told[stage] / told["dense"]))
+    for run in runs:
+        if run.conversion and {"dense", "healed"} <= set(run.models):
+            ratio = run.models["healed"]["perplexity"] / run.models["dense"]["perplexity"]
+            points["healed"].append((100 * run.conversion.cache_share, ratio))
+    if len({x for pairs in points.values() for x, _ in pairs}) < 2:
+        return None
+    lines = [_by_place(stage, sorted(pairs)) for stage, pairs in points.items() if pairs]
+    note = "Times the dense model's, on text kept aside (healed: on the run's held-out text)."
+    return LineChart(
+        "Perplexity against cache kept", note, "% of the source's cache", lines, log=True, each_x=True, x_format=".3g"
+    )
+
+
+def _over_steps(
+    runs: Iterable[Run], title: str, note: str, key: str, *, value: Callable[[Any], float] = float, **how: Any
+) -> LineChart | None:
+    """A line a run; none when no run says anything."""
+    lines = []
+    for hue, run in enumerate(runs):
+        xs, values = run.series(key)
+        if xs:
+            lines.append(Line(run.name, xs, [value(v) for v in values], hue=hue))
+    return LineChart(title, note, "step", lines, from_zero=key != "loss", **how) if lines else None
+
+
+def spoken(name: str) -> str:
+    """A key of summary.json or conversion.json in words."""
+    return name.replace("_", " ")
