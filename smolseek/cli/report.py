@@ -11,7 +11,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Report:
-    """Draw runs and conversions, several over one another, as one HTML file to look at; --png: as pictures for papers."""
+    """Draw runs and conversions, several over one another, as one HTML file to look at, with --png as pictures."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs (also of ones that go on) and converted folders."""

@@ -153,7 +153,7 @@ def _panel(panel: HeatPanel, xs: Sequence[float]) -> str:
     return f"""<div><h4>{escape(panel.name)}</h4><div class="frame">
 <div class="ys"><span>{rows - 1}</span><b style="bottom:{50 / rows:.1f}%">0</b>\
 <b style="bottom:{100 - 50 / rows:.1f}%">{rows - 1}</b></div>
-<div class="plot" style="--height:{max(64, min(160, 7 * rows))}px" tabindex="0" role="group" \
+<div class="plot" style="--height:{max(80, min(180, 8 * rows))}px" tabindex="0" role="group" \
 aria-label="{escape(panel.name)}; arrow keys read its values">
 <svg viewBox="0 0 {columns} {rows}" preserveAspectRatio="none" shape-rendering="crispEdges" role="img" \
 aria-label="{escape(said)}">{_cells(panel.rows)}</svg><i class="cross"></i></div>
