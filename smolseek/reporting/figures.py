@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from smolseek.reporting.charts import Chart, HeatMap, HeatPanel, Line, LineChart
@@ -102,20 +103,62 @@ def load_chart(run: Run) -> HeatMap:
     return HeatMap("Load of every expert", note, xs, panels)
 
 
-def conversion_charts(conversion: Conversion) -> list[Chart]:
-    """The error that each layer was left with by stage; none of an exact conversion."""
-    charts: list[Chart] = []
+def conversion_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list[Chart]:
+    """Perplexity against cache kept, and the error that each layer was left with by stage."""
+    charts = cache_charts(runs, conversions)
+    for conversion in conversions:
+        for chart in error_charts(conversion):
+            title = (
+                f"{conversion.name}: {chart.title}"
+                if len(conversions) > 1
+                else chart.title[0].upper() + chart.title[1:]
+            )
+            charts.append(replace(chart, title=title))
+    return charts
+
+
+def error_charts(conversion: Conversion) -> list[LineChart]:
+    """The error of each layer's attention and MLP by stage; none of an exact conversion."""
+    charts = []
     for part, keys in ERRORS.items():
         lines = [_by_layer(conversion, stage, key) for stage, key in keys.items()]
-        note = f"What each layer's {part} is off the dense one's output, relative; the end-to-end stage has no layers."
+        note = "Of the block's output relative to the dense block's, after each stage that works by layers."
         if any(line.xs for line in lines):
-            charts.append(_layer_chart(f"{part[0].upper()}{part[1:]} error by layer", note, lines))
+            charts.append(_layer_chart(f"{part} error by layer", note, lines))
     line = _by_layer(conversion, "closed_form", "latent_error_weighted")
     if not charts and line.xs:
-        charts.append(
-            _layer_chart("Latent cut by layer", "Share of keys and values lost, by what it does to the loss.", [line])
-        )
+        note = "Share of keys and values lost, by what it does to the loss."
+        charts.append(_layer_chart("latent cut by layer", note, [line]))
     return charts
+
+
+def cache_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list[Chart]:
+    """Perplexity over the dense model's against the cache kept, by stage; a chart for each source in several sizes."""
+    healed = {run.name: run.models for run in runs if {"dense", "healed"} <= set(run.models)}
+    by_source: dict[str, list[Conversion]] = {}
+    for conversion in conversions:
+        kind = ", carved" if conversion.settings.get("experts") == "carve" else ""
+        by_source.setdefault(f"{conversion.source}{kind}", []).append(conversion)
+    charts: list[Chart] = []
+    for source, group in by_source.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for conversion in group:
+            told = perplexities(conversion.losses)
+            ratios = {stage: told[stage] / told["dense"] for stage in STAGES if stage in told and "dense" in told}
+            if models := healed.get(conversion.name):
+                ratios["healed"] = models["healed"]["perplexity"] / models["dense"]["perplexity"]
+            for stage, ratio in ratios.items():
+                points.setdefault(stage, []).append((100 * conversion.cache_share, ratio))
+        lines = [_by_place(stage, sorted(points[stage])) for stage in STAGES if stage in points]
+        if len({x for line in lines for x in line.xs}) > 1:
+            charts.append(_cache_chart(source, lines))
+    return charts
+
+
+def _cache_chart(source: str, lines: list[Line]) -> LineChart:
+    note = "Times the dense model's, on text kept aside (healed: on the run's held-out text)."
+    title, x_name = f"{source}: perplexity against cache kept", "% of the source's cache"
+    return LineChart(title, note, x_name, lines, log=True, each_x=True, x_format=".3g")
 
 
 def _by_layer(conversion: Conversion, stage: str, key: str) -> Line:
@@ -129,27 +172,6 @@ def _by_place(stage: str, points: list[tuple[float, float]]) -> Line:
 def _layer_chart(title: str, note: str, lines: list[Line]) -> LineChart:
     shown = [line for line in lines if line.xs]
     return LineChart(title, note, "layer", shown, from_zero=True, each_x=True, y_format=",.3g")
-
-
-def cache_chart(runs: Sequence[Run], conversions: Sequence[Conversion]) -> LineChart | None:
-    """Perplexity over the dense model's against the cache kept, by stage; none without conversions of two sizes."""
-    points: dict[str, list[tuple[float, float]]] = {stage: [] for stage in STAGES}
-    for conversion in conversions:
-        told = perplexities(conversion.losses)
-        for stage in STAGES:
-            if stage in told and "dense" in told:
-                points[stage].append((100 * conversion.cache_share, told[stage] / told["dense"]))
-    for run in runs:
-        if run.conversion and {"dense", "healed"} <= set(run.models):
-            ratio = run.models["healed"]["perplexity"] / run.models["dense"]["perplexity"]
-            points["healed"].append((100 * run.conversion.cache_share, ratio))
-    if len({x for pairs in points.values() for x, _ in pairs}) < 2:
-        return None
-    lines = [_by_place(stage, sorted(pairs)) for stage, pairs in points.items() if pairs]
-    note = "Times the dense model's, on text kept aside (healed: on the run's held-out text)."
-    return LineChart(
-        "Perplexity against cache kept", note, "% of the source's cache", lines, log=True, each_x=True, x_format=".3g"
-    )
 
 
 def _over_steps(

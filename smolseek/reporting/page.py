@@ -13,7 +13,7 @@ import yaml
 
 from smolseek.reporting.charts import Chart, HeatMap
 from smolseek.reporting.draw import figure, folded, table
-from smolseek.reporting.figures import cache_chart, conversion_charts, expert_charts, spoken, training_charts
+from smolseek.reporting.figures import conversion_charts, expert_charts, spoken, training_charts
 from smolseek.reporting.read import Conversion, Run, perplexities
 
 HEAT_CELLS = 24000
@@ -33,10 +33,7 @@ def sections(runs: Sequence[Run], conversions: Sequence[Conversion]) -> dict[str
     by_heading = {"Training": training_charts(runs)}
     for run in runs:
         by_heading[f"Experts of {run.name}"] = expert_charts(run)
-    size = cache_chart(runs, conversions)
-    by_heading["Cache"] = [size] if size else []
-    for conversion in conversions:
-        by_heading[f"Conversion of {conversion.name}"] = conversion_charts(conversion)
+    by_heading["Conversion"] = conversion_charts(runs, conversions)
     return {heading: charts for heading, charts in by_heading.items() if charts}
 
 
@@ -45,8 +42,9 @@ def render(runs: Sequence[Run], conversions: Sequence[Conversion]) -> str:
     here = Path(__file__)
     style, script = (here.with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    bodies = {"Results": _results(runs), "Conversions": _stages(conversions)}
-    bodies |= {heading: _charts(charts, len(runs)) for heading, charts in sections(runs, conversions).items()}
+    drawn = {heading: _charts(charts, len(runs)) for heading, charts in sections(runs, conversions).items()}
+    bodies = {"Results": _results(runs), **drawn}
+    bodies["Conversion"] = _stages(conversions) + drawn.get("Conversion", "")
     bodies |= {"Samples": "".join(map(_samples, runs)), "Settings": _settings(runs, conversions)}
     bodies = {heading: body for heading, body in bodies.items() if body}
     links = "".join(f'<a href="#s{number}">{escape(heading)}</a>' for number, heading in enumerate(bodies))
@@ -82,14 +80,15 @@ def _charts(charts: Iterable[Chart], runs: int) -> str:
 
 
 def _results(runs: Sequence[Run]) -> str:
-    """Where each run is, and its table of models once it has ended."""
-    parts = []
-    for run in runs:
-        rows = [[spoken(name), *(_cell(row, key) for key in COLUMNS)] for name, row in run.models.items()]
-        heads = ["", *(name for name, _ in COLUMNS.values())]
-        parts.append(f"<p><strong>{escape(run.name)}</strong>: {escape(_state(run))}</p>")
-        parts.append(f'<div class="scroll">{table(heads, rows)}</div>' if rows else "")
-    return "".join(parts)
+    """Where each run is, and the models of those that have ended."""
+    states = "".join(f"<p><strong>{escape(run.name)}</strong>: {escape(_state(run))}</p>" for run in runs)
+    rows = [
+        [f"{run.name}: {spoken(name)}" if len(runs) > 1 else spoken(name), *(_cell(row, key) for key in COLUMNS)]
+        for run in runs
+        for name, row in run.models.items()
+    ]
+    heads = ["", *(name for name, _ in COLUMNS.values())]
+    return states + (f'<div class="scroll">{table(heads, rows)}</div>' if rows else "")
 
 
 def _cell(row: dict[str, Any], key: str) -> str:

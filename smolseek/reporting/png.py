@@ -48,7 +48,7 @@ def _draw_lines(chart: LineChart, figure: Any) -> None:
     _set_ticks(axes.yaxis, up, ",.10g")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=1 + len(chart.lines) // 8)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=min(4, len(chart.lines)))
 
 
 def _set_ticks(axis: Any, scale: Scale, form: str) -> None:

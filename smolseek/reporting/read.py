@@ -95,7 +95,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[Conversion]]:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as many of their parents as it takes to tell them apart.
+    """Each folder's own name, with as many of its parents as it takes to tell it from the others.
 
     Raises:
         ValueError: a folder named twice.
@@ -104,10 +104,8 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     for folder, own in zip(folders, parts, strict=True):
         if parts.count(own) > 1:
             raise ValueError(f"{folder}: named twice; name every folder once")
-    count = 1
-    while len({own[-count:] for own in parts}) < len(parts):
-        count += 1
-    return ["/".join(own[-count:]) for own in parts]
+    counts = [next(n for n in range(1, 1 + len(own)) if _alone(own[-n:], parts)) for own in parts]
+    return ["/".join(own[-count:]) for own, count in zip(parts, counts, strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -175,6 +173,11 @@ def fair_shares(loads: Iterable[Sequence[float]]) -> list[list[float]]:
 def perplexities(losses: dict[str, float]) -> dict[str, float]:
     """Of losses by stage."""
     return {stage: math.exp(min(loss, 700.0)) for stage, loss in losses.items()}
+
+
+def _alone(end: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> bool:
+    """Whether one path only ends so."""
+    return sum(own[-len(end) :] == end for own in parts) == 1
 
 
 def _read_json(path: Path) -> Record:
