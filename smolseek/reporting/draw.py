@@ -40,13 +40,13 @@ def figure(chart: Chart, heat_cells: int) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", *, text: bool = False) -> str:
     """A table whose first column heads the rows; `text`: no column is of numbers."""
-    cell = '<td class="text">' if text else "<td>"
     top = "".join(f'<th scope="col">{escape(name)}' for name in head)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}' + "".join(f"{cell}{escape(value)}" for value in rest)
+        f'<tr><th scope="row">{escape(first)}' + "".join(f"<td>{escape(value)}" for value in rest)
         for first, *rest in rows
     )
-    return f"<table>{f'<caption>{escape(caption)}</caption>' if caption else ''}<tr>{top}{body}</table>"
+    about = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table{' class=text' if text else ''}>{about}<tr>{top}{body}</table>"
 
 
 def folded(summary: str, content: str) -> str:

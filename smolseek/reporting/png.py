@@ -43,6 +43,7 @@ def _draw_lines(chart: LineChart, figure: Any) -> None:
         marker, style = "o" if line.marked else None, "--" if line.dashed else "-"
         axes.plot(line.xs, line.ys, style, color=_color(line), marker=marker, ms=4, lw=1.4, label=line.name)
     axes.set_yscale("log" if up.log else "linear")
+    axes.minorticks_off()
     axes.set(title=chart.title, xlabel=chart.x_name, ylim=(up.low, up.high))
     _set_ticks(axes.xaxis, across, chart.x_format)
     _set_ticks(axes.yaxis, up, ",.10g")
@@ -52,14 +53,7 @@ def _draw_lines(chart: LineChart, figure: Any) -> None:
 
 
 def _set_ticks(axis: Any, scale: Scale, form: str) -> None:
-    axis.set_minor_locator(axis.get_minor_locator().__class__() if not scale.log else _no_ticks())
     axis.set_ticks(scale.ticks, [f"{tick:{form}}" for tick in scale.ticks])
-
-
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 def _color(line: Line) -> Any:
