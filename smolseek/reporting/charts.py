@@ -31,7 +31,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over one axis; `names_x` where the positions are few and each is named."""
+    """Lines over one axis."""
 
     title: str
     note: str
@@ -130,24 +130,21 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def thin(line: Line) -> Line:
     """The line with at most `MAX_POINTS` points, each the mean of a stretch."""
-    if len(line.xs) <= MAX_POINTS:
-        return line
-    stretches = list(pairwise(len(line.xs) * number // MAX_POINTS for number in range(MAX_POINTS + 1)))
-    xs, ys = ([sum(values[a:b]) / (b - a) for a, b in stretches] for values in (line.xs, line.ys))
-    return replace(line, xs=xs, ys=ys)
+    return replace(line, xs=stretch_means(line.xs, MAX_POINTS), ys=stretch_means(line.ys, MAX_POINTS))
 
 
 def thin_columns(chart: HeatMap, columns: int) -> HeatMap:
     """The heat map with at most so many columns, each the mean of a stretch."""
-    if len(chart.xs) <= columns:
-        return chart
-    stretches = list(pairwise(len(chart.xs) * number // columns for number in range(columns + 1)))
+    panels = [HeatPanel(panel.name, [stretch_means(row, columns) for row in panel.rows]) for panel in chart.panels]
+    return replace(chart, xs=stretch_means(chart.xs, columns), panels=panels)
 
-    def means(values: Sequence[float]) -> list[float]:
-        return [sum(values[a:b]) / (b - a) for a, b in stretches]
 
-    panels = [HeatPanel(panel.name, [means(row) for row in panel.rows]) for panel in chart.panels]
-    return replace(chart, xs=[chart.xs[a] for a, _ in stretches], panels=panels)
+def stretch_means(values: Sequence[float], count: int) -> list[float]:
+    """The values, or of more than `count` the means of as many stretches."""
+    if len(values) <= count:
+        return list(values)
+    edges = pairwise(len(values) * number // count for number in range(count + 1))
+    return [sum(values[a:b]) / (b - a) for a, b in edges]
 
 
 def heat_level(value: float) -> int:

@@ -17,6 +17,17 @@ ERRORS = {
 }
 """What conversion.json calls the error of a block's output relative to the dense block's, by stage."""
 
+BY_LAYER = (
+    ("MaxVio", "(largest load − mean load) / mean load over each logged batch; 0 is balanced.", ("maxvio",)),
+    (
+        "Experts' weights apart",
+        "Distance between two over their norm: 0 equal, 1.41 unrelated.",
+        ("experts", "weights"),
+    ),
+    ("Routing by the token", "Share of the choice that the token's identity explains.", ("experts", "routing")),
+)
+"""Title, note and place in metrics.jsonl of what is told for every expert layer."""
+
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
     """Loss, held-out loss, learning rate and speed of all runs over one another, and of several their balance."""
@@ -40,40 +51,38 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def held_out_chart(runs: Sequence[Run]) -> LineChart | None:
-    """Held-out loss at every evaluation, with the control dashed and the dense model's where it is one for all."""
+    """Held-out loss at every evaluation, with the controls dashed, between the models that the runs start from."""
     lines = []
     for hue, run in enumerate(runs):
-        for source, dashed in ((run, False), (run.control, True)):
-            xs, ys = source.series("held_out", "loss") if source else ([], [])
-            if source and xs:
-                name = f"{run.name}, dense model trained alike" if dashed else run.name
-                lines.append(Line(name, xs, ys, hue=hue, dashed=dashed, marked=True))
-    reach = [x for line in lines for x in line.xs]
-    for model in ("dense", "converted") if reach else ():
-        losses = {run.models[model]["loss"] for run in runs if model in run.models}
-        if len(losses) == 1 and all(model in run.models for run in runs):
-            loss = losses.pop()
-            name = {"dense": "dense source", "converted": "as converted"}[model]
-            lines.append(Line(name, [0, max(reach)], [loss, loss], dashed=model == "converted"))
-    note = "Nats per token of text that no run trains on."
-    return LineChart("Held-out loss", note, "step", lines) if reach else None
+        xs, ys = run.series("held_out", "loss")
+        lines.append(Line(run.name, xs, ys, hue=hue, marked=True))
+        if run.control:
+            xs, ys = run.control.series("held_out", "loss")
+            lines.append(Line(f"{run.name}, dense model trained alike", xs, ys, hue=hue, dashed=True, marked=True))
+    lines = [line for line in lines if line.xs]
+    if not lines:
+        return None
+    lines += _levels(runs, max(line.xs[-1] for line in lines))
+    return LineChart("Held-out loss", "Nats per token of text that no run trains on.", "step", lines)
+
+
+def _levels(runs: Sequence[Run], last: float) -> list[Line]:
+    """Where the dense and the converted model stand, if that is one loss for all runs."""
+    lines = []
+    for model, name in (("dense", "dense source"), ("converted", "as converted")):
+        losses = {run.models.get(model, {}).get("loss") for run in runs}
+        loss = losses.pop()
+        if not losses and loss is not None:
+            lines.append(Line(name, [0, last], [loss, loss], dashed=model == "converted"))
+    return lines
 
 
 def expert_charts(run: Run) -> list[Chart]:
     """Balance and specialisation of one run, a line or a panel per layer; none without expert layers."""
-    charts: list[Chart] = []
     if not run.layers:
-        return charts
-    charts.append(load_chart(run))
-    for title, note, path in (
-        ("MaxVio", "(largest load − mean load) / mean load over each logged batch; 0 is balanced.", ("maxvio",)),
-        (
-            "Experts' weights apart",
-            "Distance between two over their norm: 0 equal, 1.41 unrelated.",
-            ("experts", "weights"),
-        ),
-        ("Routing by the token", "Share of the choice that the token's identity explains.", ("experts", "routing")),
-    ):
+        return []
+    charts: list[Chart] = [load_chart(run)]
+    for title, note, path in BY_LAYER:
         lines = []
         for number, layer in enumerate(run.layers):
             xs, ys = run.series(*path, layer)

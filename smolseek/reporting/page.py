@@ -16,7 +16,7 @@ from smolseek.reporting.draw import figure, folded, table
 from smolseek.reporting.figures import conversion_charts, expert_charts, spoken, training_charts
 from smolseek.reporting.read import Conversion, Run, perplexities
 
-HEAT_CELLS = 24000
+HEAT_CELLS = 40000
 """Most cells of all heat maps together: what keeps a page of any runs below a megabyte."""
 COLUMNS = {
     "loss": ("held-out loss", ".4f"),

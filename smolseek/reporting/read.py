@@ -157,7 +157,7 @@ def read_conversion(folder: Path, name: str) -> Conversion:
             _without_folder(tree["source"]),
             tree["cache"]["numbers_per_token"] / tree["cache"]["source_numbers_per_token"],
             dict(tree["losses"]),
-            list(tree["layers"]),
+            [{"layer": index, **layer} for index, layer in enumerate(tree["layers"])],
             dict(tree["settings"]),
             dict(tree["versions"]),
         )

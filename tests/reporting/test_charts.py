@@ -58,7 +58,7 @@ def test_long_lines_are_means_of_stretches():
     line = thin(Line("a", range(12000), [1.0, 3.0] * 6000))
     assert len(line.xs) == MAX_POINTS and set(line.ys) == {2.0} and line.xs[0] == pytest.approx(24.5)
     heat = thin_columns(HeatMap("", "", list(range(100)), [HeatPanel("a", [[0.0, 2.0] * 50])]), 10)
-    assert heat.xs == list(range(0, 100, 10)) and heat.panels[0].rows == [[1.0] * 10]
+    assert heat.xs == [4.5 + 10 * n for n in range(10)] and heat.panels[0].rows == [[1.0] * 10]
 
 
 def test_the_colour_of_a_fair_share_is_the_middle_one():
