@@ -27,7 +27,6 @@ import torch
 import tyro
 from circumstances import circumstances, command_line
 from convert_quality import mean_and_spread
-from expert_load import draw
 from rows import Row, Rows, present
 from torch import Tensor
 
@@ -38,6 +37,9 @@ from smolseek.conversion.pipeline import convert
 from smolseek.evaluation import measure_quality
 from smolseek.model.balance import max_violation, take_expert_counts
 from smolseek.model.experts import TopkRouter
+from smolseek.reporting.figures import load_chart
+from smolseek.reporting.png import draw
+from smolseek.reporting.read import read_run
 from smolseek.training.loop import Trainer, Watcher
 
 START, DEAD = "before training", 0.01
@@ -140,7 +142,7 @@ def compare(mine: Comparison) -> Rows:
                     rows.add(method=START, seed=seed, **measure(trainer))
                 row = {"method": method, "seed": seed, **_train(trainer)}
                 if method in mine.pictures and seed == mine.seeds[0]:
-                    draw(run / "metrics.jsonl", rows.path.with_name(f"{rows.path.stem}-load-{method}.png"))
+                    draw(load_chart(read_run(run, method)), rows.path.with_name(f"{rows.path.stem}-load-{method}.png"))
                 rows.add(**row)
                 print(f"  {method:16} seed {seed}  loss {row['loss']:.4f}  MaxVio {row['maxvio']:.3f}", flush=True)
                 shutil.rmtree(run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -14,8 +13,9 @@ from typing import Any
 
 import transformers
 
+from smolseek.reporting.png import check_matplotlib
+
 Row = dict[str, Any]
-NEEDS_MATPLOTLIB = "matplotlib: not installed, and the plot needs it; run pip install -e '.[bench]'"
 
 
 class Rows:
@@ -64,8 +64,7 @@ def present(measure: Callable[[], tuple[Path, str, Callable[[Path], None]]]) -> 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ValueError(NEEDS_MATPLOTLIB)
+        check_matplotlib()
         path, text, plot = measure()
         path.with_suffix(".md").write_text(text, encoding="utf-8")
         plot(path.with_suffix(".png"))

@@ -185,6 +185,8 @@ class TrainSettings:
     """Which weights train."""
     patience: int | None = None
     """End early after this many evaluations in a row without a lower held-out loss; none: never."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where metrics are shown live, on top of the run's folder; each is an extra of the same name."""
     stages: tuple[StageSettings, ...] = ()
     """Stages one after the other, in place of one of `steps`; what a stage leaves out is as above."""
 

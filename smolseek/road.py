@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import platform
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from smolseek import __version__
+from smolseek.checkpoint.atomic import atomic_file
 from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import Recipe
@@ -25,6 +30,7 @@ from smolseek.training.parallel import Alone, join, restarted
 from smolseek.training.precision import teacher_dtype
 from smolseek.training.stages import stages_of
 from smolseek.training.start import corpus_tokenizer, random_model
+from smolseek.training.trackers import check_trackers
 
 
 def travel(
@@ -64,6 +70,15 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, force: bool, processes:
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    versions = {"smolseek": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "transformers")}
+    about = {"recipe": dataclasses.asdict(recipe), "versions": versions, "processes": processes.size}
+    _write_json(folder / "run.json", about)
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    with atomic_file(path, force=True) as file:
+        file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _travel(
@@ -92,7 +107,7 @@ def _travel(
     summary: dict[str, Any] = {}
     if processes.leads:
         summary = summarize(rows, trainer)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / "summary.json", summary)
         trainer.log.line(table(summary))
     return processes.share(summary)
 
@@ -100,6 +115,7 @@ def _travel(
 def check_recipe(recipe: Recipe) -> None:
     """Refuse recipes that name no start, or two, and training settings that no run can have."""
     stages_of(recipe.train)
+    check_trackers(recipe)
     if bool(recipe.source) == bool(recipe.model):
         raise ValueError("recipe: name either source (a checkpoint) or model (random weights), and not both")
     if recipe.model and recipe.convert:
@@ -136,7 +152,8 @@ def _start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 |
 def _fit(trainer: Trainer, verb: str, resume: bool, watcher: Watcher) -> None:
     resumed = resume and trainer.resume()
     watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.course.steps}" + (" (resumed)" if resumed else ""))
-    trainer.fit(watcher)
+    with contextlib.closing(trainer.log):
+        trainer.fit(watcher)
 
 
 def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
@@ -145,6 +162,7 @@ def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
     assert recipe.source is not None
     control = dataclasses.replace(
         recipe,
+        name=f"{recipe.name}-dense",
         train=dataclasses.replace(
             recipe.train, distill_weight=0.0, steps=healed.step, stages=(), trains="all", patience=None
         ),
@@ -202,7 +220,8 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
     stock = load_for_evaluation(folder, device=str(trainer.device))
     quality = measure_quality(stock, trainer.held_out_T, trainer.held_out_bytes)
     sample = trainer.recipe.sample
-    text, ids = continue_text(model, trainer.tokenizer, sample.prompts[0], sample)
+    samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
+    ids = next(iter(samples.values()))[1]
     config = model.config.to_dict()
     total, active = count_parameters(config)
     prompt_T = trainer.held_out_T[: min(128, model.config.max_position_embeddings // 2)]
@@ -212,7 +231,7 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
         "total_parameters": total,
         "active_parameters": active,
         "decode_tokens_per_second": round(measure_decode_speed(model, prompt_T), 1),
-        "sample": text,
+        "samples": {prompt: text for prompt, (text, _) in samples.items()},
         "repetition_rate": round(repetition_rate(ids), 4),
     }
 
@@ -234,5 +253,6 @@ def table(summary: dict[str, Any]) -> str:
             f"MaxVio of the worst layer over {summary['held_out_tokens']:,} held-out tokens: {summary['maxvio']:.3f}"
         )
     for name, row in rows.items():
-        lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", row["sample"]]
+        sample = next(iter(row["samples"].values()))
+        lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", sample]
     return "\n".join(lines)

@@ -39,7 +39,7 @@ def test_help_and_plan_need_no_torch(module):
 def test_help_lists_the_verbs():
     result = run_python("-m", "smolseek", "--help")
     assert result.returncode == 0
-    for verb in ("plan", "convert", "train", "generate", "chat", "eval"):
+    for verb in ("plan", "convert", "train", "generate", "chat", "eval", "report"):
         assert verb in result.stdout and verb in VERBS
 
 

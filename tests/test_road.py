@@ -1,6 +1,8 @@
 """The whole road on tiny models, in one process."""
 
+import dataclasses
 import json
+from html import escape
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smolseek.checkpoint.hub import load, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.model import StockModel
+from smolseek.reporting.report import write_report
 from smolseek.road import table, travel
-from smolseek.training.loop import Watcher
+from smolseek.training.loop import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
@@ -59,12 +62,12 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
             "total_parameters",
             "active_parameters",
             "decode_tokens_per_second",
-            "sample",
+            "samples",
         } <= set(summary[row])
     assert summary["converted"]["cache_bytes_per_token"] < 0.6 * summary["dense"]["cache_bytes_per_token"]
     assert summary["healed"]["loss"] < summary["converted"]["loss"]
     assert summary["maxvio"] >= 0
-    assert "healed" in table(summary) and summary["healed"]["sample"] in table(summary)
+    assert "healed" in table(summary) and summary["healed"]["samples"]["Anna "] in table(summary)
     started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
     assert started == ["convert", "heal:", "train", "measure"]
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
@@ -74,6 +77,23 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     torch.testing.assert_close(stock(ids).logits, load(folder / "model")(ids), rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token_id == 0
     assert "tiny" in (folder / "model" / "README.md").read_text()
+    about = json.loads((folder / "run.json").read_text())
+    assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe))) and "torch" in about["versions"]
+
+
+def test_a_finished_and_an_interrupted_run_have_a_report(recipe, tmp_path):
+    travel(recipe, tmp_path / "whole")
+    stop = Watcher(should_stop=lambda: True)
+    with pytest.raises(Interrupted):
+        travel(recipe, tmp_path / "cut", watcher=stop)
+    write_report([tmp_path / "whole", tmp_path / "cut"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    for row in ("dense", "converted", "healed", "dense_trained"):
+        assert f"{summary[row]['loss']:.4f}" in page and escape(summary[row]["samples"]["Anna "]) in page
+    assert "at step 0, going on or interrupted" in page
+    for title in ("Held-out loss", "Load of every expert", "whole: attention error by layer", "Routing by the token"):
+        assert title in page
 
 
 def test_parameters_in_the_table_are_those_of_the_weights(recipe, tmp_path):
@@ -111,8 +131,6 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
     ],
 )
 def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
-    import dataclasses
-
     with pytest.raises(ValueError, match=words):
         travel(dataclasses.replace(recipe, **changes), tmp_path / "run")
 

@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written beside, synced, renamed."""
+"""Folders and files that are complete or absent: written beside, synced, renamed."""
 
 from __future__ import annotations
 
@@ -37,17 +37,40 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """A path to write to, whose file becomes `out` when the block ends well and disappears otherwise.
+
+    Raises:
+        ValueError: `out` exists and `force` is not set.
+    """
+    refuse_existing(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        yield partial
+        _sync(partial)
+        refuse_existing(out, force)
+        os.replace(partial, out)
+        _sync(out.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers of folders inside `folder` left half done when they were killed; none may be at work."""
+    """Remove what writers inside `folder` left half done when they were killed; none may be at work."""
     for pattern in (".*.partial-*", ".*.old-*"):
         for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise ValueError when `out` is there and may not be replaced."""
     if out.exists() and not force:
-        raise ValueError(f"{out}: exists already; pass --force to replace it, or name another folder")
+        raise ValueError(f"{out}: exists already; pass --force to replace it, or name another")
 
 
 def _sync(path: Path) -> None:

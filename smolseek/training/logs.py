@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from smolseek.training.trackers import Tracker, flatten
 
 RULE = "-" * 80
 
 
 class RunLog:
-    """Appends to logs.txt and metrics.jsonl of a run's folder; nothing when muted."""
+    """Appends to logs.txt and metrics.jsonl of a run's folder, and tells the trackers; nothing when muted.
 
-    def __init__(self, folder: Path, *, muted: bool = False) -> None:
-        self.muted = muted
+    `track(step)` gives the trackers of a run that begins, or goes on, at `step`: asked for at the first metrics.
+    """
+
+    def __init__(
+        self, folder: Path, *, muted: bool = False, track: Callable[[int], list[Tracker]] = lambda step: []
+    ) -> None:
+        self.muted, self._track = muted, track
+        self._trackers: list[Tracker] | None = None
         self.paths = {"logs": folder / "logs.txt", "metrics": folder / "metrics.jsonl"}
 
     def line(self, text: str) -> None:
@@ -22,12 +31,24 @@ class RunLog:
         self._append("logs", text + "\n")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """A sample between rules."""
+        """A sample between rules, and as a line of metrics.jsonl."""
         self.line(f"{RULE}\nSample at step {step} | Prompt: {prompt}\n{text}\n{RULE}")
+        self.metrics(step, sample={"prompt": prompt, "text": text})
 
-    def metrics(self, **values: Any) -> None:
-        """A line of metrics.jsonl."""
-        self._append("metrics", json.dumps(values) + "\n")
+    def metrics(self, step: int, **values: Any) -> None:
+        """A line of metrics.jsonl; its numbers go to the trackers too."""
+        self._append("metrics", json.dumps({"step": step, **values}) + "\n")
+        numbers = {} if self.muted else flatten(values)
+        if numbers and self._trackers is None:
+            self._trackers = self._track(step)
+        for tracker in self._trackers or ():
+            tracker.log(step, numbers)
+
+    def close(self) -> None:
+        """Close the trackers; the files are closed after every line."""
+        for tracker in self._trackers or ():
+            tracker.close()
+        self._trackers = None
 
     def sizes(self) -> dict[str, int]:
         """Bytes written so far, for `rewind`."""

@@ -41,6 +41,7 @@ from smolseek.training.parallel import Alone
 from smolseek.training.precision import autocast
 from smolseek.training.settings import changed_settings, check_settings, steered
 from smolseek.training.stages import Course, stages_of, step_tokens
+from smolseek.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Trainer:
         )
         if len(self.held_out_T) < 2:
             raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
-        self.log = RunLog(folder, muted=not processes.leads)
+        self.log = RunLog(folder, muted=not processes.leads, track=lambda step: open_trackers(recipe, folder, step))
         self.guard = StepGuard(recipe.train)
         self.step = 0
         self.step_seconds = 0.0
@@ -314,7 +315,7 @@ class Trainer:
         if step % settings.log_every == 0 or stage_ends:
             self.log.line(f"Step {step}/{self.course.steps} | Loss: {loss:.4f}")
             self.log.metrics(
-                step=step,
+                step,
                 loss=loss if math.isfinite(loss) else None,
                 skipped_steps=self.guard.skipped,
                 learning_rate=learning_rate(self.stage_step, settings),
@@ -344,7 +345,7 @@ class Trainer:
         self.course.note(loss)
         self.log.line(f"Step {self.step}/{self.course.steps} | Held-out loss: {loss:.4f}")
         experts = self._specialisation()
-        self.log.metrics(step=self.step, held_out=self.quality.to_dict(), **({"experts": experts} if experts else {}))
+        self.log.metrics(self.step, held_out=self.quality.to_dict(), **({"experts": experts} if experts else {}))
         if loss < self.best_loss:
             self.best_loss = loss
             self.save_model("best")

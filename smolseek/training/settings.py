@@ -29,7 +29,7 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
         )
 
 
-_FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last"}
+_FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.trackers"}
 """Settings that do not matter to the numbers of a run."""
 _STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
 """Settings that may be changed on the way, to get a run past a bad place; logs.txt says so."""

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import balance
-import expert_load
 import pytest
 import torch
 from balance import START, Comparison, compare, report, routers, shuffled_routing, train_settings
@@ -110,18 +109,3 @@ def test_the_report_has_a_line_for_every_method(mine, rows, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in the bench extra")
     balance.plot(rows, mine, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
-
-
-def test_the_picture_of_the_load(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is in the bench extra")
-    metrics = tmp_path / "metrics.jsonl"
-    with pytest.raises(ValueError, match="no such file"):
-        expert_load.loads(metrics)
-    metrics.write_text('{"step": 0, "loss": 1.0}\n')
-    with pytest.raises(ValueError, match="without expert layers"):
-        expert_load.loads(metrics)
-    lines = [{"step": step, "load": {"1": [0.5, 0.5], "2": [0.1 * step, 1 - 0.1 * step]}} for step in (0, 5)]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert expert_load.loads(metrics) == ([0, 5], {"1": [[0.5, 0.5]] * 2, "2": [[0.0, 1.0], [0.5, 0.5]]})
-    expert_load.draw(metrics, tmp_path / "load.png")
-    assert (tmp_path / "load.png").stat().st_size > 1000

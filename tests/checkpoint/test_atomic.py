@@ -1,6 +1,6 @@
 import pytest
 
-from smolseek.checkpoint.atomic import atomic_folder
+from smolseek.checkpoint.atomic import atomic_file, atomic_folder, remove_leftovers
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -28,3 +28,27 @@ def test_an_existing_folder_needs_force(tmp_path):
     with atomic_folder(tmp_path / "out", force=True) as folder:
         (folder / "file").write_text("new")
     assert (tmp_path / "out" / "file").exists()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "a" / "out"
+    with atomic_file(out) as path:
+        path.write_text("old")
+        assert not out.exists()
+    with pytest.raises(ValueError, match="--force"), atomic_file(out):
+        pass
+    with pytest.raises(OSError), atomic_file(out, force=True) as path:
+        path.write_text("half")
+        raise OSError("disk full")
+    assert out.read_text() == "old" and list(out.parent.iterdir()) == [out]
+    with atomic_file(out, force=True) as path:
+        path.write_text("new")
+    assert out.read_text() == "new"
+
+
+def test_leftovers_of_killed_writers_go(tmp_path):
+    (tmp_path / ".model.partial-1-a").mkdir()
+    (tmp_path / ".run.json.partial-1-a").write_text("{")
+    (tmp_path / "run.json").write_text("{}")
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]

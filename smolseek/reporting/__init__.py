@@ -1,0 +1,1 @@
+"""Runs and conversions as a page and as pictures; reads what they left and imports no torch."""

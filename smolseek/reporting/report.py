@@ -1,0 +1,42 @@
+"""A report on the disk: the page and, if wanted, a PNG for each of its charts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from smolseek.checkpoint.atomic import atomic_file, refuse_existing
+from smolseek.reporting.page import render, sections
+from smolseek.reporting.png import check_matplotlib, draw
+from smolseek.reporting.read import read
+
+
+def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force: bool = False) -> list[Path]:
+    """Write the report of runs and conversions to `out`, its PNGs beside it, and return the paths: all or none of them.
+
+    Raises:
+        ValueError: a folder that is neither, a file that is there and `force` is not set, or PNGs without matplotlib.
+        OSError: a file cannot be written.
+    """
+    if png:
+        check_matplotlib()
+    runs, conversions = read(folders)
+    charts = {
+        out.with_name(f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}.png"): chart
+        for heading, group in sections(runs, conversions).items()
+        for chart in group
+        if png
+    }
+    for path in (out, *charts):
+        refuse_existing(path, force)
+    with ExitStack() as files:
+        files.enter_context(atomic_file(out, force=force)).write_text(render(runs, conversions), encoding="utf-8")
+        for path, chart in charts.items():
+            draw(chart, files.enter_context(atomic_file(path, force=force)))
+    return [out, *charts]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
