@@ -140,11 +140,10 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model.train()
         take_expert_counts(self.model)  # what ran before this run must not move its balance
-        clock = time.perf_counter()
         while not self.course.done:
+            before = self.step_seconds
             loss, counts = self._train_step()
-            now = time.perf_counter()
-            tokens_per_second, clock = self.step_tokens / (now - clock), now
+            tokens_per_second = self.step_tokens / (self.step_seconds - before)
             self._report(loss, counts, tokens_per_second)
             self.step += 1
             held_out = self.quality.loss if self.quality else None
