@@ -1,24 +1,15 @@
 """The two small layers that every part of the model shares."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN
-
-_FEW = 16384
-"""So many numbers cost less to normalise than to hand to eight kernels."""
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the dtype of its input, so that autocast needs no mixed kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.numel() <= _FEW and not torch.is_grad_enabled():
-            assert self.eps is not None
-            # The CPU has no RMSNorm kernel but one for LayerNorm, which is the same for [x, -x]: its mean is 0.
-            both = F.layer_norm(torch.cat((x, -x), dim=-1), (2 * x.shape[-1],), eps=self.eps)
-            return both[..., : x.shape[-1]] * self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
