@@ -30,6 +30,7 @@ _FILE_TYPES = {
 }
 _QUANTISATION_VERSION = 2
 _FALLBACK = GGMLQuantizationType.F16
+_LARGEST_F16 = float(np.finfo(np.float16).max)
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,7 @@ def _write(
 def _encode(tensor: ExportTensor, encoding: GGMLQuantizationType) -> np.ndarray:
     """The bytes of one tensor."""
     numbers = np.ascontiguousarray(tensor.read().numpy())
-    if encoding == GGMLQuantizationType.F16 and (largest := float(np.abs(numbers).max(initial=0))) > float(
-        np.finfo(np.float16).max
-    ):
+    largest = float(np.abs(numbers).max(initial=0))
+    if encoding == GGMLQuantizationType.F16 and largest > _LARGEST_F16:
         raise ValueError(f"tensor {tensor.name}: {largest:.3g} is beyond f16's largest number; use --type bf16 or f32")
     return quantize(numbers, encoding)

@@ -6,6 +6,7 @@ I moe_intermediate_size; ggml lists dimensions in the reverse order.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,6 @@ from torch import Tensor
 from smolseek.checkpoint.expected import expected_tensors
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.export.keys import query_scales
-
-_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -37,45 +36,34 @@ class ExportTensor:
 
 
 def export_tensors(tensors: TensorFolder, config: dict[str, Any]) -> Iterator[ExportTensor]:
-    """All tensors of the GGUF file, experts stacked and `kv_b_proj` split in two; `config` has its defaults filled in.
-
-    Raises:
-        ValueError: the weights do not fit the config.
-    """
+    """All tensors of the GGUF file, experts stacked and `kv_b_proj` split in two; `config` has its defaults filled in,
+    and the tensors fit it (`runtimes.check`)."""
     names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])
-
-    def tensor(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> ExportTensor:
-        gguf_name = names.get_name(
-            name.replace("e_score_correction_bias", "e_score_correction.bias"), (".weight", ".bias")
-        )
-        assert gguf_name is not None, name
-        return ExportTensor(gguf_name, shape, read)
-
     for name, shape in expected_tensors(config).items():
-        if tensors.shape(name) != shape:
-            raise ValueError(f"tensor {name}: shape {tensors.shape(name)} where config.json asks for {shape}")
-        prefix, _, kind = name.removesuffix(".weight").rpartition(".")
-        read = partial(_read, tensors, name)
-        if ".mlp.experts." in name:
-            experts, _, number = prefix.rpartition(".")
-            if number == "0":
-                yield tensor(
-                    f"{experts}.{kind}.weight",
-                    (config["n_routed_experts"], *shape),
-                    partial(_stack, tensors, config, experts, kind),
-                )
-        elif kind == "kv_b_proj":
-            (nope, value), heads, rank = (
-                (config["qk_nope_head_dim"], config["v_head_dim"]),
-                config["num_attention_heads"],
-                shape[1],
-            )
-            yield tensor(f"{prefix}.k_b_proj.weight", (heads, rank, nope), partial(_split, read, config, 0))
-            yield tensor(f"{prefix}.v_b_proj.weight", (heads, value, rank), partial(_split, read, config, 1))
-        elif kind in ("q_proj", "q_b_proj"):
-            yield tensor(name, shape, partial(_scaled_queries, read, config))
-        else:
-            yield tensor(name, shape, read)
+        for part in _parts(tensors, config, name, shape):
+            known = part.name.replace("e_score_correction_bias", "e_score_correction.bias")
+            gguf_name = names.get_name(known, (".weight", ".bias"))
+            assert gguf_name is not None, known
+            yield dataclasses.replace(part, name=gguf_name)
+
+
+def _parts(tensors: TensorFolder, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Iterator[ExportTensor]:
+    """What one tensor of the folder becomes, not yet renamed: itself, two halves, or a stack at its first expert."""
+    prefix, _, kind = name.removesuffix(".weight").rpartition(".")
+    read = partial(_read, tensors, name)
+    heads, nope, value = (config[field] for field in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
+    if ".mlp.experts." in name:
+        experts, _, number = prefix.rpartition(".")
+        if number == "0":
+            stack = partial(_stack, tensors, config, experts, kind)
+            yield ExportTensor(f"{experts}.{kind}.weight", (config["n_routed_experts"], *shape), stack)
+    elif kind == "kv_b_proj":
+        yield ExportTensor(f"{prefix}.k_b_proj.weight", (heads, shape[1], nope), partial(_split, read, config, 0))
+        yield ExportTensor(f"{prefix}.v_b_proj.weight", (heads, value, shape[1]), partial(_split, read, config, 1))
+    elif kind in ("q_proj", "q_b_proj"):
+        yield ExportTensor(name, shape, partial(_scaled_queries, read, config))
+    else:
+        yield ExportTensor(name, shape, read)
 
 
 def _read(tensors: TensorFolder, name: str) -> Tensor:
@@ -101,8 +89,7 @@ def _split(read: Callable[[], Tensor], config: dict[str, Any], half: int) -> Ten
 def _scaled_queries(read: Callable[[], Tensor], config: dict[str, Any]) -> Tensor:
     """Query rows, with what of YaRN's attention scale no key can say."""
     scales, nope = query_scales(config), config["qk_nope_head_dim"]
-    query = read()
-    rows_HQX = query.unflatten(0, (config["num_attention_heads"], -1)).clone()
+    rows_HQX = read().unflatten(0, (config["num_attention_heads"], -1)).clone()
     rows_HQX[:, :nope] *= scales.unrotated
     rows_HQX[:, nope:] *= scales.rotated
     return rows_HQX.flatten(0, 1)
