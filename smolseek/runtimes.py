@@ -1,26 +1,43 @@
-"""What each runtime accepts of a DeepSeek-V3 config.json: one table of rules, each with its source; no torch."""
+"""What each runtime accepts of a DeepSeek-V3 folder: one table of rules over config.json and the tensors' headers, each
+with its source; no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from smolseek.checkpoint.expected import expected_tensors, with_defaults
+from smolseek.checkpoint.headers import Header
 
 RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
 
 VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 """(qk_nope_head_dim, qk_rope_head_dim, v_head_dim) of vLLM's CUDA prefill."""
 
-_TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.23", "read in vLLM 0.33", "read in SGLang 0.5.10"
-_LLAMA_CPP = "run with the llama.cpp of llama-cpp-python 0.3.36"
+LARGEST_LLAMA_CPP_EXPERTS = 1024
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes, as safetensors writes them, that hold weights themselves, not quantised ones."""
+
+_TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.24", "read in vLLM 0.33", "read in SGLang 0.5.10"
+_VLLM_MODEL, _SGLANG_MODEL = "read in vLLM's deepseek_v2.py", "read in SGLang's deepseek_v2.py"
+_LLAMA_CPP = "run with the llama.cpp of xllamacpp 2026.10.11549"
+_EXPORT = "smolseek export gguf"
 _PAPER = "DeepSeek-V3, section 2.1.2"
+
+
+Config = Mapping[str, Any]
+Headers = Mapping[str, Header]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a config that a runtime refuses or, as a note, asks for; `reason` may name fields in braces."""
+    """Something about a folder that a runtime refuses or, as a note, asks for.
+
+    In a rule `field` and `reason` may name fields of config.json in braces, and {tensors}.
+    """
 
     field: str
     reason: str
@@ -31,19 +48,56 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A finding, the runtimes it holds for and the configs it applies to."""
+    """A finding, the runtimes it holds for and the configs it applies to; a folder with the tensor `excused_by` is
+    excused."""
 
     runtimes: tuple[str, ...]
-    applies: Callable[[dict[str, Any]], bool]
+    applies: Callable[[Config], bool]
+    finding: Finding
+    excused_by: str | None = None
+
+    def found(self, config: Config, headers: Headers | None) -> Finding | None:
+        """The finding about this folder, if the rule applies to it."""
+        excused = headers is not None and self.excused_by in headers
+        return _fill_in(self.finding, config) if self.applies(config) and not excused else None
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """A finding about tensors, the runtimes it holds for, and which tensors of a folder it is about."""
+
+    runtimes: tuple[str, ...]
+    concerns: Callable[[Config, Headers], list[str]]
     finding: Finding
 
+    def found(self, config: Config, headers: Headers | None) -> Finding | None:
+        """The finding about this folder, if it has such tensors; None where its headers are not known."""
+        names = [] if headers is None else self.concerns(config, headers)
+        return _fill_in(self.finding, config, names) if names else None
 
-def _rope_type(config: dict[str, Any]) -> str:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope.get("rope_type") or rope.get("type") or "default"
+
+def _fill_in(finding: Finding, config: Config, names: list[str] | None = None) -> Finding:
+    """The finding with the config's values in its words."""
+    more = f" and {len(names) - 1} more" if names and len(names) > 1 else ""
+    shown = defaultdict(lambda: "absent", config, tensors=f"{names[0]}{more}" if names else "")
+    field, reason = (text.format_map(shown) for text in (finding.field, finding.reason))
+    return dataclasses.replace(finding, field=field, reason=reason)
 
 
-def _groups_invalid(config: dict[str, Any]) -> bool:
+def _rope(config: Config) -> Config:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
+def _rope_type(config: Config) -> str:
+    return _rope(config).get("rope_type") or _rope(config).get("type") or "default"
+
+
+def _yarn(config: Config) -> Config:
+    """YaRN's parameters; empty under another rope type."""
+    return _rope(config) if _rope_type(config) == "yarn" else {}
+
+
+def _groups_invalid(config: Config) -> bool:
     """Experts are scored by the two best of their group, so every group needs two; K must fit the chosen groups."""
     experts, groups, chosen = (config.get(name) or 1 for name in ("n_routed_experts", "n_group", "topk_group"))
     return (
@@ -54,11 +108,50 @@ def _groups_invalid(config: dict[str, Any]) -> bool:
     )
 
 
-def _heads(config: dict[str, Any]) -> tuple[Any, ...]:
+def _heads(config: Config) -> tuple[Any, ...]:
     return tuple(config.get(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
 
 
-RULES = (
+def _has_experts(config: Config) -> bool:
+    filled = with_defaults(config)
+    return bool(filled["first_k_dense_replace"] < filled["num_hidden_layers"])
+
+
+def _in_layers(name: str, config: Config) -> bool:
+    """Whether a tensor belongs to the model itself, not to its layers that predict further tokens, nor is a table."""
+    parts = name.split(".")
+    number = parts[2] if name.startswith("model.layers.") and len(parts) > 2 else ""
+    is_extra_layer = number.isdecimal() and int(number) >= with_defaults(config)["num_hidden_layers"]
+    return not is_extra_layer and not name.endswith("rotary_emb.inv_freq")
+
+
+def _missing(config: Config, headers: Headers) -> list[str]:
+    return [name for name in expected_tensors(config) if name not in headers]
+
+
+def _misshapen(config: Config, headers: Headers) -> list[str]:
+    return [
+        name for name, shape in expected_tensors(config).items() if name in headers and headers[name].shape != shape
+    ]
+
+
+def _unexpected(config: Config, headers: Headers) -> list[str]:
+    """Tensors with no place in the model; quantised checkpoints have scales beside their weights."""
+    known = {*expected_tensors(config), "lm_head.weight"}
+    quantised = bool(config.get("quantization_config"))
+    return [] if quantised else [name for name in headers if name not in known and _in_layers(name, config)]
+
+
+def _not_floats(config: Config, headers: Headers) -> list[str]:
+    return [name for name, header in headers.items() if header.dtype not in FLOATS and _in_layers(name, config)]
+
+
+def _rounded_biases(_config: Config, headers: Headers) -> list[str]:
+    names = [name for name in headers if name.endswith("e_score_correction_bias")]
+    return [name for name in names if headers[name].dtype not in ("F32", "F64")]
+
+
+RULES: tuple[Rule | TensorRule, ...] = (
     Rule(
         RUNTIMES,
         lambda config: config.get("model_type") != "deepseek_v3",
@@ -86,13 +179,13 @@ RULES = (
         Finding("scoring_func", "absent, and read as softmax", "write scoring_func: sigmoid", f"{_VLLM}; {_LLAMA_CPP}"),
     ),
     Rule(
-        ("vllm", "llama.cpp"),
+        ("vllm", "sglang", "llama.cpp"),
         lambda config: config.get("topk_method") != "noaux_tc",
         Finding(
             "topk_method",
             "{topk_method}, so the routing bias is not read",
             "write topk_method: noaux_tc",
-            f"{_VLLM}; {_LLAMA_CPP}",
+            f"{_VLLM}; {_SGLANG_MODEL}; {_LLAMA_CPP}",
         ),
     ),
     Rule(
@@ -145,6 +238,7 @@ RULES = (
             "convert with --profile vllm, which writes lm_head.weight",
             _VLLM,
         ),
+        excused_by="lm_head.weight",
     ),
     Rule(
         ("vllm",),
@@ -173,22 +267,169 @@ RULES = (
         lambda config: config.get("q_lora_rank") is None,
         Finding(
             "q_lora_rank",
-            "the GGUF file must say that there is none",
-            "write deepseek2.attention.q_lora_rank = 0 into it",
+            "the GGUF file must say that there is none, as deepseek2.attention.q_lora_rank = 0",
+            "smolseek export gguf writes it",
             _LLAMA_CPP,
+            refuses=False,
+        ),
+    ),
+    Rule(
+        ("vllm", "sglang", "llama.cpp"),
+        lambda config: config.get("hidden_act", "silu") != "silu",
+        Finding(
+            "hidden_act",
+            "{hidden_act}: only silu is computed",
+            "train with silu",
+            f"{_VLLM_MODEL}; {_SGLANG_MODEL}; {_LLAMA_CPP}: other logits",
+        ),
+    ),
+    Rule(
+        ("vllm", "sglang", "llama.cpp"),
+        lambda config: config.get("rope_interleave") is False,
+        Finding(
+            "rope_interleave",
+            "false, and pairs of neighbouring channels are rotated all the same",
+            "interleave the rotated rows of the queries and of kv_a_proj_with_mqa, and write true",
+            f"{_VLLM_MODEL}; {_SGLANG_MODEL}; {_LLAMA_CPP}: other logits",
+        ),
+    ),
+    Rule(
+        ("vllm", "llama.cpp"),
+        lambda config: _yarn(config).get("truncate", True) is False,
+        Finding(
+            "rope_parameters",
+            "YaRN's truncate: false is not read",
+            "train with the default",
+            f"read in vLLM's get_rope; {_LLAMA_CPP}: other logits",
+        ),
+    ),
+    Rule(
+        ("vllm",),
+        lambda config: _yarn(config).get("attention_factor") is not None,
+        Finding(
+            "rope_parameters",
+            "YaRN's attention_factor is not read",
+            "say it by mscale and mscale_all_dim",
+            "read in vLLM's get_rope",
+        ),
+    ),
+    Rule(
+        ("llama.cpp",),
+        lambda config: (_yarn(config).get("beta_fast") or 32, _yarn(config).get("beta_slow") or 1) != (32, 1),
+        Finding(
+            "rope_parameters",
+            "YaRN's beta_fast and beta_slow are not read from a deepseek2 file, and are 32 and 1",
+            "train with 32 and 1",
+            f"{_LLAMA_CPP}: other logits",
+        ),
+    ),
+    Rule(
+        ("llama.cpp",),
+        lambda config: config.get("qk_nope_head_dim") == 0,
+        Finding(
+            "qk_nope_head_dim",
+            "0, and llama.cpp ends with a failed assertion",
+            "use 1 or more unrotated channels",
+            _LLAMA_CPP,
+        ),
+    ),
+    Rule(
+        ("llama.cpp",),
+        lambda config: config.get("num_hidden_layers") in (26, 27) and config.get("q_lora_rank") is not None,
+        Finding(
+            "q_lora_rank",
+            "{q_lora_rank} with {num_hidden_layers} layers, which llama.cpp takes for DeepSeek-V2-Lite, without it",
+            "convert without --q-lora-rank",
+            f"{_LLAMA_CPP}: attn_q.weight not found",
+        ),
+    ),
+    Rule(
+        ("llama.cpp",),
+        lambda config: _has_experts(config) and config.get("n_shared_experts") == 0,
+        Finding(
+            "n_shared_experts",
+            "0, and llama.cpp ends with a failed assertion",
+            "convert with at least one shared expert",
+            _LLAMA_CPP,
+        ),
+    ),
+    Rule(
+        ("llama.cpp",),
+        lambda config: (config.get("n_routed_experts") or 0) > LARGEST_LLAMA_CPP_EXPERTS,
+        Finding(
+            "n_routed_experts",
+            f"{{n_routed_experts}} are more than llama.cpp's {LARGEST_LLAMA_CPP_EXPERTS}",
+            "use fewer, wider experts",
+            f"{_LLAMA_CPP}: LLAMA_MAX_EXPERTS",
+        ),
+    ),
+    TensorRule(
+        RUNTIMES,
+        _missing,
+        Finding(
+            "{tensors}",
+            "not in the folder though config.json asks for it",
+            "fetch the weights again, or write the fields of config.json that they were made with",
+            f"{_TRANSFORMERS}: random numbers in its place, or it stops at a missing expert; {_VLLM_MODEL}; "
+            f"{_SGLANG_MODEL}; {_EXPORT}",
+        ),
+    ),
+    TensorRule(
+        RUNTIMES,
+        _misshapen,
+        Finding(
+            "{tensors}",
+            "another shape than config.json asks for",
+            "write the sizes into config.json that the weights have",
+            f"{_TRANSFORMERS}: it stops; {_VLLM_MODEL}; {_SGLANG_MODEL}; {_EXPORT}",
+        ),
+    ),
+    TensorRule(
+        ("transformers",),
+        _unexpected,
+        Finding("{tensors}", "has no place in the model and is left out", "remove it", _TRANSFORMERS, refuses=False),
+    ),
+    TensorRule(
+        ("vllm", "sglang", "llama.cpp"),
+        _unexpected,
+        Finding(
+            "{tensors}",
+            "has no place in the model: loading stops or, at a bias, leaves it out",
+            "remove it",
+            f"{_VLLM_MODEL}; read in SGLang's deepseek_weight_loader.py; {_EXPORT}",
+        ),
+    ),
+    TensorRule(
+        ("llama.cpp",),
+        _not_floats,
+        Finding("{tensors}", "is quantised", "name the checkpoint that it was made from", _EXPORT),
+    ),
+    TensorRule(
+        RUNTIMES,
+        _rounded_biases,
+        Finding(
+            "{tensors}",
+            "is not fp32, so the balancing was rounded",
+            "write it in fp32, in which every runtime keeps it",
+            f"{_TRANSFORMERS}; {_VLLM_MODEL}; {_SGLANG_MODEL}",
             refuses=False,
         ),
     ),
 )
 
 
-def check(config: dict[str, Any]) -> dict[str, list[Finding]]:
-    """What each runtime says to a DeepSeek-V3 config.json; it loads where no finding refuses."""
-    shown = defaultdict(lambda: "absent", config)
+def check(config: Config, headers: Headers | None = None) -> dict[str, list[Finding]]:
+    """What each runtime says to a DeepSeek-V3 config.json and, where they are known, its tensors' headers.
+
+    It loads where no finding refuses. Of a config that is not DeepSeek-V3's nothing else is said.
+
+    Raises:
+        ValueError: as `expected_tensors` does, when `headers` are given.
+    """
     findings: dict[str, list[Finding]] = {runtime: [] for runtime in RUNTIMES}
-    for rule in RULES:
-        if rule.applies(config):
-            finding = dataclasses.replace(rule.finding, reason=rule.finding.reason.format_map(shown))
+    for rule in RULES if config.get("model_type") == "deepseek_v3" else RULES[:1]:
+        finding = rule.found(config, headers)
+        if finding is not None:
             for runtime in rule.runtimes:
                 findings[runtime].append(finding)
     return findings
@@ -201,3 +442,14 @@ def verdict(findings: list[Finding]) -> str:
     if refusals:
         return f"refuses: {told}"
     return f"loads, note {told}" if told else "loads"
+
+
+def render_rules() -> str:
+    """The table as Markdown, a rule a line; what stands in braces is the folder's own value."""
+    rows = ["| runtimes | about | what | what to change | source |", "|---|---|---|---|---|"]
+    for rule in RULES:
+        finding, runtimes = rule.finding, "all" if rule.runtimes == RUNTIMES else ", ".join(rule.runtimes)
+        about = finding.field.replace("{tensors}", "a tensor")
+        kind = "" if finding.refuses else "note: "
+        rows.append(f"| {runtimes} | `{about}` | {kind}{finding.reason} | {finding.remedy} | {finding.source} |")
+    return "\n".join(rows)

@@ -42,9 +42,11 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     """A path to write to, whose file becomes `out` when the block ends well and disappears otherwise.
 
     Raises:
-        ValueError: `out` exists and `force` is not set.
+        ValueError: `out` exists and `force` is not set, or is a folder.
     """
     refuse_existing(out, force)
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
+from smolseek.checkpoint.headers import Header, read_headers
 from smolseek.checkpoint.source import TOKENIZER_FILES
 
 _MAX_SHARD_BYTES = 2 * 2**30
@@ -22,56 +23,38 @@ class TensorFolder:
     """The tensors of a safetensors checkpoint, single or sharded, each read when asked for.
 
     Raises:
-        ValueError: no safetensors (pickle alone is refused), a shard is missing or half, a name is unknown.
+        ValueError: as `read_headers` does, or a name is unknown.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        if index.is_file():
-            self._files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        elif single.is_file():
-            with self._open(single.name) as file:
-                self._files = dict.fromkeys(file.keys(), single.name)
-        elif list(self.folder.glob("*.bin")) or list(self.folder.glob("*.pt*")):
-            raise ValueError(f"checkpoint {folder}: only pickle weights; re-save it with safe_serialization=True")
-        else:
-            raise ValueError(f"checkpoint {folder}: no model.safetensors; fetch the weights")
+        self.headers = read_headers(self.folder)
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._files)
+        return sorted(self.headers)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        with self._open(self._file(name)) as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._header(name).shape
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor as safetensors writes it (F32, BF16 ...), from the header."""
-        with self._open(self._file(name)) as file:
-            return file.get_slice(name).get_dtype()
+        return self._header(name).dtype
 
     def get(self, name: str) -> Tensor:
         """One tensor, as stored."""
-        with self._open(self._file(name)) as file:
-            try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise ValueError(f"{self.folder / self._file(name)}: tensor {name}: {error}") from error
-
-    def _file(self, name: str) -> str:
-        if name not in self._files:
-            raise ValueError(f"checkpoint {self.folder}: no tensor {name}; the weights do not fit its config.json")
-        return self._files[name]
-
-    def _open(self, file: str) -> Any:
-        path = self.folder / file
+        path = self.folder / self._header(name).file
         try:
-            return safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from error
+            raise ValueError(f"{path}: tensor {name}: cannot be read ({error}); fetch the file again") from error
+
+    def _header(self, name: str) -> Header:
+        if name not in self.headers:
+            raise ValueError(f"checkpoint {self.folder}: no tensor {name}; the weights do not fit its config.json")
+        return self.headers[name]
 
 
 class FolderWriter(AbstractContextManager["FolderWriter"]):

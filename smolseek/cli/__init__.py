@@ -10,6 +10,7 @@ from typing import Any
 
 from smolseek.cli.convert import Convert, Plan, run_convert, run_plan
 from smolseek.cli.evaluate import Eval, run_eval
+from smolseek.cli.export import Check, Export, run_check, run_export
 from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
 from smolseek.cli.report import Report, run_report
@@ -17,7 +18,7 @@ from smolseek.cli.shared import Stopped
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder
 
-VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "plan": (Plan, run_plan),
     "convert": (Convert, run_convert),
     "train": (Train, run_train),
@@ -26,11 +27,14 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "chat": (Chat, run_chat),
     "eval": (Eval, run_eval),
     "report": (Report, run_report),
+    "check": (Check, run_check),
+    "export": (Export, run_export),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 for a user's mistake, said in one line."""
+    """Run the command line and return its exit status: 2 for a user's mistake, said in one line; 1 when a runtime that
+    `check` is asked for refuses."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -47,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{verb}: no such verb; there are {', '.join(VERBS)}")
     kind, run = VERBS[verb]
     try:
-        run(parse_verb(kind, verb, arguments[1:]))
+        return run(parse_verb(kind, verb, arguments[1:])) or 0
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + stopped.signal
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _fail(message: str) -> int:

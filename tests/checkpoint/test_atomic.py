@@ -52,3 +52,10 @@ def test_leftovers_of_killed_writers_go(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="is a folder"), atomic_file(tmp_path / "out", force=True):
+        pass
+    assert (tmp_path / "out").is_dir()

@@ -1,0 +1,117 @@
+"""check and export: folders for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from smolseek.cli.shared import quiet
+
+Runtime = Literal["transformers", "vllm", "sglang", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Say which runtimes load a DeepSeek-V3 folder, and what to change where one refuses.
+
+    Reads config.json and the headers of the weights. Exit status 1 when a runtime asked for by name refuses.
+    """
+
+    folder: tyro.conf.Positional[str]
+    """Folder, hub id or builtin:base."""
+    runtime: tuple[Runtime, ...] = ()
+    """Only these; by default all."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a DeepSeek-V3 folder as one file for llama.cpp and Ollama."""
+
+    format: tyro.conf.Positional[Literal["gguf"]]
+    """Kind of file."""
+    folder: tyro.conf.Positional[str]
+    """Folder, hub id or builtin:base."""
+    out: tyro.conf.Positional[Path]
+    """File to write."""
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
+    """How matrices are stored; norms, routers and balancing biases stay fp32."""
+    pre: str | None = None
+    """llama.cpp's name of how the tokenizer cuts text, where it is not known here."""
+    force: bool = False
+    """Replace OUT if it exists."""
+
+
+def run_check(command: Check) -> int:
+    from smolseek.checkpoint.headers import read_headers
+    from smolseek.checkpoint.source import read_config, resolve_folder
+    from smolseek.runtimes import check, verdict
+
+    folder = resolve_folder(command.folder)
+    config = read_config(folder)
+    if "kv_lora_rank" not in config:
+        raise ValueError(
+            f"checkpoint {command.folder}: model_type {config.get('model_type')!r} has no latent attention; convert it "
+            "first: smolseek convert"
+        )
+    findings = check(config, read_headers(folder))
+    asked = {runtime: findings[runtime] for runtime in command.runtime or findings}
+    refused = [runtime for runtime, said in asked.items() if any(finding.refuses for finding in said)]
+    if command.json:
+        tree = {
+            runtime: {"loads": runtime not in refused, "findings": [dataclasses.asdict(finding) for finding in said]}
+            for runtime, said in asked.items()
+        }
+        print(json.dumps(tree, indent=2))
+    else:
+        print("\n".join(f"{runtime:13} {verdict(said)}" for runtime, said in asked.items()))
+    return 1 if command.runtime and refused else 0
+
+
+def run_export(command: Export) -> None:
+    quiet()
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates for pairs of texts
+    from tqdm import tqdm
+
+    from smolseek.export.gguf import export_gguf
+
+    with tqdm(unit="tensor", disable=not sys.stderr.isatty()) as bar:
+
+        def on_tensor(done: int, count: int) -> None:
+            bar.total = count
+            bar.update(done - bar.n)
+
+        exported = export_gguf(
+            command.folder, command.out, type=command.type, pre=command.pre, force=command.force, on_tensor=on_tensor
+        )
+    print(f"{exported.path}: {exported.tensors} tensors, {exported.size_bytes / 1e6:.1f} MB, {command.type}")
+    if exported.fallbacks:
+        kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in exported.fallbacks)
+        print(f"{len(exported.fallbacks)} of them as f16, as blocks of 32 do not divide their rows: {', '.join(kinds)}")
+    print("\n".join(commands(exported.path, command.type, has_template=exported.has_chat_template)))
+
+
+def commands(out: Path, kind: str, *, has_template: bool) -> list[str]:
+    """What to run next, a command a line."""
+    file, name = shlex.quote(str(out)), re.sub(r"[^\w.-]", "-", out.stem)
+    modelfile = shlex.quote(f"FROM {out if out.is_absolute() else f'./{out}'}")
+    smaller = shlex.quote(str(out.with_name(f"{out.stem}-q4_k_m.gguf")))
+    chat = [f"llama-cli -m {file}"] if has_template else []
+    quantise = f"llama-quantize {file} {smaller} Q4_K_M"
+    return [
+        *chat,
+        f'llama-completion -m {file} -no-cnv -n 64 -p "Once upon a time"',
+        f"llama-server -m {file}",
+        f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}",
+        f"# from an export with --type f16: {quantise}" if kind == "q8_0" else quantise,
+    ]

@@ -1,0 +1,1 @@
+"""DeepSeek-V3 folders in other programs' formats."""

@@ -1,0 +1,123 @@
+"""A DeepSeek-V3 folder as one GGUF file, which llama.cpp and Ollama run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+
+from smolseek.checkpoint.atomic import atomic_file, refuse_existing
+from smolseek.checkpoint.expected import with_defaults
+from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.export.keys import ARCHITECTURE, add_keys
+from smolseek.export.tensors import ExportTensor, export_tensors
+from smolseek.export.vocabulary import add_vocabulary
+from smolseek.runtimes import check, verdict
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+_FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+_QUANTISATION_VERSION = 2
+_FALLBACK = GGMLQuantizationType.F16
+_LARGEST_F16 = float(np.finfo(np.float16).max)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written file; `fallbacks` are the tensors whose rows the type's blocks do not divide, written as f16."""
+
+    path: Path
+    size_bytes: int
+    tensors: int
+    fallbacks: tuple[str, ...]
+    has_chat_template: bool
+
+
+def export_gguf(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    type: GgufType = "f16",
+    pre: str | None = None,
+    force: bool = False,
+    on_tensor: Callable[[int, int], None] = lambda done, count: None,
+) -> Exported:
+    """Write a folder as a GGUF file, a tensor (or one projection of a layer's experts) in memory at a time.
+
+    `pre` is llama.cpp's name of how the tokenizer cuts text, for tokenizers that are not known here.
+    `on_tensor(done, all)` reports progress. The file is complete or absent.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or one that llama.cpp refuses by `runtimes.check`; its tokenizer is of
+            no known kind; a number does not fit `type`; `out` exists and `force` is not set.
+    """
+    source, out = resolve_folder(folder), Path(out)
+    refuse_existing(out, force)
+    config, tensors = read_config(source), TensorFolder(source)
+    findings = check(config, tensors.headers)["llama.cpp"]
+    if any(finding.refuses for finding in findings):
+        raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")
+    config = with_defaults(config)
+    planned = [(tensor, encoding_of(tensor, type)) for tensor in export_tensors(tensors, config)]
+    with atomic_file(out, force=force) as path:
+        writer = GGUFWriter(path, ARCHITECTURE)
+        try:
+            add_keys(writer, config, source.resolve().name)
+            writer.add_file_type(_FILE_TYPES[type])
+            writer.add_quantization_version(_QUANTISATION_VERSION)
+            has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
+            _write(writer, planned, on_tensor)
+        finally:
+            writer.close()
+    fallbacks = tuple(tensor.name for tensor, encoding in planned if encoding != wanted_encoding(tensor, type))
+    return Exported(out, out.stat().st_size, len(planned), fallbacks, has_chat_template)
+
+
+def wanted_encoding(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
+    """How a tensor is stored where blocks divide its rows."""
+    return GGMLQuantizationType.F32 if tensor.keeps_fp32 else GGMLQuantizationType[type.upper()]
+
+
+def encoding_of(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
+    """How a tensor is stored: as wanted, or as f16 where the blocks of the type do not divide its rows."""
+    wanted = wanted_encoding(tensor, type)
+    return wanted if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _FALLBACK
+
+
+def _write(
+    writer: GGUFWriter,
+    planned: list[tuple[ExportTensor, GGMLQuantizationType]],
+    on_tensor: Callable[[int, int], None],
+) -> None:
+    for tensor, encoding in planned:
+        block, block_bytes = GGML_QUANT_SIZES[encoding]
+        size = int(np.prod(tensor.shape)) // block * block_bytes
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=encoding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, (tensor, encoding) in enumerate(planned, start=1):
+        writer.write_tensor_data(_encode(tensor, encoding))
+        on_tensor(done, len(planned))
+
+
+def _encode(tensor: ExportTensor, encoding: GGMLQuantizationType) -> np.ndarray:
+    """The bytes of one tensor."""
+    numbers = np.ascontiguousarray(tensor.read().numpy())
+    largest = float(np.abs(numbers).max(initial=0))
+    if encoding == GGMLQuantizationType.F16 and largest > _LARGEST_F16:
+        raise ValueError(f"tensor {tensor.name}: {largest:.3g} is beyond f16's largest number; use --type bf16 or f32")
+    return quantize(numbers, encoding)

@@ -1,0 +1,113 @@
+"""What a GGUF file of architecture deepseek2 says about the model, from config.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
+
+ARCHITECTURE = "deepseek2"
+
+
+@dataclass(frozen=True)
+class QueryScales:
+    """Factors on the unrotated and rotated rows of the queries, and the mscale that llama.cpp is told."""
+
+    unrotated: float = 1.0
+    rotated: float = 1.0
+    mscale: float = 0.0
+
+
+def query_scales(config: dict[str, Any]) -> QueryScales:
+    """How YaRN's attention scale is split between the GGUF file's key and its weights.
+
+    With m(a) = 1 + 0.1 a ln(factor), a = mscale_all_dim and r the attention factor on cos and sin, transformers scales
+    scores by m(a)² and their rotated part by r² more. llama.cpp scales all scores by m(a')² for the a' in its key, and
+    rotates with r = 1. So a' = a where there is one, else 1, and what is left goes into the queries.
+    """
+    rope = rope_of(config)
+    if rope["rope_type"] != "yarn":
+        return QueryScales()
+    given, factor = rope.get("mscale_all_dim") or 0.0, rope["factor"]
+    told = given or 1.0
+    unrotated = (_mscale(factor, given) / _mscale(factor, told)) ** 2
+    return QueryScales(unrotated, unrotated * _attention_factor(rope) ** 2, told)
+
+
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary parameters of a V3 config.json, old or new style, `rope_type` and `rope_theta` always there."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return rope
+
+
+def add_keys(writer: GGUFWriter, config: dict[str, Any], name: str) -> None:
+    """Write the architecture's keys; `config` has transformers' defaults filled in."""
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _add_attention(writer, config)
+    _add_experts(writer, config)
+    _add_rope(writer, config)
+
+
+def _add_attention(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    """llama.cpp runs MLA absorbed: one KV head as wide as a cache entry; the sizes before absorption are `_mla`."""
+    rank, rope_dim = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(1)
+    writer.add_q_lora_rank(config["q_lora_rank"] or 0)  # the key must be there, also where there is no query rank
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + rope_dim)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rope_dim)
+    writer.add_value_length_mla(config["v_head_dim"])
+
+
+def _add_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    groups, chosen = config["n_group"] or 1, config["topk_group"] or 1
+    if chosen == groups:  # all of them: no limit, which llama.cpp knows as one group
+        groups = chosen = 1
+    writer.add_leading_dense_block_count(min(config["first_k_dense_replace"], config["num_hidden_layers"]))
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_group_count(groups)
+    writer.add_expert_group_used_count(chosen)
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(bool(config["norm_topk_prob"]))
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+
+
+def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(config["qk_rope_head_dim"])
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] != "yarn":
+        return
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_log_mul(0.1 * query_scales(config).mscale)  # deepseek2's is a tenth of the mscale
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 1.0 + 0.1 * mscale * math.log(factor)
+
+
+def _attention_factor(rope: dict[str, Any]) -> float:
+    """What transformers multiplies cos and sin with, under YaRN."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return _mscale(rope["factor"], rope["mscale"]) / _mscale(rope["factor"], rope["mscale_all_dim"])
+    return _mscale(rope["factor"], 1.0)

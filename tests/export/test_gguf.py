@@ -1,0 +1,195 @@
+"""GGUF files as written, read back with the gguf package."""
+
+import json
+import logging
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Encoding
+from gguf.quants import dequantize
+from safetensors.torch import load_file, save_file
+
+from smolseek.export import tensors as export_tensors
+from smolseek.export.gguf import export_gguf
+from smolseek.export.keys import query_scales
+from tests.export.folders import YARN, read_gguf, tiny_folder
+from tests.text import ENTRIES, tiny_tokenizer
+
+
+def test_keys(tmp_path):
+    tiny_folder(tmp_path / "m", n_group=4, topk_group=2)
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f32")
+    keys, tensors = read_gguf(tmp_path / "m.gguf")
+    wanted = {
+        "general.architecture": "deepseek2",
+        "deepseek2.block_count": 3,
+        "deepseek2.context_length": 64,
+        "deepseek2.vocab_size": ENTRIES,
+        "deepseek2.leading_dense_block_count": 1,
+        "deepseek2.attention.head_count": 3,
+        "deepseek2.attention.head_count_kv": 1,
+        "deepseek2.attention.q_lora_rank": 0,
+        "deepseek2.attention.kv_lora_rank": 24,
+        "deepseek2.attention.key_length": 32,
+        "deepseek2.attention.value_length": 24,
+        "deepseek2.attention.key_length_mla": 20,
+        "deepseek2.attention.value_length_mla": 16,
+        "deepseek2.rope.dimension_count": 8,
+        "deepseek2.rope.freq_base": 100.0,
+        "deepseek2.expert_count": 8,
+        "deepseek2.expert_used_count": 3,
+        "deepseek2.expert_shared_count": 1,
+        "deepseek2.expert_feed_forward_length": 20,
+        "deepseek2.expert_group_count": 4,
+        "deepseek2.expert_group_used_count": 2,
+        "deepseek2.expert_weights_scale": 1.5,
+        "deepseek2.expert_weights_norm": True,
+        "deepseek2.expert_gating_func": 2,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {name: keys.get(name) for name in wanted} == wanted
+    assert "deepseek2.rope.scaling.type" not in keys
+    assert tensors["blk.1.ffn_up_exps.weight"].shape.tolist() == [40, 20, 8]
+    assert tensors["blk.1.attn_k_b.weight"].shape.tolist() == [12, 24, 3]
+    assert tensors["blk.1.attn_v_b.weight"].shape.tolist() == [24, 16, 3]
+
+
+@pytest.mark.parametrize(("groups", "chosen"), [(None, None), (4, 4), (1, 1)])
+def test_all_groups_chosen_is_no_limit(tmp_path, groups, chosen):
+    tiny_folder(tmp_path / "m", n_group=groups or 1, topk_group=chosen or 1)
+    config = json.loads((tmp_path / "m/config.json").read_text()) | {"n_group": groups, "topk_group": chosen}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    keys, _ = read_gguf(tmp_path / "m.gguf")
+    assert keys["deepseek2.expert_group_count"] == keys["deepseek2.expert_group_used_count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rope", "unrotated", "rotated", "told"),
+    [
+        ({}, 1 / 1.138629436**2, 1.0, 1.0),  # all of it on the rotated part: undone on the rest
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0, 1.0, 1.0),
+        ({"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0, 1.0, 0.7),
+        ({"mscale": 1.0, "mscale_all_dim": 0.7}, 1.0, (1.138629436 / 1.097040605) ** 2, 0.7),
+        ({"attention_factor": 1.0, "mscale_all_dim": 0.7}, 1.0, 1.0, 0.7),
+    ],
+)
+def test_yarn_scales(rope, unrotated, rotated, told):
+    scales = query_scales({"rope_parameters": YARN | rope})
+    assert scales.unrotated == pytest.approx(unrotated) and scales.rotated == pytest.approx(rotated)
+    assert scales.mscale == told
+    assert query_scales({"rope_theta": 5.0}) == type(scales)()
+
+
+def test_types_and_fallbacks(tmp_path):
+    tiny_folder(tmp_path / "m", hidden_size=64, kv_lora_rank=32)
+    for kind in ("f32", "f16", "bf16", "q8_0"):
+        exported = export_gguf(tmp_path / "m", tmp_path / f"{kind}.gguf", type=kind)
+        _, tensors = read_gguf(exported.path)
+        assert len(tensors) == exported.tensors and exported.path.stat().st_size == exported.size_bytes
+        assert tensors["token_embd.weight"].tensor_type == Encoding[kind.upper()]
+        for name in ("output_norm.weight", "blk.1.ffn_gate_inp.weight", "blk.1.exp_probs_b.bias"):
+            assert tensors[name].tensor_type == Encoding.F32
+        fallbacks = {name for name, tensor in tensors.items() if tensor.tensor_type == Encoding.F16}
+        assert set(exported.fallbacks) == (fallbacks if kind == "q8_0" else set())
+    assert "blk.0.attn_k_b.weight" in exported.fallbacks and "blk.0.attn_v_b.weight" not in exported.fallbacks
+    assert "blk.1.ffn_down_exps.weight" in exported.fallbacks and "blk.1.ffn_up_exps.weight" not in exported.fallbacks
+
+
+def test_numbers_are_the_checkpoint_s(tmp_path):
+    model = tiny_folder(tmp_path / "m", hidden_size=64, dtype="bfloat16")
+    state = load_file(tmp_path / "m/model.safetensors")
+    head_sizes = (model.config.qk_nope_head_dim, model.config.v_head_dim)
+    for kind, tolerance in (("f32", 0.0), ("bf16", 0.0), ("q8_0", 0.02)):
+        _, tensors = read_gguf(export_gguf(tmp_path / "m", tmp_path / f"{kind}.gguf", type=kind).path)
+        numbers = {name: dequantize(tensor.data, tensor.tensor_type) for name, tensor in tensors.items()}
+        embeddings = state["model.embed_tokens.weight"].float().numpy()
+        assert np.abs(numbers["token_embd.weight"] - embeddings).max() <= tolerance
+        expert = state["model.layers.2.mlp.experts.5.up_proj.weight"].float().numpy()
+        assert np.abs(numbers["blk.2.ffn_up_exps.weight"][5] - expert).max() <= tolerance
+        up_k, up_v = (
+            state["model.layers.0.self_attn.kv_b_proj.weight"].float().unflatten(0, (3, -1)).split(head_sizes, 1)
+        )
+        assert np.abs(numbers["blk.0.attn_k_b.weight"] - up_k.transpose(1, 2).numpy()).max() <= max(tolerance, 1e-3)
+        assert np.abs(numbers["blk.0.attn_v_b.weight"] - up_v.numpy()).max() <= max(tolerance, 1e-3)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    tiny_folder(tmp_path / "m")
+    read, alive, most = export_tensors._read, [], 0
+
+    def watched(tensors, name):
+        nonlocal most
+        tensor = read(tensors, name)
+        alive.append(weakref.ref(tensor))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensor
+
+    monkeypatch.setattr(export_tensors, "_read", watched)
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f32")
+    assert len(alive) > 60 and most == 8  # the experts of one projection, while they are stacked
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path):
+    tiny_folder(tmp_path / "m")
+
+    def stop(done, count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", on_tensor=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def _change(folder, name, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    tiny_folder(tmp_path / "m")
+    _change(tmp_path / "m", "model.norm.weight", lambda norm: norm * 1e6)
+    export_gguf(tmp_path / "m", tmp_path / "norm.gguf", type="f16")  # norms stay fp32
+    _change(tmp_path / "m", "lm_head.weight", lambda head: head * 1e6)
+    with pytest.raises(ValueError, match=r"output\.weight: .* beyond f16's largest number; use --type bf16 or f32"):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f16")
+    assert not (tmp_path / "m.gguf").exists()
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="bf16")
+    _change(tmp_path / "m", "lm_head.weight", lambda head: head.fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"lm_head\.weight: holds NaN"):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="bf16", force=True)
+
+
+def test_what_llama_cpp_refuses_is_not_written(tmp_path):
+    tiny_folder(tmp_path / "m", attention_bias=True)
+    with pytest.raises(ValueError, match=r"llama\.cpp refuses: attention_bias"):
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match="exists already; pass --force"):
+        export_gguf(tmp_path / "m", tmp_path / "m")
+
+
+def test_progress_is_told_and_nothing_warns(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    tiny_folder(tmp_path / "m")
+    told = []
+    exported = export_gguf(tmp_path / "m", tmp_path / "m.gguf", on_tensor=lambda *at: told.append(at))
+    assert told[-1] == (exported.tensors, exported.tensors) and len(told) == exported.tensors
+    assert caplog.records == []
+
+
+def test_a_chat_template_goes_along(tmp_path):
+    model = tiny_folder(tmp_path / "m")
+    assert not export_gguf(tmp_path / "m", tmp_path / "m.gguf").has_chat_template
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "m/chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert export_gguf(tmp_path / "m", tmp_path / "m2.gguf").has_chat_template
+    keys, _ = read_gguf(tmp_path / "m2.gguf")
+    assert keys["tokenizer.chat_template"] == "{{ messages[0].content }}"
+    assert tokenizer.chat_template is None and model.config.vocab_size == ENTRIES

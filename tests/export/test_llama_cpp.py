@@ -1,0 +1,228 @@
+"""llama.cpp itself, prebuilt in the xllamacpp wheel, on exported files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import llamacpp
+import pytest
+import torch
+import torch.nn.functional as F
+from llamacpp import LlamaCpp
+
+import smolseek
+from smolseek.checkpoint.hub import load, load_tokenizer, save
+from smolseek.checkpoint.source import resolve_folder
+from smolseek.export.gguf import export_gguf
+from smolseek.model import StockModel
+from smolseek.runtimes import LARGEST_LLAMA_CPP_EXPERTS
+from tests.export.folders import YARN, YARN_SIZES, ids, tiny_folder
+from tests.factories import tiny_llama, tiny_v3
+from tests.text import ENTRIES, tiny_tokenizer, write_stories
+
+try:
+    llamacpp.library()
+except ImportError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+NEAR_TIE = 0.05
+"""Gap of the two best logits below which another rounding may turn them round."""
+
+
+def both_logits(folder, ids_T, kind="f32"):
+    """(llama.cpp's, ours) logits (T, V) of a folder, ours in fp32 from the weights as stored."""
+    out = folder.with_suffix(f".{kind}.gguf")
+    export_gguf(folder, out, type=kind)
+    with LlamaCpp(out) as theirs, torch.inference_mode():
+        return theirs.logits(ids_T), load(folder)(ids_T[None])[0]
+
+
+CONFIGS = {
+    "no query rank": {},
+    "query rank": {"q_lora_rank": 20},
+    "two groups of four": {"n_group": 4, "topk_group": 2},
+    "one group, as upcycled": {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 2},
+    "all groups": {"n_group": 4, "topk_group": 4},
+    "three shared experts": {"n_shared_experts": 3},
+    "no first dense layer": {"first_k_dense_replace": 0},
+    "dense": {"first_k_dense_replace": 3},
+    "weights not normalised": {"norm_topk_prob": False},
+    "tied": {"tie_word_embeddings": True},
+    "odd sizes": {"kv_lora_rank": 23, "qk_rope_head_dim": 2, "v_head_dim": 7},
+    "26 layers": {"num_hidden_layers": 26},
+    "yarn": {"rope_parameters": YARN, **YARN_SIZES},
+    "yarn, one mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}, **YARN_SIZES},
+    "yarn, two mscales": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **YARN_SIZES},
+    "yarn, a factor": {"rope_parameters": YARN | {"attention_factor": 1.4}, "q_lora_rank": 20, **YARN_SIZES},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_f32_logits_are_ours(tmp_path, name):
+    tiny_folder(tmp_path / "m", **CONFIGS[name])
+    theirs_TV, ours_TV = both_logits(tmp_path / "m", ids())
+    assert torch.equal(theirs_TV.argmax(-1), ours_TV.argmax(-1))
+    assert (theirs_TV - ours_TV).abs().max() < 1e-4  # wanted: 2e-3
+
+
+@pytest.mark.parametrize("experts", ["upcycle", "carve"])
+def test_a_converted_model_runs(tmp_path, experts):
+    save(StockModel(tiny_llama(vocab_size=ENTRIES)), tmp_path / "dense", tokenizer_from=tiny_tokenizer())
+    smolseek.convert(
+        tmp_path / "dense",
+        tmp_path / "v3",
+        cache=0.5,
+        experts=experts,
+        calibration=write_stories(tmp_path / "text.txt"),
+        calibration_windows=4,
+        calibration_window_tokens=32,
+        refine_steps=2,
+        distill_steps=0,
+    )
+    theirs_TV, ours_TV = both_logits(tmp_path / "v3", ids())
+    assert torch.equal(theirs_TV.argmax(-1), ours_TV.argmax(-1))
+    assert (theirs_TV - ours_TV).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("experts", [8, 3])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "most"), [("bf16", "bfloat16", 1e-3), ("f16", "float32", 1e-3), ("q8_0", "float32", 5e-3)]
+)
+def test_fewer_bits_are_near_ours(tmp_path, kind, dtype, most, experts):
+    """With all 8 experts chosen no token can fall to another expert, and clear winners stay."""
+    sizes = {"hidden_size": 64, "kv_lora_rank": 32, "moe_intermediate_size": 32, "num_experts_per_tok": experts}
+    tiny_folder(tmp_path / "m", dtype=dtype, **sizes)
+    theirs_TV, ours_TV = both_logits(tmp_path / "m", ids(), kind)
+    kl = F.kl_div(theirs_TV.log_softmax(-1), ours_TV.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert kl < most
+    best_TK = ours_TV.topk(2).values
+    is_clear_T = best_TK[:, 0] - best_TK[:, 1] > NEAR_TIE
+    agrees_T = theirs_TV.argmax(-1) == ours_TV.argmax(-1)
+    assert is_clear_T.sum() > 30 and agrees_T[is_clear_T].float().mean() >= (
+        1.0 if experts == 8 and kind != "q8_0" else 0.9
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"hidden_act": "gelu"},
+        {"rope_interleave": False},
+        {"rope_parameters": YARN | {"beta_fast": 4.0}, **YARN_SIZES},
+        {"rope_parameters": YARN | {"beta_slow": 2.0}, **YARN_SIZES},
+        {"rope_parameters": YARN | {"truncate": False}, **YARN_SIZES},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}},
+    ],
+)
+def test_what_the_rules_refuse_gives_other_logits(tmp_path, monkeypatch, overrides):
+    tiny_folder(tmp_path / "m", **overrides)
+    with pytest.raises(ValueError, match="refuses"):
+        both_logits(tmp_path / "m", ids())
+    monkeypatch.setattr("smolseek.export.gguf.check", lambda config, headers: {"llama.cpp": []})
+    theirs_TV, ours_TV = both_logits(tmp_path / "m", ids())
+    assert (theirs_TV - ours_TV).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [({"q_lora_rank": 20, "num_hidden_layers": 27}, "attn_q.weight"), ({"attention_bias": True}, "number of tensors")],
+)
+def test_what_the_rules_refuse_does_not_load(tmp_path, monkeypatch, overrides, said):
+    tiny_folder(tmp_path / "m", **overrides)
+    monkeypatch.setattr("smolseek.export.gguf.check", lambda config, headers: {"llama.cpp": []})
+    with pytest.raises(ValueError, match=said):
+        both_logits(tmp_path / "m", ids())
+
+
+def test_without_the_key_for_no_query_rank_it_does_not_load(tmp_path, monkeypatch):
+    tiny_folder(tmp_path / "m")
+    monkeypatch.setattr("gguf.GGUFWriter.add_q_lora_rank", lambda *_: None)
+    with pytest.raises(ValueError, match="q_lora_rank"):
+        both_logits(tmp_path / "m", ids())
+
+
+_ABORTED = """
+import sys, torch
+from pathlib import Path
+from smolseek.export import gguf
+from llamacpp import LlamaCpp
+gguf.check = lambda config, headers: {"llama.cpp": []}
+gguf.export_gguf(sys.argv[1], sys.argv[2], type="f32")
+with LlamaCpp(Path(sys.argv[2])) as model:
+    model.logits(torch.arange(8))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [{"n_shared_experts": 0}, {"qk_nope_head_dim": 0}, {"n_routed_experts": LARGEST_LLAMA_CPP_EXPERTS + 1}],
+)
+def test_what_the_rules_refuse_ends_the_process(tmp_path, overrides):
+    tiny_folder(tmp_path / "m", **overrides)
+    command = [sys.executable, "-c", _ABORTED, str(tmp_path / "m"), str(tmp_path / "m.gguf")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode < 0 and "GGML_ASSERT" in ended.stderr
+
+
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily. She didn't like 12345 cats!",
+    "def f(x):\n    return {'a': x[1:-1], \"b\": 3.14e-5}  # déjà vu\n\n\n\tif x >= 10: pass\r\n",
+    "Ünïcödé 東京 привет \u00a0 I'LL WE'RE 🙂👍🏽   three   spaces ",
+    "  leading",
+    "\n",
+)
+
+
+def assert_cut_alike(folder, tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    save(tiny_v3(vocab_size=len(tokenizer), num_hidden_layers=1), folder, tokenizer_from=tokenizer_folder)
+    out = folder.with_suffix(".gguf")
+    export_gguf(folder, out, type="f32")
+    with LlamaCpp(out) as theirs:
+        for text in TEXTS:
+            assert theirs.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+            assert theirs.tokenize(text, special=True) == tokenizer(text)["input_ids"], text
+
+
+def test_the_built_in_tokenizer_is_cut_alike(tmp_path):
+    assert_cut_alike(tmp_path / "m", resolve_folder("builtin:base"))
+
+
+@pytest.mark.parametrize("name", ["smollm2-tokenizer", "stories260K"])
+def test_real_tokenizers_are_cut_alike(tmp_path, name):
+    if not (DATA / name).is_dir():
+        pytest.skip(f"needs {DATA / name}")
+    folder = shutil.copytree(DATA / name, tmp_path / "tokenizer")
+    if not (folder / "tokenizer_config.json").is_file():
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert_cut_alike(tmp_path / "m", folder)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_every_known_cut_is_llama_cpp_s(tmp_path, name):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from smolseek.export.vocabulary import PRE_TYPES
+
+    cuts, use_regex = PRE_TYPES[name]
+    tree = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*cuts, byte_level]}
+    tokenizer = Tokenizer.from_str(json.dumps(tree))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    assert_cut_alike(tmp_path / "m", tmp_path / "tokenizer")
+
+
+def test_a_chat_template_is_read(tmp_path):
+    tiny_folder(tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text("{{ messages[0].content }}")
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    with LlamaCpp(tmp_path / "m.gguf") as model:
+        assert model.chat_template() == "{{ messages[0].content }}"
