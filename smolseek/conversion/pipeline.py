@@ -36,7 +36,7 @@ from smolseek.conversion.refine import ResidualStream, attention_error, distill,
 from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
 from smolseek.conversion.target import distill_steps, read_source, target_config
 from smolseek.data import calibration_windows
-from smolseek.model import DeepseekV3
+from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.experts import MixtureOfExperts
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class _Conversion:
         self._read_calibration()
         with WorkFolder(self.out, self._fingerprint()) as work:
             self.dense = load_stock(self.folder).model.requires_grad_(False)
-            self.losses["dense"] = mean_loss(self.dense, self.judged_NT)
+            self.losses["dense"] = mean_loss(StockModel(self.dense), self.judged_NT)
             return self._write(self._student(work))
 
     # -- calibration --------------------------------------------------------------------------------------------------
