@@ -60,9 +60,7 @@ class Comparison:
         return asdict(self)
 
 
-def measure_divergence(
-    model: Model, teacher: Model, ids_T: Tensor, *, window_tokens: int | None = None
-) -> Divergence:
+def measure_divergence(model: Model, teacher: Model, ids_T: Tensor, *, window_tokens: int | None = None) -> Divergence:
     """KL to `teacher` and agreement with it over windows as `window_size` says, every token counted.
 
     On text of a domain that no training saw, it tells keeping the teacher from learning the training text.
