@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from smolseek.checkpoint.licence import LICENCE_FILES
+
 BUILTIN_BASE = "builtin:base"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,7 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES)
+_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES, "README.md", *LICENCE_FILES)
 
 
 def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:

@@ -13,6 +13,7 @@ from smolseek.cli.evaluate import Eval, run_eval
 from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
 from smolseek.cli.report import Report, run_report
+from smolseek.cli.share import Push, run_push
 from smolseek.cli.shared import Stopped
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder
@@ -26,6 +27,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "chat": (Chat, run_chat),
     "eval": (Eval, run_eval),
     "report": (Report, run_report),
+    "push": (Push, run_push),
 }
 
 

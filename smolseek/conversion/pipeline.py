@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek import __version__
+from smolseek.card import Card
 from smolseek.checkpoint.atomic import refuse_existing
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.hub import load_stock, load_tokenizer, named_disk_tensors
+from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings
 from smolseek.conversion.attention import exact_tensors
-from smolseek.conversion.card import model_card
 from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
 from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_divergence, mean_loss
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
@@ -306,8 +307,9 @@ class _Conversion:
             report = self._report()
             writer.write_json("config.json", target)
             writer.write_json("conversion.json", report)
-            writer.write_text("README.md", model_card(self.out.name, report, target["dtype"]))
+            writer.write_text("README.md", Card(self.out.name, target, licence_fields(self.folder), report).render())
             writer.copy_tokenizer(self.folder)
+            writer.copy_licence(self.folder)
         return self.out
 
     def _target_tensors(self, student: DeepseekV3 | None) -> Iterator[tuple[str, Tensor]]:
