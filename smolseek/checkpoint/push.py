@@ -56,7 +56,9 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library that this hub library stands on
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP library that this hub library stands on
     files = files_to_push(folder)
     if not get_token():
         raise ValueError(f"push {repo_id}: the hub library keeps no token; log in first: hf auth login")
