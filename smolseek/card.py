@@ -60,7 +60,7 @@ class Card:
             "Loading": self._loading(),
             "Limits": "\n".join(f"- {limit}" for limit in self._limits()),
             "Licence": self._licence(),
-            "Settings of the conversion": _yaml(self.conversion["settings"]) if self.conversion else "",
+            "Settings of the conversion": self._settings(),
             "Recipe of the training": _yaml(dataclasses.asdict(self.training.recipe)) if self.training else "",
         }
         told = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
@@ -122,8 +122,13 @@ class Card:
         return (
             "| key-value cache per token | numbers | bytes |\n|---|---|---|\n"
             f"| of the source | {cache['source_numbers_per_token']:,} | {cache['source_bytes_per_token']:,} |\n"
-            f"| of this model | {cache['numbers_per_token']:,} | {cache['bytes_per_token']:,} |"
+            f"| of this model | {cache['numbers_per_token']:,} | {cache['bytes_per_token']:,} |\n\n"
+            f"In each layer a latent of {self.config['kv_lora_rank']} and one rotated key of "
+            f"{self.config['qk_rope_head_dim']} numbers."
         )
+
+    def _settings(self) -> str:
+        return _yaml({"source": self._source_name, **self.conversion["settings"]}) if self.conversion else ""
 
     def _quality(self) -> str:
         parts = []

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from smolseek.evaluation import Comparison, Difference, Quality
+    from smolseek.evaluation.needle import Retrieval
     from smolseek.evaluation.quality import Model
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class Eval:
     """What a span is worth that stood in the context before, by distance: spans of the text, or without a text of
     random tokens."""
     window_tokens: int | None = None
-    """Tokens read at once, of a text and for a needle; none: 512 of a text, all that the model reads for a needle."""
+    """Tokens of a text read at once; none: 512, or the model's limit."""
     stride: int | None = None
     """Tokens between windows that overlap, so that each token is predicted once, with a window less a stride of tokens
     before it; none: windows side by side."""
@@ -58,10 +59,12 @@ class Eval:
     """Folder of task files (.yaml) of your own."""
     batch_size: int = 8
     """Of tasks."""
-    trials: int = 32
+    needle_tokens: int | None = None
+    """Longest context of the needle; none: all that the model reads."""
+    needle_trials: int = 32
     """Spans for each distance of the needle."""
     seed: int = 0
-    """Of the spans."""
+    """Of the needle's spans."""
     separator: str = "<|endoftext|>"
     """What stands between the documents of a text file."""
     text_column: str = "text"
@@ -198,30 +201,31 @@ def _needle(
     import torch
 
     from smolseek.evaluation.needle import measure_retrieval, pieces_of, random_tokens
-    from smolseek.evaluation.paired import paired_difference
-    from smolseek.evaluation.quality import window_size
 
-    limit = window_size(models, command.window_tokens or min(m.config.max_position_embeddings for m in models))
     if texts:
         draw = pieces_of(torch.cat([ids_T for ids_T, _ in texts.values()]))
     else:
         draw = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
-    found = []
-    for name, model in zip(("needle", "needle, dense"), models, strict=False):
-        bar = partial(on_progress, name)
-        found.append(
-            measure_retrieval(model, draw, limit_tokens=limit, trials=command.trials, seed=command.seed, on_trial=bar)
-        )
-    ours = found[0]
-    tree: dict[str, Any] = {"needle": [r.to_dict() for r in ours]}
+    limit = command.needle_tokens or min(m.config.max_position_embeddings for m in models)
+    options: Any = {"limit_tokens": limit, "trials": command.needle_trials, "seed": command.seed}
+    names = ("needle", "needle_dense")[: len(models)]
+    found = {
+        name: measure_retrieval(model, draw, **options, on_trial=partial(on_progress, name.replace("_", ", ")))
+        for name, model in zip(names, models, strict=True)
+    }
+    return {name: [r.to_dict() for r in by_distance] for name, by_distance in found.items()}, _gains(*found.values())
+
+
+def _gains(ours: list[Retrieval], dense: list[Retrieval] | None = None) -> str:
+    from smolseek.evaluation.paired import paired_difference
+
     rows = [["copied from, tokens before", "gain, nats per token", "accuracy", "accuracy without"]]
     rows += [[f"{r.distance_tokens:,}", str(r.gain), f"{r.accuracy:.1%}", f"{r.control_accuracy:.1%}"] for r in ours]
-    if len(found) > 1:
-        tree["needle_dense"] = [r.to_dict() for r in found[1]]
+    if dense is not None:
         rows[0] += ["dense gain", "difference"]
-        for row, our, their in zip(rows[1:], ours, found[1], strict=True):
+        for row, our, their in zip(rows[1:], ours, dense, strict=True):
             row += [str(their.gain), str(paired_difference(our.gains, their.gains))]
-    return tree, aligned(rows)
+    return aligned(rows)
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------

@@ -75,7 +75,9 @@ def distances(limit_tokens: int) -> list[int]:
     """Powers of two from the span's length on, and the farthest that fits into a context."""
     farthest = limit_tokens - 2 * SPAN_TOKENS - 1
     if farthest < SPAN_TOKENS:
-        raise ValueError(f"a context of {limit_tokens} tokens: spans of {SPAN_TOKENS} need {3 * SPAN_TOKENS + 1}")
+        raise ValueError(
+            f"a context of {limit_tokens} tokens: spans of {SPAN_TOKENS} need {3 * SPAN_TOKENS + 1} or more"
+        )
     near = [SPAN_TOKENS << k for k in range(farthest.bit_length()) if SPAN_TOKENS << k < farthest]
     return [*near, farthest]
 
@@ -94,12 +96,14 @@ def measure_retrieval(
     The draws depend on the seed alone: two models of one vocabulary see the same sequences, trial by trial.
 
     Raises:
-        ValueError: a context too short for two spans, less than one trial, or as `draw` does.
+        ValueError: a context too short for two spans or longer than the model's, no trial, or as `draw` does.
     """
     if trials < 1:
         raise ValueError(f"trials {trials}: must be 1 or more")
-    limit = limit_tokens or model.config.max_position_embeddings
-    found, wanted = [], distances(limit)
+    limit, most = limit_tokens, model.config.max_position_embeddings
+    if limit is not None and limit > most:
+        raise ValueError(f"a context of {limit} tokens: the model reads {most}; lower it")
+    found, wanted = [], distances(limit or most)
     with evaluating(model), torch.inference_mode():
         for number, distance in enumerate(wanted):
             generator, scores = torch.Generator().manual_seed(seed), []
