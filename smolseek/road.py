@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from smolseek import __version__
+from smolseek.card import Card, Training
 from smolseek.checkpoint.atomic import atomic_file
-from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer
-from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.checkpoint.hub import disk_config, load, load_for_evaluation, load_stock, load_tokenizer
+from smolseek.checkpoint.licence import licence_fields
+from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
 from smolseek.config import Recipe
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
@@ -77,8 +78,12 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, force: bool, processes:
 
 
 def _write_json(path: Path, tree: Any) -> None:
+    _write(path, json.dumps(tree, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     with atomic_file(path, force=True) as file:
-        file.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 def _travel(
@@ -98,7 +103,8 @@ def _travel(
         teacher = load_stock(dense, dtype=teacher_dtype(torch.device(device), recipe.train.precision), device=device)
     trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
     _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
-    rows = {"healed" if recipe.convert else "trained": trainer.save_model("model", _card(trainer))}
+    origin, trained = _origin(recipe, folder), "healed" if recipe.convert else "trained"
+    rows = {trained: trainer.save_model("model", _card(trainer, origin), origin=origin)}
     if recipe.convert and recipe.source:
         rows = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | rows
         if recipe.compare_dense:
@@ -107,6 +113,8 @@ def _travel(
     summary: dict[str, Any] = {}
     if processes.leads:
         summary = summarize(rows, trainer)
+        losses = {name: summary[name]["loss"] for name in rows}
+        _write(rows[trained] / "README.md", _card(trainer, origin, losses))
         _write_json(folder / "summary.json", summary)
         trainer.log.line(table(summary))
     return processes.share(summary)
@@ -145,7 +153,7 @@ def _start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 |
                 watcher.on_stage(f"convert: {stage}")
 
         settings = dataclasses.replace(recipe.convert, calibration=calibration)
-        convert(source, out, settings=settings, on_progress=on_progress)
+        convert(recipe.source, out, settings=settings, on_progress=on_progress)
     return load(out), tokenizer
 
 
@@ -171,31 +179,25 @@ def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
     model = load_stock(recipe.source, device=str(healed.device))
     trainer = Trainer(model, healed.tokenizer, control, healed.folder / "dense", processes=healed.processes)
     _fit(trainer, "train the dense source on the same tokens", resume, watcher)
-    return trainer.save_model("model", _card(trainer))
+    origin = resolve_folder(recipe.source)
+    return trainer.save_model("model", _card(trainer, origin), origin=origin)
 
 
-def _card(trainer: Trainer) -> str:
-    """The model card of a trained folder: what it is, how it was made, what it scored."""
-    recipe, quality, config = trainer.recipe, trainer.quality, trainer.model.config
-    stock = getattr(config, "scoring_func", "sigmoid") != "softmax"
-    kind = (
-        f"{config.model_type} ({'stock' if stock else 'softmax router: not stock DeepSeek-V3, loads in smolseek only'})"
-    )
-    score = f"Held-out loss {quality.loss:.4f} (perplexity {quality.perplexity:.2f})" if quality else "Not evaluated"
-    loading = "AutoModelForCausalLM.from_pretrained(folder)" if stock else "smolseek.load(folder)"
-    return f"""# {recipe.name}
+def _origin(recipe: Recipe, folder: Path) -> Path | None:
+    """The folder that the run starts from."""
+    if recipe.source is None:
+        return None
+    return folder / "converted" if recipe.convert else resolve_folder(recipe.source)
 
-A {kind} causal language model, made by smolseek from {recipe.source or "random weights"}.
 
-{score} after {trainer.step} steps, {trainer.step * trainer.step_tokens:,} tokens of {", ".join(recipe.data.train)}.
-
-Load it with `{loading}`.
-
-## Recipe
-
-```yaml
-{yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False)}```
-"""
+def _card(trainer: Trainer, origin: Path | None, losses: dict[str, float] | None = None) -> str:
+    """The model card of a trained folder; `losses` on held-out text by model, else the trained model's own alone."""
+    recipe, quality, config = trainer.recipe, trainer.quality, trainer.model.config.to_dict()
+    own = {"trained": quality.loss} if quality else {}
+    training = Training(recipe, trainer.step, trainer.step * trainer.step_tokens, losses or own)
+    tree = disk_config(config) if isinstance(trainer.model, DeepseekV3) else config
+    licence, conversion = (licence_fields(origin), read_conversion(origin)) if origin else ({}, None)
+    return Card(recipe.name, tree, licence, conversion, training).render()
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

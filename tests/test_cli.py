@@ -65,7 +65,7 @@ def test_convert_eval_generate_and_plan(source, text, tmp_path, capsys):
     for folder in (source, out):
         assert main(["eval", str(folder), "--text", text, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        assert set(result) == {"loss", "perplexity", "bits_per_byte", "tokens"} and result["tokens"] > 500
+        assert set(result) == {"loss", "perplexity", "bits_per_byte", "tokens", "texts"} and result["tokens"] > 500
     texts = []
     for seed in ("1", "1", "2"):
         generate = ["generate", str(out), "--prompt", "Anna", "--max-new-tokens", "20", "--seed", seed]
@@ -80,6 +80,37 @@ def test_convert_eval_generate_and_plan(source, text, tmp_path, capsys):
         "sglang",
         "llama.cpp",
     }
+
+
+def test_eval_of_several_texts_against_the_dense_model(source, text, tmp_path, capsys):
+    other = str(write_stories(tmp_path / "b.txt", count=9, seed=1))
+    command = ["eval", str(source), "--text", text, other, "--window-tokens", "32", "--stride", "20"]
+    assert main([*command, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert list(alone["texts"]) == [text, other]
+    assert alone["tokens"] == sum(quality["tokens"] for quality in alone["texts"].values())
+    command += ["--compare", str(source), "--needle", "--needle-trials", "2"]
+    assert main([*command, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert both["loss"] == pytest.approx(alone["loss"]) and both["texts"][other]["bits_per_byte"] == pytest.approx(
+        alone["texts"][other]["bits_per_byte"]
+    )
+    assert both["comparison"]["overall"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert both["comparison"]["by_context"]["16 to 63"]["agreement"] == 1
+    assert both["needle"] == both["needle_dense"] and [row["distance_tokens"] for row in both["needle"]] == [16, 31]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    for words in ("together", "against the dense model", "tokens before it: 1 to 15", "rank by frequency: 1 to 10"):
+        assert words in out
+    assert main([*command, "--stride", "32"]) == 2
+    assert "stride 32: must be 1 to 31" in capsys.readouterr().err
+
+
+def test_the_needle_needs_no_text(source, capsys):
+    assert main(["eval", str(source), "--needle", "--needle-trials", "2", "--seed", "3"]) == 0
+    assert "copied from, tokens before" in capsys.readouterr().out
+    assert main(["eval", str(source), "--needle", "--needle-tokens", "65"]) == 2
+    assert "a context of 65 tokens: the model reads 64" in capsys.readouterr().err
 
 
 def test_the_python_interface(source, text, tmp_path):
@@ -181,6 +212,9 @@ def test_data_stats_trains_nothing_and_loads_no_model(source, text, tmp_path, ca
         (["data", "stats", "--data.train", "nowhere.txt"], "no such file"),
         (["train", "nowhere.yaml"], "no such file"),
         (["eval", "./nowhere", "--text", "a.txt"], "no such folder"),
+        (["eval", "builtin:base"], "nothing to measure"),
+        (["eval", "builtin:base", "--text", "nowhere.txt"], "no such file"),
+        (["push", "./nowhere", "someone/model"], "no such folder"),
         (["generate", "./nowhere", "--prompt", "a"], "no such folder"),
         (["generate", "./nowhere", "--prompt", "a", "--prompt-file", "b"], "give one of them"),
         (["generate", "./nowhere", "--prompt", "a", "--samples", "0"], "at least 1"),

@@ -21,7 +21,10 @@ from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 @pytest.fixture
 def source(tmp_path):
-    return save(StockModel(tiny_llama(vocab_size=ENTRIES)), tmp_path / "source", tokenizer_from=tiny_tokenizer())
+    card, model = "---\nlicense: mit\n---\n", StockModel(tiny_llama(vocab_size=ENTRIES))
+    out = save(model, tmp_path / "source", tokenizer_from=tiny_tokenizer(), card=card)
+    (out / "LICENSE").write_text("Do as you like.")
+    return out
 
 
 @pytest.fixture
@@ -76,7 +79,15 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     ids = random_ids(2, 30)
     torch.testing.assert_close(stock(ids).logits, load(folder / "model")(ids), rtol=0, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token_id == 0
-    assert "tiny" in (folder / "model" / "README.md").read_text()
+    card = (folder / "model" / "README.md").read_text()
+    for row in ("dense", "converted", "healed", "dense_trained"):
+        assert f"| {row.replace('_', ' ')} | {summary[row]['loss']:.4f} |" in card
+    assert card.startswith("---\n") and "license: mit" in card and "# tiny" in card and "| llama.cpp | loads" in card
+    for heading in ("## Settings of the conversion", "## Recipe of the training", "## Licence", "## Limits"):
+        assert heading in card
+    for carried in (folder / "converted", folder / "model", folder / "dense" / "model"):
+        assert (carried / "LICENSE").read_text() == "Do as you like."
+    assert json.loads((folder / "model" / "conversion.json").read_text())["source"] == recipe.source
     about = json.loads((folder / "run.json").read_text())
     assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe))) and "torch" in about["versions"]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
 from smolseek.checkpoint.headers import Header, read_headers
+from smolseek.checkpoint.licence import licence_files
 from smolseek.checkpoint.source import TOKENIZER_FILES
 
 _MAX_SHARD_BYTES = 2 * 2**30
@@ -104,6 +105,11 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (Path(source) / name).is_file() and not (self.path / name).exists():
                 shutil.copyfile(Path(source) / name, self.path / name)
+
+    def copy_licence(self, source: str | Path) -> None:
+        """The licence files of another folder."""
+        for path in licence_files(source):
+            shutil.copyfile(path, self.path / path.name)
 
     def _shard_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._shard.values())

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
@@ -108,12 +108,14 @@ def save(
     out: str | Path,
     *,
     tokenizer_from: Any = None,
+    origin: Path | None = None,
     card: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model as a stock folder in its config's dtype (fp32 when it names none), one tensor per expert.
 
-    `tokenizer_from` is a folder, or a transformers tokenizer.
+    `tokenizer_from` is a folder, or a transformers tokenizer; `origin` the folder whose licence and conversion.json go
+    along.
     """
     config = model.config.to_dict()
     dtype = getattr(torch, str(model.config.dtype).removeprefix("torch.")) if model.config.dtype else torch.float32
@@ -126,6 +128,10 @@ def save(
             tokenizer_from.save_pretrained(writer.path)
         elif tokenizer_from is not None:
             writer.copy_tokenizer(resolve_folder(tokenizer_from))
+        if origin is not None:
+            writer.copy_licence(origin)
+            if (conversion := read_conversion(origin)) is not None:
+                writer.write_json("conversion.json", conversion)
         if card is not None:
             writer.write_text("README.md", card)
     return Path(out)

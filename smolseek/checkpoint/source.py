@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from smolseek.checkpoint.licence import LICENCE_FILES
+
 BUILTIN_BASE = "builtin:base"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -18,7 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES)
+_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES, "README.md", *LICENCE_FILES)
 
 
 def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:
@@ -58,13 +60,32 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = path if path.suffix == ".json" else path / "config.json"
     if not path.is_file():
         raise ValueError(f"checkpoint {folder}: no config.json; name a folder written by transformers' save_pretrained")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds none.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
-    if not isinstance(config, dict):
+    if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no JSON object; fetch the file again")
-    return config
+    return tree
+
+
+def read_conversion(folder: str | Path) -> dict[str, Any] | None:
+    """conversion.json of a folder, what `convert` writes beside the weights; None where there is none.
+
+    Raises:
+        ValueError: the file is not JSON.
+    """
+    path = Path(folder) / "conversion.json"
+    return read_json(path) if path.is_file() else None
 
 
 def read_config_of(source: str | Path) -> dict[str, Any]:

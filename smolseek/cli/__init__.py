@@ -14,6 +14,7 @@ from smolseek.cli.export import Check, Export, run_check, run_export
 from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
 from smolseek.cli.report import Report, run_report
+from smolseek.cli.share import Push, run_push
 from smolseek.cli.shared import Stopped
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder
@@ -29,6 +30,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "report": (Report, run_report),
     "check": (Check, run_check),
     "export": (Export, run_export),
+    "push": (Push, run_push),
 }
 
 

@@ -3,22 +3,68 @@
 from __future__ import annotations
 
 import json
-import sys
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from smolseek.cli.shared import Device, Dtype, check_device, quiet, torch_dtype
+from smolseek.cli.shared import Device, Dtype, aligned, check_device, quiet, stage_bars, torch_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smolseek.evaluation import Comparison, Difference, Quality
+    from smolseek.evaluation.needle import Retrieval
+    from smolseek.evaluation.quality import Model
+
+log = logging.getLogger(__name__)
+
+Section = tuple[dict[str, Any], str]
+"""What was measured, as JSON and as text."""
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Perplexity and bits per byte of a folder on text files, through stock transformers."""
+    """Say how good a folder is, through stock transformers: on text, on tasks, in retrieval; against its dense source.
+
+    At least one of --text, --tasks and --needle.
+    """
 
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base of any causal model."""
-    text: tuple[str, ...]
-    """Files or globs (.txt, .jsonl, .parquet), or builtin:python (its held-out split)."""
+    text: tuple[str, ...] = ()
+    """Perplexity and bits per byte of each file or glob (.txt, .jsonl, .parquet) or builtin:python (its held-out
+    split), and of all together."""
+    compare: str | None = None
+    """The dense model to compare with: where on the text the folder differs from it, and its scores beside the
+    folder's; with --tasks, if left out: the source that the folder's conversion.json names."""
+    tasks: str | None = None
+    """Names of lm-eval's tasks, with commas between them (needs smolseek[eval])."""
+    needle: bool = False
+    """What a span is worth that stood in the context before, by distance: spans of the text, or without a text of
+    random tokens."""
+    window_tokens: int | None = None
+    """Tokens of a text read at once; none: 512, or the model's limit."""
+    stride: int | None = None
+    """Tokens between windows that overlap, so that each token is predicted once, with a window less a stride of tokens
+    before it; none: windows side by side."""
+    limit: int | None = None
+    """Documents of each task."""
+    include_path: Path | None = None
+    """Folder of task files (.yaml) of your own."""
+    batch_size: int = 8
+    """Of tasks."""
+    needle_tokens: int | None = None
+    """Longest context of the needle; none: all that the model reads."""
+    needle_trials: int = 32
+    """Spans for each distance of the needle."""
+    seed: int = 0
+    """Of the needle's spans."""
     separator: str = "<|endoftext|>"
     """What stands between the documents of a text file."""
     text_column: str = "text"
@@ -33,30 +79,170 @@ class Eval:
 
 def run_eval(command: Eval) -> None:
     quiet()
-    from tqdm import tqdm
-
     from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
-    from smolseek.checkpoint.source import resolve_folder
+    from smolseek.evaluation.tasks import find_tasks
+
+    names = [name for name in (command.tasks or "").split(",") if name]
+    if not (command.text or names or command.needle):
+        raise ValueError("eval: nothing to measure; name --text FILE, --tasks NAME,NAME or --needle")
+    check_device(command.device)
+    manager = find_tasks(names, command.include_path) if names else None
+    tokenizer = load_tokenizer(command.folder)
+    texts = _read_texts(command, tokenizer)
+    folders = [command.folder, *_dense(command)]
+    models = [load_for_evaluation(f, dtype=torch_dtype(command.dtype), device=command.device) for f in folders]
+    sections: list[Section] = []
+    with stage_bars() as on_progress:
+        if texts:
+            sections.append(_text(command, models, texts, on_progress))
+        if command.needle:
+            sections.append(_needle(command, models, tokenizer, texts, on_progress))
+    if names:
+        tokenizers = [load_tokenizer(folder) for folder in folders]
+        sections.append(_tasks(command, list(zip(models, tokenizers, strict=True)), names, manager))
+    found = {key: value for tree, _ in sections for key, value in tree.items()}
+    print(json.dumps(found) if command.json else "\n\n".join(text for _, text in sections))
+
+
+def _read_texts(command: Eval, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
+    """Each text's tokens and UTF-8 bytes."""
     from smolseek.config import DataSettings
     from smolseek.data.windows import held_out_documents, pack
-    from smolseek.evaluation import measure_quality
 
-    check_device(command.device)
-    folder = resolve_folder(command.folder)
-    builtin = command.text == ("builtin:python",)
-    texts = {"train" if builtin else "held_out": command.text}
-    settings = DataSettings(separator=command.separator, text_column=command.text_column, **texts)  # type: ignore[arg-type]
-    ids_T, text_bytes = pack(load_tokenizer(folder), held_out_documents(settings))
-    model = load_for_evaluation(folder, dtype=torch_dtype(command.dtype), device=command.device)
-    with tqdm(unit="window", disable=command.json or not sys.stderr.isatty()) as bar:
+    texts = {}
+    for name in command.text:
+        split = {"train" if name == "builtin:python" else "held_out": (name,)}
+        settings = DataSettings(separator=command.separator, text_column=command.text_column, **split)  # type: ignore[arg-type]
+        texts[name] = pack(tokenizer, held_out_documents(settings))
+    return texts
 
-        def on_window(done: int, count: int) -> None:
-            bar.total = count
-            bar.update(done - bar.n)
 
-        quality = measure_quality(model, ids_T, text_bytes, on_window=on_window)
-    print(
-        json.dumps(quality.to_dict())
-        if command.json
-        else "\n".join(f"{k:14} {v}" for k, v in quality.to_dict().items())
+def _dense(command: Eval) -> list[str]:
+    """The model to compare with, if any."""
+    from smolseek.checkpoint.source import read_conversion, resolve_folder
+
+    if command.compare or not command.tasks:
+        return [command.compare] if command.compare else []
+    source = (read_conversion(resolve_folder(command.folder)) or {}).get("source")
+    try:
+        return [] if source is None else [str(resolve_folder(source))]
+    except ValueError:
+        log.warning("%s, the source of %s, is not there; name it by --compare to see both", source, command.folder)
+        return []
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _text(command: Eval, models: list[Model], texts: dict[str, tuple[Tensor, int]], on_progress: OnProgress) -> Section:
+    """Quality of each text and of all; with a dense model, where the two differ."""
+    from smolseek.evaluation import Quality, compare, measure_quality, together
+
+    windows: Any = {"window_tokens": command.window_tokens, "stride": command.stride}
+    comparison: Comparison | None = None
+    if len(models) > 1:
+        streams, bar = {name: ids_T for name, (ids_T, _) in texts.items()}, partial(on_progress, "windows")
+        comparison = compare(models[0], models[1], streams, on_window=bar, **windows)
+    by_text: dict[str, Quality] = {}
+    for name, (ids_T, text_bytes) in texts.items():
+        if comparison is None:
+            bar = partial(on_progress, name)
+            by_text[name] = measure_quality(models[0], ids_T, text_bytes, on_window=bar, **windows)
+        else:
+            part = comparison.by_text[name]
+            by_text[name] = Quality.of(part.loss, part.tokens, len(ids_T), text_bytes)
+    overall = together([(by_text[name], text_bytes) for name, (_, text_bytes) in texts.items()])
+    tree: dict[str, Any] = overall.to_dict() | {"texts": {name: q.to_dict() for name, q in by_text.items()}}
+    rows = [*by_text.items(), ("together", overall)] if len(texts) > 1 else by_text.items()
+    shown = _qualities(rows)
+    if comparison is None:
+        return tree, shown
+    return tree | {"comparison": comparison.to_dict()}, f"{shown}\n\n{_differences(comparison)}"
+
+
+def _qualities(rows: Iterable[tuple[str, Quality]]) -> str:
+    head = ["text", "tokens", "loss", "perplexity", "bits per byte"]
+    cells = (
+        [name, f"{q.tokens:,}", f"{q.loss:.4f}", f"{q.perplexity:.4f}", f"{q.bits_per_byte:.4f}"] for name, q in rows
     )
+    return aligned([head, *cells])
+
+
+def _differences(comparison: Comparison) -> str:
+    """A table with a part for each way to divide the tokens."""
+
+    def cells(name: str, d: Difference) -> list[str]:
+        losses = [d.teacher_loss, d.loss, d.loss - d.teacher_loss, d.kl]
+        return [name, f"{d.tokens:,}", *(f"{value:.4f}" for value in losses), f"{d.agreement:.1%}"]
+
+    rows = [["against the dense model", "tokens", "dense loss", "loss", "difference", "KL", "same top token"]]
+    rows.append(cells("all", comparison.overall))
+    parts = (
+        ("text", comparison.by_text if len(comparison.by_text) > 1 else {}),
+        ("tokens before it", comparison.by_context),
+        ("rank by frequency", comparison.by_frequency),
+    )
+    for title, part in parts:
+        rows += [[f"{title}: {name}", *cells(name, difference)[1:]] for name, difference in part.items()]
+    return aligned(rows)
+
+
+# -- needle -----------------------------------------------------------------------------------------------------------
+
+
+def _needle(
+    command: Eval,
+    models: list[Model],
+    tokenizer: Any,
+    texts: dict[str, tuple[Tensor, int]],
+    on_progress: OnProgress,
+) -> Section:
+    """The gain by distance, of both models on the same sequences."""
+    import torch
+
+    from smolseek.evaluation.needle import measure_retrieval, pieces_of, random_tokens
+
+    if texts:
+        draw = pieces_of(torch.cat([ids_T for ids_T, _ in texts.values()]))
+    else:
+        draw = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
+    limit = command.needle_tokens or min(m.config.max_position_embeddings for m in models)
+    options: Any = {"limit_tokens": limit, "trials": command.needle_trials, "seed": command.seed}
+    names = ("needle", "needle_dense")[: len(models)]
+    found = {
+        name: measure_retrieval(model, draw, **options, on_trial=partial(on_progress, name.replace("_", ", ")))
+        for name, model in zip(names, models, strict=True)
+    }
+    return {name: [r.to_dict() for r in by_distance] for name, by_distance in found.items()}, _gains(*found.values())
+
+
+def _gains(ours: list[Retrieval], dense: list[Retrieval] | None = None) -> str:
+    from smolseek.evaluation.paired import paired_difference
+
+    rows = [["copied from, tokens before", "gain, nats per token", "accuracy", "accuracy without"]]
+    rows += [[f"{r.distance_tokens:,}", str(r.gain), f"{r.accuracy:.1%}", f"{r.control_accuracy:.1%}"] for r in ours]
+    if dense is not None:
+        rows[0] += ["dense gain", "difference"]
+        for row, our, their in zip(rows[1:], ours, dense, strict=True):
+            row += [str(their.gain), str(paired_difference(our.gains, their.gains))]
+    return aligned(rows)
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def _tasks(command: Eval, models: list[tuple[Model, Any]], names: list[str], manager: Any) -> Section:
+    """Scores of each metric, of both models and the difference."""
+    from smolseek.evaluation.tasks import score_tasks
+
+    options: Any = {"limit": command.limit, "batch_size": command.batch_size}
+    scored = [score_tasks(model, tokenizer, names, manager, **options) for model, tokenizer in models]
+    tree: list[dict[str, Any]] = []
+    rows = [["task", "metric", "score", *(["dense", "difference"] if len(scored) > 1 else [])]]
+    for ours, *others in zip(*scored, strict=True):
+        estimates = {"score": ours.value}
+        for theirs in others:
+            estimates |= {"dense": theirs.value, "difference": ours.minus(theirs)}
+        tree.append({"task": ours.task, "metric": ours.metric} | {k: e._asdict() for k, e in estimates.items()})
+        rows.append([ours.task, ours.metric, *(str(e) for e in estimates.values())])
+    return {"tasks": tree}, aligned(rows)

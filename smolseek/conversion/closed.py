@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DeepseekV3Config
 
@@ -41,8 +40,8 @@ from smolseek.conversion.attention import (
 from smolseek.conversion.moments import LayerMoments, NormMoments, collect_moments, collect_norm_moments
 from smolseek.conversion.sources import read_projections
 from smolseek.conversion.target import inverse_frequencies, target_config, target_rope
-from smolseek.model import DeepseekV3
-from smolseek.training.loss import divergence
+from smolseek.evaluation import measure_divergence, measure_quality
+from smolseek.model import DeepseekV3, StockModel
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +101,8 @@ class ClosedFormConverter:
                     self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, spill=self.spill
                 )
             closed = self.under(plan, moments)
-            apart = mean_divergence(
-                assemble(self.dense, self.target_under(closed), closed.layers), self.dense, self.judged_NT
-            )
+            converted = assemble(self.dense, self.target_under(closed), closed.layers)
+            apart = mean_divergence(converted, self.dense, self.judged_NT)
             log.info("rope slots %s: KL %.4f", plan.folds, apart)
             if best is None or apart < best[0]:
                 best = apart, closed
@@ -217,25 +215,12 @@ def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]
     return model.requires_grad_(False).eval()
 
 
-@torch.no_grad()
-def mean_loss(model: Any, windows_NT: Tensor) -> float:
+def mean_loss(model: DeepseekV3 | StockModel, windows_NT: Tensor) -> float:
     """Mean next-token loss over windows, in nats."""
-    total = 0.0
-    for ids_1T in windows_NT.split(1):
-        out = model(ids_1T)
-        logits_TV = (out if isinstance(out, Tensor) else out.logits)[0, :-1].float()
-        total += F.cross_entropy(logits_TV, ids_1T[0, 1:]).item()
-    return total / len(windows_NT)
+    return measure_quality(model, windows_NT.flatten(), 0, window_tokens=windows_NT.shape[1]).loss
 
 
-@torch.no_grad()
 def mean_divergence(model: DeepseekV3, dense: Any, windows_NT: Tensor) -> float:
     """Mean KL(dense ‖ converted) of the next token over windows, in nats."""
-    total = 0.0
-    for ids_1T in windows_NT.split(1):
-        target_TD = dense.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-        hidden_TD = model.hidden_states(ids_1T)[0]
-        for ours, theirs in zip(hidden_TD.split(64), target_TD.split(64), strict=True):  # five copies of the logits
-            part = divergence(ours, model.lm_head.weight, theirs, dense.get_output_embeddings().weight)
-            total += part.item() * len(ours)
-    return total / windows_NT.numel()
+    ids_T, size = windows_NT.flatten(), windows_NT.shape[1]
+    return measure_divergence(model, StockModel(dense), ids_T, window_tokens=size).kl

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek import __version__
+from smolseek.card import Card
 from smolseek.checkpoint.atomic import refuse_existing
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.hub import load_stock, load_tokenizer, named_disk_tensors
+from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings
 from smolseek.conversion.attention import exact_tensors
-from smolseek.conversion.card import model_card
 from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
 from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_divergence, mean_loss
 from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
@@ -36,7 +37,7 @@ from smolseek.conversion.refine import ResidualStream, attention_error, distill,
 from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
 from smolseek.conversion.target import distill_steps, read_source, target_config
 from smolseek.data import calibration_windows
-from smolseek.model import DeepseekV3
+from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.experts import MixtureOfExperts
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class _Conversion:
         self._read_calibration()
         with WorkFolder(self.out, self._fingerprint()) as work:
             self.dense = load_stock(self.folder).model.requires_grad_(False)
-            self.losses["dense"] = mean_loss(self.dense, self.judged_NT)
+            self.losses["dense"] = mean_loss(StockModel(self.dense), self.judged_NT)
             return self._write(self._student(work))
 
     # -- calibration --------------------------------------------------------------------------------------------------
@@ -306,8 +307,9 @@ class _Conversion:
             report = self._report()
             writer.write_json("config.json", target)
             writer.write_json("conversion.json", report)
-            writer.write_text("README.md", model_card(self.out.name, report, target["dtype"]))
+            writer.write_text("README.md", Card(self.out.name, target, licence_fields(self.folder), report).render())
             writer.copy_tokenizer(self.folder)
+            writer.copy_licence(self.folder)
         return self.out
 
     def _target_tensors(self, student: DeepseekV3 | None) -> Iterator[tuple[str, Tensor]]:

@@ -298,12 +298,12 @@ class Trainer:
         take_expert_counts(self.model)
         return self.processes.share(texts)
 
-    def save_model(self, name: str, card: str | None = None) -> Path:
-        """Write the model as the stock folder `name` inside the run's."""
+    def save_model(self, name: str, card: str | None = None, *, origin: Path | None = None) -> Path:
+        """Write the model as the stock folder `name` inside the run's; `origin` as for `save`."""
         out = self.folder / name
         with self.processes.whole(self.model) as model:
             if model is not None:
-                save(model, out, tokenizer_from=self.tokenizer, card=card, force=True)
+                save(model, out, tokenizer_from=self.tokenizer, origin=origin, card=card, force=True)
         return out
 
     def _report(self, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:

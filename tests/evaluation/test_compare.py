@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.evaluation import measure_divergence, measure_specialisation
+from smolseek.evaluation import compare, measure_divergence, measure_quality
 from smolseek.model import StockModel
 from tests.factories import logits_of, random_ids, tiny_llama, tiny_v3
 
@@ -48,24 +48,37 @@ def test_refusals(ids, vocabulary, message):
         measure_divergence(tiny_v3(), StockModel(other), random_ids(1, 8)[0] if ids is None else ids)
 
 
-def test_specialisation_is_said_for_every_expert_layer():
-    ids = random_ids(1, 150)[0]
-    for groups, experts in ((1, 3), (4, 2)):
-        model = tiny_v3(n_group=groups, topk_group=1, num_experts_per_tok=experts)
-        found = measure_specialisation(model, ids)
-        assert set(found) == {"weights", "routing"}
-        assert all(set(by_layer) == {"1", "2"} for by_layer in found.values())
-        assert found["weights"]["1"] == pytest.approx(2**0.5, rel=0.05)
-        assert 0 <= found["routing"]["1"] <= 1
-    assert measure_specialisation(StockModel(tiny_llama()), ids) == {}
+def test_every_predicted_token_is_compared_once_and_divided_three_ways():
+    model, teacher = tiny_v3(), StockModel(tiny_llama())
+    texts = {"a": random_ids(1, 150)[0], "b": random_ids(1, 90, seed=1)[0]}
+    found = compare(model, teacher, texts)
+    assert found.overall.tokens == 63 + 63 + 21 + 63 + 25
+    for part in (found.by_text, found.by_context, found.by_frequency):
+        assert sum(d.tokens for d in part.values()) == found.overall.tokens
+        for value in ("kl", "loss", "teacher_loss", "agreement"):
+            mean = sum(getattr(d, value) * d.tokens for d in part.values()) / found.overall.tokens
+            assert mean == pytest.approx(getattr(found.overall, value))
+    assert list(found.by_context) == ["1 to 15", "16 to 63"]
+    for name, ids in texts.items():
+        assert found.by_text[name].loss == pytest.approx(measure_quality(model, ids, 1).loss, rel=1e-6)
+        assert found.by_text[name].teacher_loss == pytest.approx(measure_quality(teacher, ids, 1).loss, rel=1e-6)
 
 
-def test_routing_by_the_token_alone_is_fully_explained():
-    """Without attention the first expert layer sees nothing but the token."""
-    model, ids = tiny_v3(first_k_dense_replace=0), random_ids(1, 4000)[0]
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-    for router in (layer.mlp.gate for layer in model.model.layers):
-        router.num_experts_per_tok = 1
-    assert min(measure_specialisation(model, ids)["routing"].values()) > 0.97
+def test_a_loss_far_back_is_found_in_its_bucket():
+    """A teacher that forgets nothing against a model whose far positions say something else."""
+
+    class Forgetful(StockModel):
+        def hidden_states(self, *arguments, **options):
+            hidden_BTD = super().hidden_states(*arguments, **options)
+            return torch.cat([hidden_BTD[:, :16], -hidden_BTD[:, 16:]], dim=1)
+
+    llama = tiny_llama()
+    found = compare(Forgetful(llama), StockModel(llama), {"a": random_ids(1, 64)[0]}).by_context
+    assert found["1 to 15"].kl == pytest.approx(0, abs=1e-6)
+    assert found["16 to 63"].agreement < 1 and found["16 to 63"].kl > 0.1
+
+
+def test_tokens_are_ranked_by_how_often_they_are_there():
+    ids = torch.tensor([0] + [7] * 20 + list(range(10, 30)) * 2)
+    found = compare(tiny_v3(), StockModel(tiny_llama()), {"a": ids}).by_frequency
+    assert {name: d.tokens for name, d in found.items()} == {"1 to 10": 20 + 9 * 2, "11 to 100": 11 * 2}

@@ -1,0 +1,88 @@
+"""Do unrotated channels hurt far positions? What a span is worth that stood in the context before, by distance.
+
+    python benchmarks/needle.py DENSE CONVERTED --text FILE
+
+Both models read the same sequences (`smolseek.evaluation.needle`); the difference is paired, trial by trial.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from circumstances import circumstances, command_line
+
+from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
+from smolseek.checkpoint.source import read_conversion
+from smolseek.config import DataSettings
+from smolseek.data.windows import held_out_documents, pack
+from smolseek.evaluation.needle import SPAN_TOKENS, Retrieval, measure_retrieval, pieces_of
+from smolseek.evaluation.paired import paired_difference
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What to compare."""
+
+    dense: tyro.conf.Positional[str]
+    """The source."""
+    converted: tyro.conf.Positional[str]
+    """What was made from it."""
+    text: tuple[str, ...]
+    """Held-out text that the spans are drawn from."""
+    trials: int = 64
+    """Spans for each distance."""
+    seed: int = 0
+    """Of the spans."""
+    out: Path | None = None
+    """The report; none: in benchmarks/results, dated."""
+
+
+def measure(needle: Needle) -> list[list[Retrieval]]:
+    """By distance, of the dense model and of the converted one."""
+    ids_T, _ = pack(load_tokenizer(needle.dense), held_out_documents(DataSettings(held_out=needle.text)))
+    models = [load_for_evaluation(folder) for folder in (needle.dense, needle.converted)]
+    draw = pieces_of(ids_T)
+    return [measure_retrieval(model, draw, trials=needle.trials, seed=needle.seed) for model in models]
+
+
+def report(needle: Needle, dense: list[Retrieval], converted: list[Retrieval]) -> str:
+    """The table in Markdown."""
+    cache = (read_conversion(needle.converted) or {}).get("cache", {})
+    kept = f", {cache['numbers_per_token'] / cache['source_numbers_per_token']:.0%} of its cache" if cache else ""
+    lines = [
+        "# Retrieval over distance, dense against converted",
+        "",
+        f"`{command_line()}`: {Path(needle.dense).name} and a conversion of it{kept}.",
+        f"A span of {SPAN_TOKENS} tokens of the text is read a second time, so many tokens behind its first. Gain:",
+        "mean log-probability of its tokens but the first, less that with another span in the first place, in nats per",
+        f"token; {needle.trials} trials a distance, ± standard error, the difference paired. Accuracy: the share of",
+        "those tokens that are likeliest (in brackets: with the other span).",
+        "",
+        circumstances(),
+        "",
+        "| distance | dense gain | converted gain | difference | dense accuracy | converted accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for d, c in zip(dense, converted, strict=True):
+        difference = paired_difference(c.gains, d.gains)
+        accuracies = " | ".join(f"{r.accuracy:.1%} ({r.control_accuracy:.1%})" for r in (d, c))
+        lines.append(f"| {d.distance_tokens:,} | {d.gain} | {c.gain} | {difference} | {accuracies} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Writes and prints the report."""
+    needle = tyro.cli(Needle, description=__doc__)
+    text = report(needle, *measure(needle))
+    day = datetime.date.today().isoformat()
+    (needle.out or ROOT / "benchmarks" / "results" / f"{day}-needle.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

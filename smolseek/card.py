@@ -1,0 +1,206 @@
+"""The model card of a folder: where it comes from, what it costs and keeps, how to load it, its limits and licence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolseek.config import Recipe
+from smolseek.runtimes import check, verdict
+
+_LOADING = {
+    "transformers": 'AutoModelForCausalLM.from_pretrained("{name}")',
+    "vllm": "vllm serve {name}",
+    "sglang": "python -m sglang.launch_server --model-path {name}",
+    "llama.cpp": "smolseek export gguf {name} {name}.gguf, then llama-cli -m {name}.gguf",
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training did: its recipe, its length, and the loss of the run's models on the same held-out text."""
+
+    recipe: Recipe
+    steps: int
+    tokens: int
+    held_out_losses: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What README.md says of a folder.
+
+    Args:
+        name: of the model.
+        config: its config.json.
+        licence: of its source, as `licence_fields` reads it.
+        conversion: what conversion.json holds, of a converted model.
+        training: of a trained model.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    licence: Mapping[str, Any]
+    conversion: Mapping[str, Any] | None = None
+    training: Training | None = None
+
+    def render(self) -> str:
+        """The card as Markdown with its front matter."""
+        sections = {
+            "": self._origin(),
+            "Cache": self._cache(),
+            "Quality": self._quality(),
+            "Loading": self._loading(),
+            "Limits": "\n".join(f"- {limit}" for limit in self._limits()),
+            "Licence": self._licence(),
+            "Settings of the conversion": self._settings(),
+            "Recipe of the training": _yaml(dataclasses.asdict(self.training.recipe)) if self.training else "",
+        }
+        told = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
+        return "\n\n".join([f"{self._front_matter()}\n# {self.name}", *told]) + "\n"
+
+    @property
+    def _source(self) -> str | None:
+        """The dense model, by its id on the hub or by its path; none: random weights."""
+        if self.conversion:
+            return self.conversion["source"]
+        return self.training.recipe.source if self.training else None
+
+    @property
+    def _source_name(self) -> str:
+        """How to speak of the source; without the path of a local folder, which means nothing elsewhere."""
+        if self._source is None:
+            return "Random weights"
+        return self._source if self._on_hub else Path(self._source).name
+
+    @property
+    def _on_hub(self) -> bool:
+        source = self._source or ""
+        return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+
+    @property
+    def _is_stock(self) -> bool:
+        return self.config.get("scoring_func", "sigmoid") == "sigmoid"
+
+    def _front_matter(self) -> str:
+        tags = [self.config["model_type"], *(["mla"] if "kv_lora_rank" in self.config else []), "smolseek"]
+        tree: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        tree |= ({"base_model": self._source} if self._on_hub else {}) | dict(self.licence)
+        return f"---\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}---"
+
+    def _origin(self) -> str:
+        kind = self.config["model_type"] + ("" if self._is_stock else ", softmax router: not stock DeepSeek-V3")
+        if self.conversion:
+            versions = self.conversion["versions"]
+            sentences = [
+                f"{self._source_name}, converted to a stock `DeepseekV3ForCausalLM` by smolseek {versions['smolseek']} "
+                f"in {self.conversion['seconds']:,.0f} s (transformers {versions['transformers']}, torch "
+                f"{versions['torch']}). The error of every layer by stage is in `conversion.json`."
+            ]
+        elif self._source is None:
+            sentences = [f"A causal language model ({kind}), made by smolseek from random weights."]
+        else:
+            sentences = [f"{self._source_name} ({kind}), trained on by smolseek."]
+        if self.training:
+            steps, tokens, data = self.training.steps, self.training.tokens, self.training.recipe.data.train
+            sentences.append(f"Trained for {steps:,} steps, {tokens:,} tokens of {', '.join(data)}.")
+        elif self.conversion:
+            sentences.append("It learned from the dense model's outputs alone; `smolseek train` heals it on text.")
+        return " ".join(sentences)
+
+    def _cache(self) -> str:
+        if not self.conversion:
+            return ""
+        cache = self.conversion["cache"]
+        return (
+            "| key-value cache per token | numbers | bytes |\n|---|---|---|\n"
+            f"| of the source | {cache['source_numbers_per_token']:,} | {cache['source_bytes_per_token']:,} |\n"
+            f"| of this model | {cache['numbers_per_token']:,} | {cache['bytes_per_token']:,} |\n\n"
+            f"In each layer a latent of {self.config['kv_lora_rank']} and one rotated key of "
+            f"{self.config['qk_rope_head_dim']} numbers."
+        )
+
+    def _settings(self) -> str:
+        return _yaml({"source": self._source_name, **self.conversion["settings"]}) if self.conversion else ""
+
+    def _quality(self) -> str:
+        parts = []
+        if self.conversion and self.conversion["losses"]:
+            tokens, digest = (self.conversion["calibration"][k] for k in ("judged_tokens", "tokens_sha256"))
+            parts.append(
+                f"Perplexity by stage of the conversion, on {tokens:,} tokens of the calibration text that it did not "
+                f"learn from (all of that text: sha256 {digest}):\n\n{_losses(self.conversion['losses'])}"
+            )
+        if self.training and self.training.held_out_losses:
+            parts.append(f"On held-out text, after training:\n\n{_losses(self.training.held_out_losses)}")
+        return "\n\n".join(parts) or "Not measured."
+
+    def _loading(self) -> str:
+        if not self._is_stock:
+            return f'`smolseek.load("{self.name}")` alone: no other loader has a softmax router in this architecture.'
+        if self.config["model_type"] != "deepseek_v3":
+            return f'`AutoModelForCausalLM.from_pretrained("{self.name}")`'
+        rows = ["| runtime | by config.json | command |", "|---|---|---|"]
+        for runtime, findings in check(dict(self.config)).items():
+            refused = any(finding.refuses for finding in findings)
+            command = "" if refused else f"`{_LOADING[runtime].format(name=self.name)}`"
+            rows.append(f"| {runtime} | {verdict(findings)} | {command} |")
+        return "\n".join(rows)
+
+    def _limits(self) -> list[str]:
+        context = self.config.get("max_position_embeddings")
+        limits = [f"It reads up to {context:,} tokens."] if context else []
+        if self.conversion:
+            limits.append(
+                "It is an approximation of its source, with what that knows, gets wrong and is biased to, and was "
+                "compared with it by the numbers above alone; `smolseek eval FOLDER --compare SOURCE --text FILE` says "
+                "where the two differ."
+            )
+            window = self.conversion["calibration"].get("window_tokens")
+            limits += [f"The conversion weighed errors on windows of {window:,} tokens."] if window else []
+            limits += _approximations(self.conversion["layers"])
+            if self.conversion["settings"]["exact"]:
+                limits.append("The exact form: its cache is larger, and transformers alone loads it.")
+        if not self._is_stock:
+            limits.append("A softmax router is not stock DeepSeek-V3.")
+        return limits
+
+    def _licence(self) -> str:
+        if self._source is None:
+            return "Trained from random weights: the licence is the trainer's to choose."
+        if not self.licence:
+            return (
+                f"The card of {self._source_name} names no licence; its licence files, if it has any, are in this "
+                "folder. Ask its owner before you share what was made from it."
+            )
+        name = self.licence.get("license_name", self.licence.get("license"))
+        return f"That of {self._source_name}: {name}. Its licence files, if it has any, are in this folder."
+
+
+def _approximations(layers: list[dict[str, Any]]) -> list[str]:
+    """What the target has no place for, and the most of it that a layer lost."""
+    told = []
+    for key, what in (("qk_norm_energy_lost", "norms on queries and keys"), ("bias_energy_lost", "biases")):
+        if layers and key in layers[0]:
+            most = max(layer[key] for layer in layers)
+            told.append(
+                f"The source's {what} are approximated: before refinement up to {most:.2g} of their energy is lost."
+            )
+    return told
+
+
+def _losses(losses: Mapping[str, float]) -> str:
+    rows = [f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(loss):.3f} |" for name, loss in losses.items()]
+    return "\n".join(["| | loss | perplexity |", "|---|---|---|", *rows])
+
+
+def _yaml(tree: Mapping[str, Any]) -> str:
+    plain = json.loads(json.dumps(tree, default=str))
+    return f"```yaml\n{yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)}```"

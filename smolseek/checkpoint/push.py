@@ -1,0 +1,80 @@
+"""A finished folder to the hub, by the hub library and with the token in its own store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.hub import SOFTMAX_MODEL_TYPE, load_config, named_disk_tensors
+from smolseek.checkpoint.source import read_config
+from smolseek.model import DeepseekV3
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a folder that nobody could load: its config, every tensor by the shards' headers, and the tokenizer.
+
+    Raises:
+        ValueError: one of them is missing, half, or not what config.json asks for.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder}: no such folder; name one with config.json, such as runs/NAME/model")
+    model_type = read_config(folder).get("model_type")
+    tensors = TensorFolder(folder)
+    shapes = {name: tensors.shape(name) for name in tensors.names()}
+    if model_type in ("deepseek_v3", SOFTMAX_MODEL_TYPE):
+        with torch.device("meta"):
+            model = DeepseekV3(load_config(folder))
+        for name, tensor in named_disk_tensors(model):
+            if shapes.get(name) != tuple(tensor.shape):
+                has = f"is {shapes[name]}" if name in shapes else "is not there"
+                raise ValueError(f"checkpoint {folder}: {name} {has}, and config.json asks for {tuple(tensor.shape)}")
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
+
+
+def files_to_push(folder: Path) -> list[Path]:
+    """The files of a complete checkpoint folder: all but hidden ones and what lies in folders inside it.
+
+    Raises:
+        ValueError: as `check_complete` does.
+    """
+    check_complete(folder)
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
+    """Upload a folder as the model `repo_id`, which is made private if it is not there, and return its address.
+
+    The token is the one that the hub library keeps; it is neither asked for, shown nor logged.
+
+    Raises:
+        ValueError: the folder is not complete, there is no token, the repository is public and `public` is not set,
+            or the hub refuses or is not there.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[
+        0
+    ]  # of the HTTP library that this hub library stands on
+    files = files_to_push(folder)
+    if not get_token():
+        raise ValueError(f"push {repo_id}: the hub library keeps no token; log in first: hf auth login")
+    api = HfApi()
+    try:
+        if not public and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
+            raise ValueError(f"push {repo_id}: is there and public; pass --public to add to it, or name another")
+        url = api.create_repo(repo_id, private=not public, exist_ok=True)
+        names, message = [path.name for path in files], "Upload by smolseek"
+        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        raise ValueError(
+            f"push {repo_id}: the hub refused (status {status}); check the id, and that the token may write (hf auth "
+            "whoami)"
+        ) from error
+    except transport_error as error:
+        raise ValueError(f"push {repo_id}: the hub is not there ({type(error).__name__}); try again") from error
+    return str(url)

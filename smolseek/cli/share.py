@@ -1,0 +1,39 @@
+"""push."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from smolseek.cli.shared import aligned, quiet
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload a complete checkpoint folder to the hub, into a private repository; log in with hf auth login."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder with config.json, such as runs/NAME/model."""
+    id: tyro.conf.Positional[str]
+    """owner/name on the hub."""
+    public: bool = False
+    """Into a public repository."""
+    dry_run: bool = False
+    """Only list the files and their sizes."""
+
+
+def run_push(command: Push) -> None:
+    quiet()
+    from smolseek.checkpoint.push import files_to_push, push
+
+    files = files_to_push(command.folder)
+    sizes = {path.name: path.stat().st_size for path in files}
+    rows = [*sizes.items(), ("together", sum(sizes.values()))]
+    print(aligned([[name, f"{size:,} bytes"] for name, size in rows]))
+    if command.dry_run:
+        kind = "public" if command.public else "private"
+        print(f"nothing is uploaded: without --dry-run these go to {command.id} ({kind} if it is made anew)")
+    else:
+        print(push(command.folder, command.id, public=command.public))

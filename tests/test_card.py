@@ -1,0 +1,87 @@
+import tomllib
+from pathlib import Path
+
+import yaml
+
+from smolseek.card import Card, Training
+from smolseek.checkpoint.hub import disk_config
+from smolseek.config import Recipe
+from tests.factories import tiny_v3_config
+
+ROOT = Path(__file__).parent.parent
+CONVERSION = {
+    "source": "owner/dense",
+    "settings": {"cache": 0.5, "exact": False, "seed": 0},
+    "cache": {
+        "source_numbers_per_token": 320,
+        "source_bytes_per_token": 640,
+        "numbers_per_token": 160,
+        "bytes_per_token": 320,
+    },
+    "calibration": {"judged_tokens": 4096, "window_tokens": 256, "tokens_sha256": "ab"},
+    "losses": {"dense": 1.5, "closed_form": 1.7},
+    "layers": [{"bias_energy_lost": 0.1}, {"bias_energy_lost": 0.3}],
+    "versions": {"smolseek": "0.1.0", "torch": "2", "transformers": "5"},
+    "seconds": 3.0,
+}
+V3 = disk_config(tiny_v3_config().to_dict())
+
+
+def front_matter(card: str) -> dict[str, object]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_converted_models_card():
+    card = Card("small", V3, {"license": "mit"}, CONVERSION).render()
+    assert front_matter(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["deepseek_v3", "mla", "smolseek"],
+        "base_model": "owner/dense",
+        "license": "mit",
+    }
+    for words in (
+        "# small\n\nowner/dense, converted to a stock",
+        "| closed form | 1.7000 | 5.474 |",
+        "| of this model | 160 | 320 |",
+        'AutoModelForCausalLM.from_pretrained("small")',
+        "| vllm | refuses: v_head_dim",
+        "up to 0.3 of their energy is lost",
+        "That of owner/dense: mit.",
+        "cache: 0.5",
+    ):
+        assert words in card
+    assert "vllm serve" not in card and "smolseek train" in card
+
+
+def test_a_healed_models_card_has_both_recipes_and_the_runs_numbers():
+    training = Training(Recipe(name="heal", source="small-v3"), 100, 5000, {"dense": 1.0, "healed": 1.1})
+    card = Card("heal", V3, {}, CONVERSION, training).render()
+    for words in ("100 steps, 5,000 tokens of builtin:python", "| healed | 1.1000 |", "cache: 0.5", "name: heal"):
+        assert words in card
+    assert "names no licence" in card and "smolseek train" not in card
+    assert card.index("Settings of the conversion") < card.index("Recipe of the training")
+
+
+def test_local_paths_are_not_shown(tmp_path):
+    source = tmp_path / "my-model"
+    source.mkdir()
+    card = Card("small", V3, {}, CONVERSION | {"source": str(source)}).render()
+    assert "my-model, converted" in card and str(tmp_path) not in card and "base_model" not in front_matter(card)
+
+
+def test_random_weights_and_softmax_routers():
+    training = Training(Recipe(name="scratch"), 3, 30)
+    card = Card("scratch", V3 | {"scoring_func": "softmax", "model_type": "smolseek_v3_softmax"}, {}, None, training)
+    text = card.render()
+    assert "from random weights" in text and "not stock" in text and 'smolseek.load("scratch")' in text
+    assert "Not measured" in text and "| vllm" not in text
+    dense = Card("dense", {"model_type": "llama", "max_position_embeddings": 64}, {}, None, training).render()
+    assert 'from_pretrained("dense")' in dense and "64 tokens" in dense and "mla" not in front_matter(dense)["tags"]
+
+
+def test_the_project_is_apache_licensed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
