@@ -16,11 +16,12 @@ from smolseek.config import Recipe
 from smolseek.runtimes import check, verdict
 
 _LOADING = {
-    "transformers": 'AutoModelForCausalLM.from_pretrained("{name}")',
-    "vllm": "vllm serve {name}",
-    "sglang": "python -m sglang.launch_server --model-path {name}",
-    "llama.cpp": "smolseek export gguf {name} {name}.gguf, then llama-cli -m {name}.gguf",
+    "transformers": '`AutoModelForCausalLM.from_pretrained("{name}")`',
+    "vllm": "`vllm serve {name}`",
+    "sglang": "`python -m sglang.launch_server --model-path {name}`",
+    "llama.cpp": "`smolseek export gguf {name} {name}.gguf`, then `llama-completion -m {name}.gguf`",
 }
+_STAGES = ("dense", "closed_form", "refined", "distilled")
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,11 @@ class Card:
     def _quality(self) -> str:
         parts = []
         if self.conversion and self.conversion["losses"]:
+            losses = {stage: loss for stage in _STAGES if (loss := self.conversion["losses"].get(stage)) is not None}
             tokens, digest = (self.conversion["calibration"][k] for k in ("judged_tokens", "tokens_sha256"))
             parts.append(
                 f"Perplexity by stage of the conversion, on {tokens:,} tokens of the calibration text that it did not "
-                f"learn from (all of that text: sha256 {digest}):\n\n{_losses(self.conversion['losses'])}"
+                f"learn from (all of that text: sha256 {digest}):\n\n{_losses(losses)}"
             )
         if self.training and self.training.held_out_losses:
             parts.append(f"On held-out text, after training:\n\n{_losses(self.training.held_out_losses)}")
@@ -150,7 +152,7 @@ class Card:
         rows = ["| runtime | by config.json | command |", "|---|---|---|"]
         for runtime, findings in check(dict(self.config)).items():
             refused = any(finding.refuses for finding in findings)
-            command = "" if refused else f"`{_LOADING[runtime].format(name=self.name)}`"
+            command = "" if refused else _LOADING[runtime].format(name=self.name)
             rows.append(f"| {runtime} | {verdict(findings)} | {command} |")
         return "\n".join(rows)
 

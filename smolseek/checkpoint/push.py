@@ -1,15 +1,12 @@
-"""A finished folder to the hub, by the hub library and with the token in its own store."""
+"""A finished folder to the hub, by the hub library and with the token in its own store. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
-from smolseek.checkpoint.folder import TensorFolder
-from smolseek.checkpoint.hub import SOFTMAX_MODEL_TYPE, load_config, named_disk_tensors
+from smolseek.checkpoint.expected import expected_tensors
+from smolseek.checkpoint.headers import read_headers
 from smolseek.checkpoint.source import read_config
-from smolseek.model import DeepseekV3
 
 
 def check_complete(folder: Path) -> None:
@@ -20,16 +17,12 @@ def check_complete(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: no such folder; name one with config.json, such as runs/NAME/model")
-    model_type = read_config(folder).get("model_type")
-    tensors = TensorFolder(folder)
-    shapes = {name: tensors.shape(name) for name in tensors.names()}
-    if model_type in ("deepseek_v3", SOFTMAX_MODEL_TYPE):
-        with torch.device("meta"):
-            model = DeepseekV3(load_config(folder))
-        for name, tensor in named_disk_tensors(model):
-            if shapes.get(name) != tuple(tensor.shape):
-                has = f"is {shapes[name]}" if name in shapes else "is not there"
-                raise ValueError(f"checkpoint {folder}: {name} {has}, and config.json asks for {tuple(tensor.shape)}")
+    config, headers = read_config(folder), read_headers(folder)
+    if "kv_lora_rank" in config:
+        for name, shape in expected_tensors(config).items():
+            if name not in headers or headers[name].shape != shape:
+                has = f"is {headers[name].shape}" if name in headers else "is not there"
+                raise ValueError(f"checkpoint {folder}: {name} {has}, and config.json asks for {shape}")
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
         raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
 
