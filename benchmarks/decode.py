@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import gc
 import statistics
 import sys
@@ -280,15 +279,11 @@ def main() -> int:
     """Measure, write the report, print it."""
     mine = tyro.cli(Comparison, description=__doc__)
 
-    def measure() -> tuple[Path, str, Callable[[Path], None]]:
+    def measure() -> tuple[Path, str, None]:
         rows = compare(mine)
-        return rows.path, report(mine, rows.rows, command_line()), functools.partial(_no_plot)
+        return rows.path, report(mine, rows.rows, command_line()), None
 
-    return present(measure)
-
-
-def _no_plot(_path: Path) -> None:
-    """A table says it."""
+    return present(measure, plots=False)
 
 
 if __name__ == "__main__":

@@ -56,18 +56,21 @@ class Rows:
         return [row for row in self.rows if about.items() <= row.items()]
 
 
-def present(measure: Callable[[], tuple[Path, str, Callable[[Path], None]]]) -> int:
-    """Write and print what `measure` gives: the path of the JSON lines, the report, and what draws the plot at a path.
+def present(measure: Callable[[], tuple[Path, str, Callable[[Path], None] | None]], *, plots: bool = True) -> int:
+    """Write and print what `measure` gives: the path of the JSON lines, the report, and what draws the plot at a path
+    (where it `plots`).
 
     The exit status: 2 for a user's mistake, said in one line.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        check_matplotlib()
+        if plots:
+            check_matplotlib()
         path, text, plot = measure()
         path.with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(path.with_suffix(".png"))
+        if plot is not None:
+            plot(path.with_suffix(".png"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
