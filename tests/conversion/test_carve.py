@@ -88,9 +88,10 @@ def test_stock_blocks_compute_what_was_carved(neurons):
     assert ours.shared_experts.gate_proj.weight.shape == (24, HIDDEN)
     stock = DeepseekV3MoE(config)
     stock.load_state_dict(ours.state_dict())
+    rounding = 1e-6 * expected.abs().max().item()  # of fp32 sums whose terms reach 4,000
     for block in (ours, stock):
         with torch.no_grad():
-            torch.testing.assert_close(block(inputs[None, :64])[0], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(block(inputs[None, :64])[0], expected, rtol=1e-4, atol=rounding)
 
 
 def test_all_experts_chosen_is_the_dense_mlp():
