@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, SiLUActivation
 
+from smolseek.model.fused import Combine, Dispatch, SwiGLUExperts
 from smolseek.model.layers import MLP
 from smolseek.model.routing import balance_loss, quantile_shift, with_loss
 
@@ -95,15 +96,27 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(E, D, inner))
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
-        """Outputs (M, D); expert e owns the rows from ends_E[e - 1] to ends_E[e] (int32), perhaps none."""
-        gate_MI, up_MI = grouped_linear(x_MD, self.gate_up_proj, ends_E).chunk(2, dim=-1)
-        return grouped_linear(self.act_fn(gate_MI) * up_MI, self.down_proj, ends_E)
+    def forward(self, x_MD: Tensor, ends_E: Tensor, weights_M1: Tensor) -> Tensor:
+        """Weighted outputs (M, D); expert e owns the rows from ends_E[e - 1] to ends_E[e] (int32), perhaps none."""
+        return swiglu_experts(x_MD, self.gate_up_proj, self.down_proj, ends_E, weights_M1, self.act_fn)
 
     def one(self, index: int, x_MD: Tensor) -> Tensor:
         """Outputs (M, D) of one expert."""
         gate_MI, up_MI = F.linear(x_MD, self.gate_up_proj[index]).chunk(2, dim=-1)
         return F.linear(self.act_fn(gate_MI) * up_MI, self.down_proj[index])
+
+
+def swiglu_experts(
+    x_MD: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, ends_E: Tensor, weights_M1: Tensor, act_fn: nn.Module
+) -> Tensor:
+    """`Experts.forward` by the weights given, in autocast's dtype where it is on; `fused.SwiGLUExperts` where it can."""
+    device = x_MD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MD.dtype
+    unit = 16 // dtype.itemsize
+    if torch.is_grad_enabled() and isinstance(act_fn, SiLUActivation) and down_EDI.shape[1] % unit == down_EDI.shape[2] % unit == 0:
+        return SwiGLUExperts.apply(x_MD.to(dtype), weights_M1.to(dtype), gate_up_EJD.to(dtype), down_EDI.to(dtype), ends_E)
+    gate_MI, up_MI = grouped_linear(x_MD, gate_up_EJD, ends_E).chunk(2, dim=-1)
+    return grouped_linear(act_fn(gate_MI) * up_MI, down_EDI, ends_E) * weights_M1
 
 
 def grouped_linear(x_MF: Tensor, weight_EOF: Tensor, ends_E: Tensor) -> Tensor:
@@ -133,17 +146,55 @@ class MixtureOfExperts(nn.Module):
         weights_NK, indices_NK = self.gate(x_ND, sequences=x_BTD.shape[0])
         if len(x_ND) == 1 and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
             return self._one_token(x_ND, weights_NK[0], indices_NK[0]).view_as(x_BTD) + self.shared_experts(x_BTD)
-        chosen_M, order_M = indices_NK.flatten().sort(stable=True)
-        counts_E = torch.zeros_like(self.gate.expert_counts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
+        counts_E = count_experts(indices_NK, self.gate.num_experts)
         self.gate.expert_counts += counts_E
-        token_M = order_M // indices_NK.shape[1]
-        out_MD = self.experts(x_ND.index_select(0, token_M), counts_E.cumsum(0).int())
-        out_MD = out_MD * weights_NK.flatten()[order_M].unsqueeze(-1)
-        routed_ND = torch.zeros_like(x_ND, dtype=out_MD.dtype).index_add(0, token_M, out_MD)
-        return routed_ND.to(x_BTD.dtype).view_as(x_BTD) + self.shared_experts(x_BTD)
+        if torch.is_autocast_enabled(device := x_BTD.device.type):  # once for all experts
+            x_ND = x_ND.to(torch.get_autocast_dtype(device))
+        rows_NK, token_M, ends_E = place_rows(indices_NK, counts_E, row_unit(x_ND, indices_NK, counts_E))
+        weights_M = weights_NK.new_zeros(len(token_M)).index_copy(0, rows_NK.flatten(), weights_NK.flatten())
+        row_MD = self.experts(Dispatch.apply(x_ND, token_M, rows_NK), ends_E, weights_M.unsqueeze(-1))
+        routed_ND = Combine.apply(row_MD, token_M, rows_NK).to(x_ND.dtype)
+        return (routed_ND + self.shared_experts(x_ND)).view_as(x_BTD)
 
     def _one_token(self, x_1D: Tensor, weights_K: Tensor, indices_K: Tensor) -> Tensor:
         """The routed part without sorting and grouping, which cost more than one token's products."""
         self.gate.expert_counts.scatter_add_(0, indices_K, torch.ones_like(indices_K))
         out_KD = torch.cat([self.experts.one(index, x_1D) for index in indices_K.tolist()])
         return (weights_K.unsqueeze(0) @ out_KD.float()).to(x_1D.dtype)
+
+
+def count_experts(indices_NK: Tensor, experts: int) -> Tensor:
+    """Tokens sent to each expert, (E,) int64."""
+    chosen_M = indices_NK.flatten()
+    return chosen_M.new_zeros(experts).scatter_add_(0, chosen_M, torch.ones_like(chosen_M))
+
+
+def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sorted by expert: the row of each token and choice (N, K), the token of each row (M,), each expert's end (E,).
+
+    Every expert's rows are a multiple of `unit`; the last one's fill up to an M that no count changes. Rows over are
+    copies of the first token that belong to nobody: they need the weight 0.
+    """
+    (choices, experts), chosen_M = (indices_NK.shape[1], len(counts_E)), indices_NK.flatten()
+    order = chosen_M.argsort(stable=True)
+    padded_E = (counts_E + unit - 1) // unit * unit
+    ends_E = padded_E.cumsum(0)
+    shift_E = ends_E - padded_E - (counts_E.cumsum(0) - counts_E)
+    each = torch.arange(len(order), device=order.device)
+    rows = torch.empty_like(order).index_copy_(0, order, each) + shift_E[chosen_M]
+    total = -(-(len(order) + experts * (unit - 1)) // unit) * unit
+    token_M = order.new_zeros(total).index_copy_(0, rows, each // choices)
+    ends_E[-1] = total
+    return rows.view_as(indices_NK), token_M, ends_E.int()
+
+
+def row_unit(x_ND: Tensor, indices_NK: Tensor, counts_E: Tensor) -> int:
+    """The multiple that an expert's rows are padded to, about a sixteenth of what it has.
+
+    bf16 products on a CPU are compiled for every new number of rows (oneDNN), which takes twice as long as the products
+    themselves: the fewer numbers there are, the sooner all of them are known.
+    """
+    mean = indices_NK.numel() // len(counts_E)
+    if x_ND.dtype != torch.bfloat16 or x_ND.device.type != "cpu" or mean < 64:
+        return 1
+    return max(16, 1 << (mean // 16).bit_length() - 1)

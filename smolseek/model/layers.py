@@ -1,15 +1,20 @@
 """The two small layers that every part of the model shares."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN
+
+from smolseek.model.fused import RMSNormOfRows
 
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the dtype of its input, so that autocast needs no mixed kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # where torch makes six operations of it
+            return RMSNormOfRows.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 

@@ -3,16 +3,24 @@ import torch
 import torch.nn.functional as F
 
 import smolseek.training.loss
-from smolseek.training.loss import IGNORED, has_fused_entropy, next_token_loss
+from smolseek.training.loss import IGNORED, divergence, next_token_loss
+
+
+@pytest.fixture
+def set_chunk(monkeypatch):
+    """Let a chunk hold at most that many fp32 logits, and a block of KL half of them."""
+
+    def set_(logits):
+        monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_BYTES", 4 * logits)
+        monkeypatch.setattr(smolseek.training.loss, "_BLOCK_LOGITS", {"cpu": logits // 2})
+
+    return set_
 
 
 @pytest.mark.parametrize("chunk_logits", [2**25, 50 * 16, 1])
 @pytest.mark.parametrize(("weight", "temperature"), [(0.0, 1.0), (0.3, 1.0), (0.3, 2.5), (1.0, 0.5)])
-@pytest.mark.parametrize("fused", [True, False])
-def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, chunk_logits, weight, temperature, fused):
-    monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_LOGITS", chunk_logits)
-    if not fused:
-        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+def test_chunks_give_the_plain_loss_and_gradients(set_chunk, chunk_logits, weight, temperature):
+    set_chunk(chunk_logits)
     torch.manual_seed(0)
     hidden, head = torch.randn(37, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     teacher_hidden, teacher_head = torch.randn(37, 6), torch.randn(50, 6)
@@ -40,8 +48,8 @@ def test_chunks_give_the_plain_loss_and_gradients(monkeypatch, chunk_logits, wei
 
 
 @pytest.mark.parametrize("chunk_logits", [2**25, 50 * 4])
-def test_ignored_labels_have_no_part_in_loss_or_gradient(monkeypatch, chunk_logits):
-    monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_LOGITS", chunk_logits)
+def test_ignored_labels_have_no_part_in_loss_or_gradient(set_chunk, chunk_logits):
+    set_chunk(chunk_logits)
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     teacher_hidden, teacher_head = torch.randn(20, 6), torch.randn(50, 6)
@@ -60,17 +68,63 @@ def test_a_batch_without_labels_teaches_nothing():
     assert torch.autograd.grad(loss, hidden)[0].eq(0).all()
 
 
-def test_torchs_own_chunks_are_for_fp32_alone():
-    hidden, head = torch.randn(37, 8), torch.randn(50, 8)
-    there = hasattr(F, "linear_cross_entropy")
-    assert has_fused_entropy(hidden, head) == there
-    assert not has_fused_entropy(hidden.bfloat16(), head.bfloat16())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not has_fused_entropy(hidden, head)
+def relative_error(got, wanted):
+    return ((got.double() - wanted).norm() / wanted.norm()).item()
 
 
-def test_no_more_than_a_chunk_of_the_teachers_logits_is_held(monkeypatch):
-    monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_LOGITS", 50 * 4)
+@pytest.mark.parametrize("sureness", [0.3, 4.0, 9.0])
+@pytest.mark.parametrize("setting", ["autocast", "weights"])
+def test_bf16_is_as_near_to_fp64_as_the_plain_path(set_chunk, sureness, setting):
+    """Loss and gradients, from a model that hardly knows the label to one that gives it 0.999."""
+    set_chunk(300 * 16)
+    torch.manual_seed(0)
+    dtype = torch.float32 if setting == "autocast" else torch.bfloat16
+    head = (torch.randn(300, 64) / 8).to(dtype).requires_grad_()
+    labels = torch.randint(300, (64,))
+    hidden = (torch.randn(64, 64) + sureness * head.detach()[labels].float()).to(dtype).requires_grad_()
+    exact = F.cross_entropy(hidden.double() @ head.double().T, labels)
+    wanted = torch.autograd.grad(exact, (hidden, head))
+    wanted = [gradient.double() for gradient in wanted]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting == "autocast"):
+        plain = F.cross_entropy(F.linear(hidden, head).float(), labels)
+        ours, entropy = next_token_loss(hidden, head, labels)
+    assert ours.item() == entropy.item() == pytest.approx(exact.item(), rel=5e-3)
+    pairs = zip(torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(plain, (hidden, head)), wanted)
+    for got, plain_got, true in pairs:
+        assert got.dtype == dtype and relative_error(got, true) < 1.5 * relative_error(plain_got, true)
+
+
+def test_a_share_of_the_loss_scales_its_gradients():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(50, (9,))
+    whole = torch.autograd.grad(next_token_loss(hidden, head, labels)[0], (hidden, head))
+    share = torch.autograd.grad(next_token_loss(hidden, head, labels)[0] * 0.25, (hidden, head))
+    torch.testing.assert_close([4 * gradient for gradient in share], list(whole))
+
+
+def test_a_head_that_does_not_learn_gets_no_gradient():
+    hidden, head = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8)
+    next_token_loss(hidden, head, torch.randint(50, (9,)))[0].backward()
+    assert hidden.grad is not None and head.grad is None
+    with torch.no_grad():
+        assert not next_token_loss(hidden, head, torch.randint(50, (9,)))[0].requires_grad
+
+
+def test_divergence_is_the_kl_alone(set_chunk):
+    set_chunk(50 * 4)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(37, 8, requires_grad=True), torch.randn(50, 8)
+    teacher_hidden, teacher_head = torch.randn(37, 6), torch.randn(50, 6)
+    got = divergence(hidden, head, teacher_hidden, teacher_head)
+    target = (teacher_hidden @ teacher_head.T).log_softmax(-1)
+    plain = F.kl_div((hidden @ head.T).log_softmax(-1), target, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(got, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (got, plain)))
+
+
+def test_no_more_than_a_chunk_of_the_teachers_logits_is_held(monkeypatch, set_chunk):
+    set_chunk(50 * 4)
     sizes, linear = [], F.linear
 
     def seen(*arguments):
