@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN, SiLUActivation
 
 from smolseek.model.fused import Combine, Dispatch, SwiGLUExperts
-from smolseek.model.layers import MLP
+from smolseek.model.layers import MLP, autocast_dtype
 from smolseek.model.routing import balance_loss, quantile_shift, with_loss
 
 
@@ -98,7 +98,7 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, ends_E: Tensor, weights_M1: Tensor) -> Tensor:
         """Weighted outputs (M, D); expert e owns the rows from ends_E[e - 1] to ends_E[e] (int32), perhaps none."""
-        return swiglu_experts(x_MD, self.gate_up_proj, self.down_proj, ends_E, weights_M1, self.act_fn)
+        return swiglu_experts(x_MD, weights_M1, self.gate_up_proj, self.down_proj, ends_E, self.act_fn)
 
     def one(self, index: int, x_MD: Tensor) -> Tensor:
         """Outputs (M, D) of one expert."""
@@ -107,22 +107,21 @@ class Experts(nn.Module):
 
 
 def swiglu_experts(
-    x_MD: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, ends_E: Tensor, weights_M1: Tensor, act_fn: nn.Module
+    x_MD: Tensor, weights_M1: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, ends_E: Tensor, act_fn: nn.Module
 ) -> Tensor:
-    """`Experts.forward` by the weights given, in autocast's dtype where it is on; `fused.SwiGLUExperts` where it can."""
-    device = x_MD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MD.dtype
-    unit = 16 // dtype.itemsize
-    if torch.is_grad_enabled() and isinstance(act_fn, SiLUActivation) and down_EDI.shape[1] % unit == down_EDI.shape[2] % unit == 0:
-        return SwiGLUExperts.apply(x_MD.to(dtype), weights_M1.to(dtype), gate_up_EJD.to(dtype), down_EDI.to(dtype), ends_E)
+    """`Experts.forward` by the parameters given; in training by `fused.SwiGLUExperts` where it fits."""
+    dtype = autocast_dtype(x_MD)
+    aligned = all(width % (16 // dtype.itemsize) == 0 for width in down_EDI.shape[1:])
+    if torch.is_grad_enabled() and aligned and isinstance(act_fn, SiLUActivation):
+        operands = [tensor.to(dtype) for tensor in (x_MD, weights_M1, gate_up_EJD, down_EDI)]
+        return SwiGLUExperts.apply(*operands, ends_E)
     gate_MI, up_MI = grouped_linear(x_MD, gate_up_EJD, ends_E).chunk(2, dim=-1)
     return grouped_linear(act_fn(gate_MI) * up_MI, down_EDI, ends_E) * weights_M1
 
 
 def grouped_linear(x_MF: Tensor, weight_EOF: Tensor, ends_E: Tensor) -> Tensor:
     """x W_eᵀ for each expert's rows, (M, O), in autocast's dtype where it is on (it does not know grouped_mm)."""
-    device = x_MF.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MF.dtype
+    dtype = autocast_dtype(x_MF)
     x_MF, weight_EOF = x_MF.to(dtype), weight_EOF.to(dtype)
     out_width, in_width = weight_EOF.shape[1:]
     unit = 16 // dtype.itemsize  # grouped_mm wants strides of 16 bytes, backward too
@@ -148,8 +147,7 @@ class MixtureOfExperts(nn.Module):
             return self._one_token(x_ND, weights_NK[0], indices_NK[0]).view_as(x_BTD) + self.shared_experts(x_BTD)
         counts_E = count_experts(indices_NK, self.gate.num_experts)
         self.gate.expert_counts += counts_E
-        if torch.is_autocast_enabled(device := x_BTD.device.type):  # once for all experts
-            x_ND = x_ND.to(torch.get_autocast_dtype(device))
+        x_ND = x_ND.to(autocast_dtype(x_ND))  # once for all experts
         rows_NK, token_M, ends_E = place_rows(indices_NK, counts_E, row_unit(x_ND, indices_NK, counts_E))
         weights_M = weights_NK.new_zeros(len(token_M)).index_copy(0, rows_NK.flatten(), weights_NK.flatten())
         row_MD = self.experts(Dispatch.apply(x_ND, token_M, rows_NK), ends_E, weights_M.unsqueeze(-1))
@@ -170,7 +168,7 @@ def count_experts(indices_NK: Tensor, experts: int) -> Tensor:
 
 
 def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by expert: the row of each token and choice (N, K), the token of each row (M,), each expert's end (E,).
+    """Rows sorted by expert: the row of each token and choice (N, K), the token of each row (M,), and each expert's end (E,).
 
     Every expert's rows are a multiple of `unit`; the last one's fill up to an M that no count changes. Rows over are
     copies of the first token that belong to nobody: they need the weight 0.

@@ -97,13 +97,14 @@ class LoopedExperts(nn.Module):
         pairs = zip(experts.gate_up_proj, experts.down_proj, strict=True)
         self.experts = nn.ModuleList(FusedMLP(gate_up, down, experts.act_fn, laid) for gate_up, down in pairs)
 
-    def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(self, x_MD: Tensor, ends_E: Tensor, weights_M1: Tensor) -> Tensor:
+        """As `Experts.forward`."""
         out, start = [], 0
         for expert, end in zip(self.experts, ends_E.tolist(), strict=True):
             if end > start:
                 out.append(expert(x_MD[start:end]))
             start = end
-        return torch.cat(out)
+        return torch.cat(out) * weights_M1
 
     def one(self, index: int, x_MD: Tensor) -> Tensor:
         """Outputs (M, D) of one expert."""

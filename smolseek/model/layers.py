@@ -1,4 +1,4 @@
-"""The two small layers that every part of the model shares."""
+"""The small things that every part of the model shares."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,12 @@ from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN
 
 from smolseek.model.fused import RMSNormOfRows
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the tensor's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class RMSNorm(nn.RMSNorm):

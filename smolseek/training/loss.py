@@ -5,12 +5,15 @@ Shapes: N positions (batch × tokens), D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from smolseek.model.layers import autocast_dtype
 
 _MAX_CHUNK_BYTES = 2**28
 """Logits held at once, in the dtype of the product that makes them."""
@@ -49,8 +52,8 @@ def next_token_loss(
 def divergence(hidden_ND: Tensor, head_VD: Tensor, teacher_hidden_ND: Tensor, teacher_head_VD: Tensor) -> Tensor:
     """Mean KL(teacher ‖ student) in nats per position; chunks as in `next_token_loss`."""
     any_labels_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
-    teacher = {"teacher_hidden_ND": teacher_hidden_ND, "teacher_head_VD": teacher_head_VD}
-    return next_token_loss(hidden_ND, head_VD, any_labels_N, **teacher, distill_weight=1.0)[0]
+    teacher = teacher_hidden_ND, teacher_head_VD
+    return _HeadLoss.apply(hidden_ND, head_VD, any_labels_N, *teacher, 1.0, 1.0, torch.is_grad_enabled())[0]
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -68,8 +71,7 @@ class _HeadLoss(torch.autograd.Function):
         temperature: float,
         differentiable: bool,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        dtype = autocast_dtype(hidden_ND)
         x_ND, weight_VD, mean = hidden_ND.to(dtype), head_VD.to(dtype), 1 / len(labels_N)
         wants_hidden, wants_head = (differentiable and wanted for wanted in ctx.needs_input_grad[:2])
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
@@ -77,10 +79,10 @@ class _HeadLoss(torch.autograd.Function):
         sums = torch.zeros(2, device=hidden_ND.device)
         for rows in _slices(len(labels_N), _MAX_CHUNK_BYTES // (dtype.itemsize * len(head_VD))):
             logits_NV = F.linear(x_ND[rows], weight_VD)
-            teacher_NV = None if teacher_hidden_ND is None else F.linear(teacher_hidden_ND[rows], teacher_head_VD)
-            if teacher_NV is None:
+            if teacher_hidden_ND is None or teacher_head_VD is None:
                 sums += _entropy_gradient(logits_NV, labels_N[rows])
             else:
+                teacher_NV = F.linear(teacher_hidden_ND[rows], teacher_head_VD)
                 sums += _mixed_gradient(logits_NV, labels_N[rows], teacher_NV, distill_weight, temperature)
             if hidden_grad_ND is not None:
                 torch.mul(logits_NV @ weight_VD, mean, out=hidden_grad_ND[rows])
@@ -158,4 +160,4 @@ def _slices(count: int, most: int) -> list[slice]:
     """`count` rows in as few and as equal parts of at most `most` (at least one) as will do."""
     parts = -(-count // max(1, most))
     bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [slice(*pair) for pair in itertools.pairwise(bounds)]

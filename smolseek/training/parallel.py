@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from smolseek.checkpoint.state import load_plain, load_state, new_state, newest_whole_state, save_state
 from smolseek.config import ParallelSettings, TrainSettings
-from smolseek.model.experts import Experts, MixtureOfExperts, grouped_linear
+from smolseek.model.experts import Experts, MixtureOfExperts, swiglu_experts
 
 SHARDS = "sharded"
 """Folder of a training state that holds its tensors when several processes wrote them."""
@@ -311,21 +311,22 @@ class SharedExperts(Experts):
             share = distribute_tensor(parameter.data, mesh, [Shard(0)])
             self.register_parameter(name, nn.Parameter(share, requires_grad=parameter.requires_grad))
 
-    def forward(self, x_MD: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(self, x_MD: Tensor, ends_E: Tensor, weights_M1: Tensor) -> Tensor:
         """As `Experts.forward`."""
         sent_GL = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(self.group_size, -1)
         received_GL = self._exchange(sent_GL, [1] * self.group_size, [1] * self.group_size)
         sent, received = sent_GL.sum(1).tolist(), received_GL.sum(1).tolist()
-        rows_MD = self._exchange(x_MD, received, sent)  # by process of origin, then by expert
+        rows_MD, weights_M1 = (self._exchange(rows, received, sent) for rows in (x_MD, weights_M1))
+        # They lie by process of origin, then by expert.
         local_M = torch.arange(sent_GL.shape[1], device=x_MD.device).repeat(self.group_size)
         order_M = local_M.repeat_interleave(received_GL.flatten()).argsort(stable=True)
-        out_MD = self._compute(rows_MD.index_select(0, order_M), received_GL.sum(0).cumsum(0).int())
+        ends_L = received_GL.sum(0).cumsum(0).int()
+        out_MD = self._compute(rows_MD.index_select(0, order_M), weights_M1.index_select(0, order_M), ends_L)
         return self._exchange(out_MD.index_select(0, order_M.argsort()), sent, received)
 
-    def _compute(self, x_MD: Tensor, ends_L: Tensor) -> Tensor:
-        gate_up_LID, down_LDI = (parameter.to_local() for parameter in (self.gate_up_proj, self.down_proj))  # type: ignore[attr-defined]
-        gate_MI, up_MI = grouped_linear(x_MD, gate_up_LID, ends_L).chunk(2, dim=-1)
-        return grouped_linear(self.act_fn(gate_MI) * up_MI, down_LDI, ends_L)
+    def _compute(self, x_MD: Tensor, weights_M1: Tensor, ends_L: Tensor) -> Tensor:
+        gate_up_LJD, down_LDI = (parameter.to_local() for parameter in (self.gate_up_proj, self.down_proj))  # type: ignore[attr-defined]
+        return swiglu_experts(x_MD, weights_M1, gate_up_LJD, down_LDI, ends_L, self.act_fn)
 
     def _exchange(self, rows: Tensor, received: list[int], sent: list[int]) -> Tensor:
         """All-to-all along the first dimension; differentiable."""

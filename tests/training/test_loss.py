@@ -89,8 +89,8 @@ def test_bf16_is_as_near_to_fp64_as_the_plain_path(set_chunk, sureness, setting)
         plain = F.cross_entropy(F.linear(hidden, head).float(), labels)
         ours, entropy = next_token_loss(hidden, head, labels)
     assert ours.item() == entropy.item() == pytest.approx(exact.item(), rel=5e-3)
-    pairs = zip(torch.autograd.grad(ours, (hidden, head)), torch.autograd.grad(plain, (hidden, head)), wanted)
-    for got, plain_got, true in pairs:
+    gots, plains = (torch.autograd.grad(loss, (hidden, head)) for loss in (ours, plain))
+    for got, plain_got, true in zip(gots, plains, wanted, strict=True):
         assert got.dtype == dtype and relative_error(got, true) < 1.5 * relative_error(plain_got, true)
 
 
