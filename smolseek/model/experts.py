@@ -168,7 +168,7 @@ def count_experts(indices_NK: Tensor, experts: int) -> Tensor:
 
 
 def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by expert: the row of each token and choice (N, K), the token of each row (M,), and each expert's end (E,).
+    """Rows sorted by expert: each choice's row (N, K), each row's token (M,), each expert's end (E,).
 
     Every expert's rows are a multiple of `unit`; the last one's fill up to an M that no count changes. Rows over are
     copies of the first token that belong to nobody: they need the weight 0.

@@ -92,10 +92,9 @@ class SwiGLUExperts(torch.autograd.Function):
         down_grad_EDI = None
         if wants_down:
             down_grad_EDI = F.grouped_mm(out_grad_MD.t(), gated_MI.mul_(weights_M1), offs=ends_E)
-        gate_up_grad_MJ = torch.empty_like(gate_up_MJ)
-        gate_grad_MI, up_grad_MI = gate_up_grad_MJ.chunk(2, dim=-1)
-        torch.mul(inner_grad_MI, active_MI, out=up_grad_MI)
-        gate_grad_MI.copy_(torch.ops.aten.silu_backward(inner_grad_MI.mul_(up_MI), gate_MI))
+        up_grad_MI = inner_grad_MI * active_MI
+        gate_grad_MI = torch.ops.aten.silu_backward(inner_grad_MI.mul_(up_MI), gate_MI)
+        gate_up_grad_MJ = torch.cat((gate_grad_MI, up_grad_MI), dim=-1)
         gate_up_grad_EJD = F.grouped_mm(gate_up_grad_MJ.t(), x_MD, offs=ends_E) if wants_gate_up else None
         x_grad_MD = F.grouped_mm(gate_up_grad_MJ, gate_up_EJD, offs=ends_E) if wants_x else None
         return x_grad_MD, weights_grad_M1, gate_up_grad_EJD, down_grad_EDI, None
