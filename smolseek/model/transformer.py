@@ -50,6 +50,8 @@ class Transformer(nn.Module):
         # transformers' own: default, linear, dynamic, yarn and longrope stay identical to it.
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
         self.activation_checkpointing = False
+        self.compiled_layers: list[Any] = []
+        """The layers for forwards with gradients where `compile_for_training` was called."""
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None, cache: LatentCache | None) -> Tensor:
         tokens = input_ids.shape[1]
@@ -58,7 +60,7 @@ class Transformer(nn.Module):
         h_BTD = self.embed_tokens(input_ids)
         rope = self.rope(tokens, cache)
         mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
-        for layer in self.layers:
+        for layer in self.compiled_layers if torch.is_grad_enabled() and self.compiled_layers else self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 h_BTD = _recomputed(layer, h_BTD, rope, mask_B1TS)
             else:
@@ -66,6 +68,11 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += tokens
         return self.norm(h_BTD)
+
+    def compile_for_training(self) -> None:
+        """Compile the layers at their next forward with gradients; what cannot be compiled runs as it is."""
+        torch._dynamo.config.suppress_errors = True  # a machine without a compiler, say: a warning and the plain layer
+        self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
 
     def rope(self, tokens: int, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
         """fp32 cos and sin, (B or 1, T, 1, R / 2); positions count from each row's first real token."""

@@ -36,6 +36,7 @@ from smolseek.model.balance import (
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
+from smolseek.training.memory import keep_freed_memory
 from smolseek.training.optimizer import build_optimizers, choose_trained, learning_rate
 from smolseek.training.parallel import Alone
 from smolseek.training.precision import autocast
@@ -110,6 +111,10 @@ class Trainer:
         self.autocast = autocast(self.device, self.settings.precision)
         if self.settings.activation_checkpointing:
             checkpoint_activations(model)
+        if self.settings.compile and isinstance(model, DeepseekV3):
+            model.model.compile_for_training()
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._begin_stage()
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed

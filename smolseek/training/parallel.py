@@ -136,6 +136,11 @@ class Together(Alone):
                 f"train.batch_windows {settings.batch_windows}: must be a multiple of the {self.size} processes, which "
                 "divide every micro-batch among them"
             )
+        if settings.compile:
+            raise ValueError(
+                f"train.compile with {self.size} processes: sharded blocks are not compiled; leave it out, or use one "
+                "process"
+            )
         if settings.optimizer == "muon":
             raise ValueError(
                 f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, which are sharded; use "
