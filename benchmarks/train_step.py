@@ -12,6 +12,7 @@ rate of a 4,096² product of the same dtype, measured in the same process.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -29,7 +30,6 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from smolseek.model import DeepseekV3
-from smolseek.planning import measure_machine
 from smolseek.training.loss import next_token_loss
 from smolseek.training.memory import keep_freed_memory
 
@@ -162,18 +162,18 @@ def config_of(mine: Comparison, cell: Cell, implementation: str) -> DeepseekV3Co
 
 
 def too_large(mine: Comparison, cell: Cell, name: str) -> bool:
-    """Whether batched_mm's copies of an expert for each of its tokens, kept for the backward pass, exceed the memory."""
+    """Whether batched_mm's copies of an expert for each of its tokens exceed the memory, kept for the backward pass."""
     if name != "batched_mm":
         return False
     _, chosen, width = EXPERTS[cell.experts]
     size = 4 if cell.precision == "float32" else 2
     copies = mine.step_tokens * chosen * 3 * width * mine.hidden * size * (mine.layers - 1)
-    memory = torch.cuda.mem_get_info()[0] if mine.device == "cuda" else measure_machine().memory_bytes
-    return copies > memory
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return copies > (torch.cuda.mem_get_info()[0] if mine.device == "cuda" else machine)
 
 
 def flops_per_step(config: DeepseekV3Config, step_tokens: int, tokens: int) -> float:
-    """Of the products that a step needs, two a multiplication: three times the forward pass's, causal attention half."""
+    """Of the products that a step needs, two a multiplication: thrice the forward pass's, causal attention half."""
     model = DeepseekV3(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() > 1}
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
@@ -343,7 +343,7 @@ def report(mine: Comparison, rows: list[Row], command: str) -> str:
     """The comparison as Markdown."""
     config = config_of(mine, Cell("8x512", min(mine.sequences), "float32"), "grouped_mm")
     about = (
-        f"SmolLM2-135M's shape, {mine.layers} of {LAYERS} layers and {config.vocab_size:,} of {VOCABULARY:,} vocabulary "
+        f"SmolLM2-135M's shape, {mine.layers} of {LAYERS} layers, {config.vocab_size:,} of {VOCABULARY:,} vocabulary "
         f"entries, {mine.step_tokens:,} tokens a step; medians of {mine.rounds} turns ± half the range. Rivals are "
         "transformers' experts implementations; batched_mm is left out where a copy of an expert for every token does "
         "not fit in memory. Parts are timed alone and need not add up."
