@@ -180,7 +180,7 @@ def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int) -> tuple[Tensor,
     shift_E = ends_E - padded_E - (counts_E.cumsum(0) - counts_E)
     each = torch.arange(len(order), device=order.device)
     rows = torch.empty_like(order).index_copy_(0, order, each) + shift_E[chosen_M]
-    total = -(-(len(order) + experts * (unit - 1)) // unit) * unit
+    total = (len(order) + experts * (unit - 1)) // unit * unit  # what the padded counts are at most
     token_M = order.new_zeros(total).index_copy_(0, rows, each // choices)
     ends_E[-1] = total
     return rows.view_as(indices_NK), token_M, ends_E.int()

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolseek.model.experts import MixtureOfExperts, TopkRouter, grouped_linear
+import smolseek.model.experts
+from smolseek.model.experts import MixtureOfExperts, TopkRouter, count_experts, grouped_linear, place_rows, row_unit
 from tests.factories import enliven, tiny_v3_config
 
 
@@ -122,3 +123,35 @@ def test_router_stays_fp32_under_autocast() -> None:
         weights, choice = router(x)
     expected_weights, expected_choice = router(x)
     assert torch.equal(weights, expected_weights) and torch.equal(choice, expected_choice)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(3, 6), st.sampled_from([1, 4, 16]), st.integers(0, 5))
+def test_rows_lie_with_their_expert_and_experts_end_at_multiples(
+    tokens: int, choices: int, experts: int, unit: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.rand(tokens, experts, generator=generator).topk(choices).indices
+    rows, token, ends = place_rows(indices, count_experts(indices, experts), unit)
+    assert (ends % unit == 0).all() and ends[-1] == len(token) and len(token) < tokens * choices + experts * unit
+    assert rows.flatten().unique().numel() == tokens * choices
+    assert (torch.bucketize(rows, ends, right=True) == indices).all()
+    assert (token[rows] == torch.arange(tokens).unsqueeze(1)).all()
+
+
+def test_rows_of_nobody_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, results = lively_moe(), []
+    x = torch.randn(2, 33, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for unit in (1, 16):
+        monkeypatch.setattr(smolseek.model.experts, "row_unit", lambda *_, unit=unit: unit)
+        out = moe(x)
+        learnt = [parameter for parameter in moe.parameters() if parameter.requires_grad]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (x, *learnt))])
+    torch.testing.assert_close(*results)
+
+
+def test_bf16_rows_on_a_cpu_come_in_few_sizes() -> None:
+    few, many = torch.zeros(64, 2, dtype=torch.int64), torch.zeros(2048, 2, dtype=torch.int64)
+    x, counts = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)
+    assert row_unit(x, many, counts) == 32 and row_unit(x, few, counts) == 1
+    assert row_unit(x.float(), many, counts) == 1

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 from transformers import LlamaForCausalLM
 
 from smolseek.checkpoint.hub import load
@@ -293,6 +294,33 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(
     assert len(counts) == len(counts_again) == (0 if dense else 2)
     for (_, once), (_, again) in zip(counts, counts_again, strict=True):
         assert once.sum() == 2 * 4 * 16 * 3 and torch.equal(once, again)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike_and_go_on_bit_for_bit(recipe, tmp_path):
+    plain, whole = (trainer_of(with_train(recipe, compile=c), tmp_path / f"{c}") for c in (False, True))
+    qualities = [trainer.fit(Watcher()).loss for trainer in (plain, whole)]
+    assert whole.model.model.compiled_layers and qualities[0] == pytest.approx(qualities[1], abs=1e-4)
+    losses = [[line["loss"] for line in metrics(t.folder) if "loss" in line] for t in (plain, whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    with pytest.raises(Interrupted):
+        trainer_of(with_train(recipe, compile=True), tmp_path / "cut").fit(stop_at(5))
+    resumed = trainer_of(with_train(recipe, compile=True), tmp_path / "cut")
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    assert_same_run(whole, resumed)
+
+
+def test_blocks_without_a_compiler_run_as_they_are(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    losses = []
+    for compiled in (False, True):
+        trainer = trainer_of(with_train(recipe, compile=compiled), tmp_path / "run")
+        trainer.model.train()
+        with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_cache():
+            losses.append(trainer._loss(trainer.stream.next(4))[0])
+        losses[-1].backward()
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,13 @@
+from smolseek.training import memory
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    memory.keep_freed_memory()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    memory.keep_freed_memory()
+
+    def missing(name):
+        raise OSError
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    memory.keep_freed_memory()
