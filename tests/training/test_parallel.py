@@ -5,8 +5,8 @@ import torch
 from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
 
 from smolseek.cli import main
-from smolseek.config import ParallelSettings
-from smolseek.training.parallel import Alone, join, restarted
+from smolseek.config import ParallelSettings, TrainSettings
+from smolseek.training.parallel import Alone, Together, join, restarted
 from tests.text import write_stories
 
 pytestmark = pytest.mark.timeout(1200)
@@ -88,3 +88,10 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     recipe = recipe_of(tmp_path, steps=2)
     with pytest.raises(RuntimeError, match=r"train\.batch_windows 3: must be a multiple of the 2 processes"):
         run(recipe, tmp_path / "2", 2, "--train.batch-windows", "3")
+
+
+def test_compiled_blocks_are_for_one_process():
+    together = object.__new__(Together)
+    together.size = 2
+    with pytest.raises(ValueError, match=r"train\.compile with 2 processes"):
+        together.check(TrainSettings(compile=True))
