@@ -104,7 +104,9 @@ class Bench:
             held_out_tokens=healing.text_tokens,
             separator=healing.separator,
         )
-        self.kept = Rows(healing.results, f"healing-{healing.out}", healing, free=("seeds", "arms", "optimizers", "results", "work"))
+        self.kept = Rows(
+            healing.results, f"healing-{healing.out}", healing, free=("seeds", "arms", "optimizers", "results", "work")
+        )
         self.lines, self.rows = self.kept.path, self.kept.rows
 
     def recipe(self, arm: Arm, optimizer: Optimizer, seed: int) -> Recipe:
