@@ -201,15 +201,15 @@ def measure(trainer: Trainer) -> Row:
     take_expert_counts(model)
     quality = measure_quality(
         model,
-        trainer.held_out_T,
-        trainer.held_out_bytes,
+        trainer.held_out.ids_T,
+        trainer.held_out.text_bytes,
         on_window=lambda done, count: windows.append([counts_E for _, counts_E in take_expert_counts(model)]),
     )
     counts_WLE = torch.stack([torch.stack(layers) for layers in windows])
     with shuffled_routing(model):
-        shuffled = measure_quality(model, trainer.held_out_T, trainer.held_out_bytes)
+        shuffled = trainer.measure(model)
     take_expert_counts(model)
-    per_batch = max(1, round(trainer.step_tokens * len(windows) / len(trainer.held_out_T)))
+    per_batch = max(1, round(trainer.step_tokens * len(windows) / len(trainer.held_out.ids_T)))
     fair_L1 = counts_WLE.sum(0).double().mean(1, keepdim=True)
     return {
         "loss": quality.loss,

@@ -34,7 +34,7 @@ from smolseek.config import ConvertSettings, DataSettings, SampleSettings, load_
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import read_source, target_config
 from smolseek.data import calibration_windows
-from smolseek.data.windows import held_out_documents, pack
+from smolseek.data.windows import Packed, held_out_documents, pack
 from smolseek.evaluation import measure_divergence, measure_quality
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.road import travel
@@ -107,12 +107,12 @@ class Bench:
         self.whole = 2 * self.source["num_key_value_heads"] * self.source["head_dim"]
         self.tokenizer = load_tokenizer(self.folder)
         self.dense = load_stock(self.folder)
-        self.held_out_T, self.held_out_bytes = self._text(comparison.held_out)
-        self.other_T = self._text(comparison.other_domain)[0] if comparison.other_domain else None
+        self.held_out_T, _, self.held_out_bytes = self._text(comparison.held_out)
+        self.other_T = self._text(comparison.other_domain).ids_T if comparison.other_domain else None
         self.kept = Rows(comparison.results, f"convert-quality-{comparison.out}", comparison, free=("results", "work"))
         self.lines, self.rows = self.kept.path, self.kept.rows
 
-    def _text(self, names: tuple[str, ...]) -> tuple[Tensor, int]:
+    def _text(self, names: tuple[str, ...]) -> Packed:
         texts = {"train" if BUILTIN_TEXT in names else "held_out": names}
         settings = DataSettings(separator=self.comparison.separator, **texts)  # type: ignore[arg-type]
         return pack(self.tokenizer, held_out_documents(settings), self.comparison.text_tokens)

@@ -73,7 +73,7 @@ class Cost:
 def windows_of(folder: str, text: str, count: int) -> list[Tensor]:
     """The first `count` windows of the held-out text, as `smolseek eval` cuts it."""
     texts = {"train" if text == "builtin:python" else "held_out": (text,)}
-    ids_T, _ = pack(load_tokenizer(folder), held_out_documents(DataSettings(**texts)))  # type: ignore[arg-type]
+    ids_T, *_ = pack(load_tokenizer(folder), held_out_documents(DataSettings(**texts)))  # type: ignore[arg-type]
     positions = transformers.AutoConfig.from_pretrained(resolve_folder(folder)).max_position_embeddings
     return [window for window in ids_T.split(min(WINDOW_TOKENS, positions))[:count] if len(window) > 1]
 

@@ -146,7 +146,7 @@ def compare(healing: Healing) -> Bench:
     bench = Bench(healing)
     for what, folder in bench.folders.items():
         if not bench.kept.find(what=what):
-            ids_T, text_bytes = pack(load_tokenizer(folder), held_out_documents(bench.data), healing.text_tokens)
+            ids_T, _, text_bytes = pack(load_tokenizer(folder), held_out_documents(bench.data), healing.text_tokens)
             quality = measure_quality(load_for_evaluation(folder), ids_T, text_bytes)
             row = {"loss": quality.loss, "perplexity": quality.perplexity, "tokens": quality.tokens}
             bench.kept.add(what=what, **row, seconds=None)

@@ -44,7 +44,7 @@ class Needle:
 
 def measure(needle: Needle) -> list[list[Retrieval]]:
     """By distance, of the dense model and of the converted one."""
-    ids_T, _ = pack(load_tokenizer(needle.dense), held_out_documents(DataSettings(held_out=needle.text)))
+    ids_T = pack(load_tokenizer(needle.dense), held_out_documents(DataSettings(held_out=needle.text))).ids_T
     models = [load_for_evaluation(folder) for folder in (needle.dense, needle.converted)]
     draw = pieces_of(ids_T)
     return [measure_retrieval(model, draw, trials=needle.trials, seed=needle.seed) for model in models]

@@ -97,7 +97,7 @@ def main() -> None:
 def windows(tokenizer: Any, name: str) -> Tensor:
     """The text's windows (N, T)."""
     settings = DataSettings(train=(name,))
-    ids_T, _ = pack(tokenizer, (document for _, document in open_settings(settings, settings.train).documents(None)))
+    ids_T, *_ = pack(tokenizer, (document for _, document in open_settings(settings, settings.train).documents(None)))
     return ids_T[: len(ids_T) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
 
 

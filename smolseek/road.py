@@ -22,7 +22,7 @@ from smolseek.checkpoint.source import read_config, read_conversion, resolve_fol
 from smolseek.config import Recipe
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
-from smolseek.evaluation import measure_balance, measure_decode_speed, measure_quality
+from smolseek.evaluation import measure_balance, measure_decode_speed
 from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.planning import cache_bytes_per_token, count_parameters
@@ -210,23 +210,23 @@ def summarize(rows: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
         model = load(folder, device=str(trainer.device))
         summary[name] = _measure(model, folder, trainer)
         if isinstance(model, DeepseekV3) and name != "converted":
-            maxvio = measure_balance(model, trainer.held_out_T)
+            maxvio = measure_balance(model, trainer.held_out.ids_T)
             summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
             summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
     summary["trained_tokens"] = trainer.step * trainer.step_tokens
-    summary["held_out_tokens"] = len(trainer.held_out_T)
+    summary["held_out_tokens"] = len(trainer.held_out.ids_T)
     return summary
 
 
 def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> dict[str, Any]:
     stock = load_for_evaluation(folder, device=str(trainer.device))
-    quality = measure_quality(stock, trainer.held_out_T, trainer.held_out_bytes)
+    quality = trainer.measure(stock)
     sample = trainer.recipe.sample
     samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
     ids = next(iter(samples.values()))[1]
     config = model.config.to_dict()
     total, active = count_parameters(config)
-    prompt_T = trainer.held_out_T[: min(128, model.config.max_position_embeddings // 2)]
+    prompt_T = trainer.held_out.ids_T[: min(128, model.config.max_position_embeddings // 2)]
     return {
         **quality.to_dict(),
         "cache_bytes_per_token": cache_bytes_per_token(config),

@@ -15,8 +15,7 @@ import tyro
 from smolseek.cli.shared import Device, Dtype, aligned, check_device, quiet, stage_bars, torch_dtype
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from smolseek.data.windows import Packed
     from smolseek.evaluation import Comparison, Difference, Quality
     from smolseek.evaluation.needle import Retrieval
     from smolseek.evaluation.quality import Model
@@ -104,8 +103,8 @@ def run_eval(command: Eval) -> None:
     print(json.dumps(found) if command.json else "\n\n".join(text for _, text in sections))
 
 
-def _read_texts(command: Eval, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
-    """Each text's tokens and UTF-8 bytes."""
+def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
+    """Each text's tokens."""
     from smolseek.config import DataSettings
     from smolseek.data.windows import held_out_documents, pack
 
@@ -134,24 +133,26 @@ def _dense(command: Eval) -> list[str]:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text(command: Eval, models: list[Model], texts: dict[str, tuple[Tensor, int]], on_progress: OnProgress) -> Section:
+def _text(command: Eval, models: list[Model], texts: dict[str, Packed], on_progress: OnProgress) -> Section:
     """Quality of each text and of all; with a dense model, where the two differ."""
     from smolseek.evaluation import Quality, compare, measure_quality, together
 
     windows: Any = {"window_tokens": command.window_tokens, "stride": command.stride}
     comparison: Comparison | None = None
     if len(models) > 1:
-        streams, bar = {name: ids_T for name, (ids_T, _) in texts.items()}, partial(on_progress, "windows")
-        comparison = compare(models[0], models[1], streams, on_window=bar, **windows)
+        streams = {name: text.ids_T for name, text in texts.items()}
+        counts = {name: text.counts_T for name, text in texts.items()}
+        bar = partial(on_progress, "windows")
+        comparison = compare(models[0], models[1], streams, counts=counts, on_window=bar, **windows)
     by_text: dict[str, Quality] = {}
-    for name, (ids_T, text_bytes) in texts.items():
+    for name, (ids_T, counts_T, text_bytes) in texts.items():
         if comparison is None:
             bar = partial(on_progress, name)
-            by_text[name] = measure_quality(models[0], ids_T, text_bytes, on_window=bar, **windows)
+            by_text[name] = measure_quality(models[0], ids_T, text_bytes, counts_T=counts_T, on_window=bar, **windows)
         else:
             part = comparison.by_text[name]
-            by_text[name] = Quality.of(part.loss, part.tokens, len(ids_T), text_bytes)
-    overall = together([(by_text[name], text_bytes) for name, (_, text_bytes) in texts.items()])
+            by_text[name] = Quality.of(part.loss, part.tokens, int(counts_T.sum()), text_bytes)
+    overall = together([(by_text[name], text.text_bytes) for name, text in texts.items()])
     tree: dict[str, Any] = overall.to_dict() | {"texts": {name: q.to_dict() for name, q in by_text.items()}}
     rows = [*by_text.items(), ("together", overall)] if len(texts) > 1 else by_text.items()
     shown = _qualities(rows)
@@ -194,7 +195,7 @@ def _needle(
     command: Eval,
     models: list[Model],
     tokenizer: Any,
-    texts: dict[str, tuple[Tensor, int]],
+    texts: dict[str, Packed],
     on_progress: OnProgress,
 ) -> Section:
     """The gain by distance, of both models on the same sequences."""
@@ -203,7 +204,7 @@ def _needle(
     from smolseek.evaluation.needle import measure_retrieval, pieces_of, random_tokens
 
     if texts:
-        draw = pieces_of(torch.cat([ids_T for ids_T, _ in texts.values()]))
+        draw = pieces_of(torch.cat([text.ids_T for text in texts.values()]))
     else:
         draw = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
     limit = command.needle_tokens or min(m.config.max_position_embeddings for m in models)

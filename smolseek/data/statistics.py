@@ -71,7 +71,7 @@ def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
     check_weights(data)
     trained = train.steps * train.gradient_accumulation * train.batch_windows * train.window_tokens
     sources = [_measure_source(spec, recipe, tokenizer, limit) for spec in data.train]
-    ids_T, text_bytes = pack(tokenizer, held_out_documents(data), data.held_out_tokens)
+    ids_T, _, text_bytes = pack(tokenizer, held_out_documents(data), data.held_out_tokens)
     whole = [s.tokens if s.complete else None for s in sources]
     epochs = _epochs(trained, whole, data.weights)
     return Statistics(

@@ -288,29 +288,41 @@ def held_out_documents(settings: DataSettings) -> Iterator[Document]:
             yield document
 
 
-def pack(tokenizer: Any, documents: Iterable[Document], limit_tokens: int | None = None) -> tuple[Tensor, int]:
-    """One stream of token ids (T,) from documents, cut at `limit_tokens`, and the UTF-8 bytes it stands for.
+class Packed(NamedTuple):
+    """One stream of token ids (T,), whether each one's loss counts (T,), and the UTF-8 bytes that those stand for."""
 
-    Conversations are rendered by the chat template, and every token of them is there, not the assistant's alone.
+    ids_T: Tensor
+    counts_T: Tensor
+    text_bytes: int
+
+
+def pack(tokenizer: Any, documents: Iterable[Document], limit_tokens: int | None = None) -> Packed:
+    """One stream of documents, cut at `limit_tokens`.
+
+    Conversations are rendered by the chat template; of them the assistant's tokens count, as in training.
     """
     ids: list[int] = []
+    counts: list[bool] = []
     text_bytes = 0
     for document in documents:
-        document_ids = _plain_ids(tokenizer, document)
-        size = len(document.text.encode()) if document_ids else 0
-        if limit_tokens is not None and len(ids) + len(document_ids) >= limit_tokens:
-            kept = limit_tokens - len(ids)
-            return torch.tensor(ids + document_ids[:kept]), text_bytes + round(size * kept / len(document_ids))
-        ids += document_ids
-        text_bytes += size
-    return torch.tensor(ids, dtype=torch.long), text_bytes
+        document_ids, document_counts, size = _encode_whole(tokenizer, document)
+        kept = len(document_ids) if limit_tokens is None else min(len(document_ids), limit_tokens - len(ids))
+        ids += document_ids[:kept]
+        counts += document_counts[:kept]
+        text_bytes += round(size * sum(document_counts[:kept]) / max(1, sum(document_counts)))
+        if len(ids) == limit_tokens:
+            break
+    return Packed(torch.tensor(ids, dtype=torch.long), torch.tensor(counts, dtype=torch.bool), text_bytes)
 
 
-def _plain_ids(tokenizer: Any, document: Document) -> list[int]:
+def _encode_whole(tokenizer: Any, document: Document) -> tuple[list[int], list[bool], int]:
+    """Token ids of a document, whether each counts, and the bytes of what does."""
     if not document.messages:
-        return encode_document(tokenizer, document.text)
-    ids, _ = encode_chat(tokenizer, document.messages) or ([], [])
-    return ids
+        ids = encode_document(tokenizer, document.text)
+        return ids, [True] * len(ids), len(document.text.encode())
+    ids, written = encode_chat(tokenizer, document.messages) or ([], [])
+    said = (message["content"] for message in document.messages if message["role"] == "assistant")
+    return ids, written, sum(len(content.encode()) for content in said) if ids else 0
 
 
 def calibration_windows(
@@ -332,7 +344,7 @@ def calibration_windows(
                 if not isinstance(source, PythonSource) or not is_held_out(document, settings.held_out_share):
                     yield document
 
-    ids_T, _ = pack(tokenizer, documents(), limit_tokens=wanted)
+    ids_T = pack(tokenizer, documents(), limit_tokens=wanted).ids_T
     whole = len(ids_T) // window_tokens
     if whole < 1:
         raise ValueError(

@@ -84,11 +84,13 @@ def compare(
     teacher: Model,
     texts: Mapping[str, Tensor],
     *,
+    counts: Mapping[str, Tensor] | None = None,
     window_tokens: int | None = None,
     stride: int | None = None,
     on_window: OnWindow = lambda done, count: None,
 ) -> Comparison:
-    """Both models on the same predictions of `texts`, streams of tokens (T,) by name, windows as in `measure_quality`.
+    """Both models on the same predictions of `texts`, streams of tokens (T,) by name, windows as in `measure_quality`,
+    and of each the tokens that count (T,).
 
     A token's frequency is its rank in the texts themselves, the commonest first.
 
@@ -96,13 +98,18 @@ def compare(
         ValueError: vocabularies of different sizes, or as `window_size` and `cut` do.
     """
     size = _common_size(model, teacher, window_tokens)
-    windows = [(index, window) for index, ids_T in enumerate(texts.values()) for window in cut(ids_T, size, stride)]
+    windows = []
+    for index, (name, ids_T) in enumerate(texts.items()):
+        counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts is None else counts[name]
+        pairs = zip(cut(ids_T, size, stride), cut(counts_T, size, stride), strict=True)
+        windows += [(index, window, counted.predicted_N) for window, counted in pairs]
     measured, keys = [], []
     with evaluating(model), evaluating(teacher), torch.inference_mode():
-        for number, (text, window) in enumerate(windows, start=1):
-            measured.append(_apart(model, teacher, window.ids_T, window.rows))
+        for number, (text, window, counts_N) in enumerate(windows, start=1):
+            measured.append(_apart(model, teacher, window.ids_T, window.rows)[counts_N])
             contexts_N = torch.arange(window.first, len(window.ids_T))
-            keys.append(torch.stack([torch.full_like(contexts_N, text), contexts_N, window.ids_T[window.first :]]))
+            key_3N = torch.stack([torch.full_like(contexts_N, text), contexts_N, window.predicted_N])
+            keys.append(key_3N[:, counts_N])
             on_window(number, len(windows))
     measured_N4, (text_N, context_N, target_N) = torch.cat(measured), torch.cat(keys, dim=1)
     return Comparison(

@@ -59,6 +59,11 @@ class Window(NamedTuple):
     first: int
 
     @property
+    def predicted_N(self) -> Tensor:
+        """The tokens that are predicted here."""
+        return self.ids_T[self.first :]
+
+    @property
     def rows(self) -> slice:
         """The positions at which its predictions are made."""
         return slice(self.first - 1, len(self.ids_T) - 1)
@@ -105,6 +110,7 @@ def measure_quality(
     ids_T: Tensor,
     text_bytes: int,
     *,
+    counts_T: Tensor | None = None,
     window_tokens: int | None = None,
     stride: int | None = None,
     on_window: OnWindow = lambda done, count: None,
@@ -112,26 +118,32 @@ def measure_quality(
     """Perplexity over non-overlapping windows of 512 (or the model's limit), each token but a window's first predicted;
     other windows as `window_size` and `cut` say.
 
-    `ids_T` is one stream of packed documents, `text_bytes` their UTF-8 size.
+    `ids_T` is one stream of packed documents. The loss is of the tokens that count, all where nothing says which;
+    `text_bytes` is their UTF-8 size.
 
     Raises:
-        ValueError: as `window_size` and `cut` do, or a loss that is not finite.
+        ValueError: as `window_size` and `cut` do, no token that counts, or a loss that is not finite.
     """
-    windows = cut(ids_T, window_size([model], window_tokens), stride)
+    counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts_T is None else counts_T
+    size = window_size([model], window_tokens)
+    windows, counted = cut(ids_T, size, stride), cut(counts_T, size, stride)
     total, count = 0.0, 0
     with evaluating(model), torch.inference_mode():
-        for number, window in enumerate(windows, start=1):
-            total += _window_loss(model, window)
-            count += len(window.ids_T) - window.first
+        for number, (window, counting) in enumerate(zip(windows, counted, strict=True), start=1):
+            total += _window_loss(model, window, counting.predicted_N)
+            count += int(counting.predicted_N.sum())
             on_window(number, len(windows))
-    return Quality.of(total / count, count, len(ids_T), text_bytes)
+    if not count:
+        raise ValueError("held-out text: the assistant says nothing in it; name conversations in which it does")
+    return Quality.of(total / count, count, int(counts_T.sum()), text_bytes)
 
 
-def _window_loss(model: Model, window: Window) -> float:
-    """Sum over what the window predicts."""
-    ids_T, rows = window.ids_T.to(next(model.parameters()).device), chunk_rows(model)
-    hidden_ND = model.hidden_states(ids_T[None])[0, window.rows]
-    parts = zip(hidden_ND.split(rows), ids_T[window.first :].split(rows), strict=True)
+def _window_loss(model: Model, window: Window, counts_N: Tensor) -> float:
+    """Sum over what the window predicts and counts."""
+    device, rows = next(model.parameters()).device, chunk_rows(model)
+    hidden_ND = model.hidden_states(window.ids_T[None].to(device))[0, window.rows][counts_N.to(device)]
+    targets_N = window.predicted_N[counts_N].to(device)
+    parts = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
     return sum(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum").item() for h, t in parts)
 
 

@@ -119,10 +119,8 @@ class Trainer:
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
-        self.held_out_T, self.held_out_bytes = pack(
-            tokenizer, held_out_documents(recipe.data), recipe.data.held_out_tokens
-        )
-        if len(self.held_out_T) < 2:
+        self.held_out = pack(tokenizer, held_out_documents(recipe.data), recipe.data.held_out_tokens)
+        if len(self.held_out.ids_T) < 2:
             raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
         self.log = RunLog(folder, muted=not processes.leads, track=lambda step: open_trackers(recipe, folder, step))
         self.guard = StepGuard(recipe.train)
@@ -283,12 +281,17 @@ class Trainer:
 
     # -- what a run tells ---------------------------------------------------------------------------------------------
 
+    def measure(self, model: DeepseekV3 | StockModel) -> Quality:
+        """Quality of any model on the held-out text."""
+        held_out = self.held_out
+        return measure_quality(model, held_out.ids_T, held_out.text_bytes, counts_T=held_out.counts_T)
+
     def evaluate(self) -> Quality:
         """Quality on the held-out text."""
         quality = None
         with self.processes.whole(self.model) as model:
             if model is not None:
-                quality = measure_quality(model, self.held_out_T, self.held_out_bytes)
+                quality = self.measure(model)
         take_expert_counts(self.model)  # held-out text must not move the balance
         quality = self.processes.share(quality)
         assert quality is not None
@@ -357,7 +360,7 @@ class Trainer:
     def _specialisation(self) -> dict[str, dict[str, float]]:
         """How different the experts are; told by the leading process alone."""
         with self.processes.whole(self.model) as model:
-            return {} if model is None else measure_specialisation(model, self.held_out_T[:SPECIALISATION_TOKENS])
+            return {} if model is None else measure_specialisation(model, self.held_out.ids_T[:SPECIALISATION_TOKENS])
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ def test_transmla_reproduces_its_own_code_within_a_tenth(tmp_path):
     (tmp_path / "train.txt").write_text(train[: len(train) * 3 // 4], encoding="utf-8")
 
     def windows(path, size):
-        stream, _ = pack(load_tokenizer(folder), held_out_documents(DataSettings(held_out=(str(path),))))
+        stream, *_ = pack(load_tokenizer(folder), held_out_documents(DataSettings(held_out=(str(path),))))
         return stream[: len(stream) // size * size].view(-1, size)
 
     packed = windows(tmp_path / "train.txt", 256)

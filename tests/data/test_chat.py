@@ -5,7 +5,7 @@ import pytest
 
 from smolseek.config import DataSettings
 from smolseek.data.chat import encode_chat
-from smolseek.data.windows import WindowStream, read_marks
+from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
 from tests.text import tiny_tokenizer
 
 CHATML = """{% for m in messages %}<|{{ m.role }}|>
@@ -133,3 +133,13 @@ def test_conversations_are_packed_whole(settings):
     for number in range(1, 4):
         text = tokenizer.decode(ids[segments == number])
         assert text.startswith("<|user|>\nAnna") and text.endswith("<|end|>\n") and text.count("<|end|>") == 4
+
+
+def test_held_out_conversations_count_the_assistants_words(settings):
+    settings = DataSettings(held_out=settings.train)
+    tokenizer = tokenizer_with(CHATML)
+    ids, counts, text_bytes = pack(tokenizer, held_out_documents(settings))
+    text = tokenizer.decode(ids[counts])
+    assert "<|user|>" not in text and text.count("<|end|>") == 40 and text.endswith("Anna sees")
+    said = sum(len((m["content"] + str(n)).encode()) for m in MESSAGES[1::2] for n in range(20))
+    assert text_bytes == said + len("Anna sees")

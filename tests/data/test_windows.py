@@ -221,10 +221,11 @@ def test_documents_without_bos_are_marked_too():
 
 def test_pack_is_cut_at_the_limit_and_counts_bytes(settings):
     documents = list(held_out_documents(settings))
-    ids_T, size = pack(tiny_tokenizer(), documents)
+    ids_T, counts_T, size = pack(tiny_tokenizer(), documents)
+    assert counts_T.all() and counts_T.shape == ids_T.shape
     assert size == sum(len(document.text.encode()) for document in documents)
     assert len(ids_T) == sum(len(encode_document(tiny_tokenizer(), document.text)) for document in documents)
-    short_T, short_size = pack(tiny_tokenizer(), documents, 50)
+    short_T, _, short_size = pack(tiny_tokenizer(), documents, 50)
     assert torch.equal(short_T, ids_T[:50]) and 0 < short_size < size
 
 

@@ -64,6 +64,14 @@ def test_every_predicted_token_is_compared_once_and_divided_three_ways():
         assert found.by_text[name].teacher_loss == pytest.approx(measure_quality(teacher, ids, 1).loss, rel=1e-6)
 
 
+def test_only_tokens_that_count_are_compared():
+    model, teacher, ids = tiny_v3(), StockModel(tiny_llama()), random_ids(1, 150)[0]
+    counts = torch.arange(150) % 3 == 0
+    found = compare(model, teacher, {"a": ids}, counts={"a": counts})
+    assert found.overall.loss == pytest.approx(measure_quality(model, ids, 1, counts_T=counts).loss, rel=1e-6)
+    assert sum(d.tokens for d in found.by_context.values()) == found.overall.tokens < 60
+
+
 def test_a_loss_far_back_is_found_in_its_bucket():
     """A teacher that forgets nothing against a model whose far positions say something else."""
 

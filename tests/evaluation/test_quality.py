@@ -43,6 +43,19 @@ def test_many_logits_are_made_in_parts(monkeypatch):
     assert measure_quality(model, ids, 100).loss == pytest.approx(whole.loss, rel=1e-6)
 
 
+def test_only_tokens_that_count_are_in_the_loss():
+    model, ids = tiny_v3(), random_ids(1, 60)[0]
+    counts = torch.rand(60, generator=torch.Generator().manual_seed(0)) < 0.3
+    quality = measure_quality(model, ids, 100, counts_T=counts, window_tokens=60)
+    with torch.no_grad():
+        losses = F.cross_entropy(logits_of(model, ids[None])[0, :-1], ids[1:], reduction="none")[counts[1:]]
+    assert quality.tokens == len(losses) and quality.loss == pytest.approx(losses.mean().item(), rel=1e-5)
+    bits = quality.loss * counts.sum().item() / math.log(2) / 100
+    assert quality.bits_per_byte == pytest.approx(bits, rel=1e-6)
+    with pytest.raises(ValueError, match="the assistant says nothing"):
+        measure_quality(model, ids, 100, counts_T=torch.zeros(60, dtype=torch.bool))
+
+
 def test_progress_is_told_window_by_window():
     told = []
     measure_quality(tiny_v3(), random_ids(1, 150)[0], 1, on_window=lambda *done: told.append(done))
