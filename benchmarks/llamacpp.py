@@ -51,7 +51,7 @@ def _note(_level: int, text: bytes, _data: Any) -> None:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def shared_library() -> ctypes.CDLL:
     """The library, its functions declared.
 
     Raises:
@@ -98,7 +98,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, *, tokens: int = 512) -> None:
-        self._lib, self._tokens = library(), tokens
+        self._lib, self._tokens = shared_library(), tokens
         _SAID.clear()
         self._lib.llama_log_set(_note, None)  # xllamacpp's own server takes the log for itself
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())

@@ -40,7 +40,7 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
         _over_steps(
             runs,
             "Tokens per second",
-            "Of each logged step, with the evaluation, samples and checkpoint before it.",
+            "Of each logged step, without evaluation, samples and checkpoints.",
             "tokens_per_second",
         ),
     ]

@@ -6,7 +6,7 @@ from tests.export.folders import tiny_folder
 from tests.text import write_stories
 
 try:
-    llamacpp.library()
+    llamacpp.shared_library()
 except ImportError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 

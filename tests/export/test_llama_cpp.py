@@ -23,7 +23,7 @@ from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 try:
-    llamacpp.library()
+    llamacpp.shared_library()
 except ImportError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
