@@ -26,7 +26,8 @@ EFFICIENCY = 0.5
 
 _ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 _STEP_TOKENS = 2048  # of refinement, as in conversion/refine.py, which imports torch
-_LOGITS_AT_ONCE = 2**23  # what calibration and training hold of them
+_GRADIENT_TOKENS = 512  # of calibration at once, as in conversion/moments.py, for the same reason
+_LOGITS_AT_ONCE = 2**23  # what training holds of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
 
@@ -280,7 +281,7 @@ def _convert_cost(
     length = min(2 * window, source["max_position_embeddings"])
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
-    batch = min(tokens, window * max(1, _LOGITS_AT_ONCE // (window * source["vocab_size"])))
+    batch = min(tokens, max(window, _GRADIENT_TOKENS))
     memory = 4 * parameters + 8 * layers * moments + _activation_bytes(source, batch)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
     return Cost(seconds, memory)

@@ -94,25 +94,27 @@ class ClosedFormConverter:
         angles = torch.tensor(inverse_frequencies(target_rope(self.source, self.settings), self.head_dim))
         best: tuple[float, ClosedForm] | None = None
         stride, moments = 0, []
-        for plan in rope_plans(self.head_dim, self.target["qk_rope_head_dim"]):
+        plans = rope_plans(self.head_dim, self.target["qk_rope_head_dim"])
+        for plan in plans:
             if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
                 stride, slots = plan.stride, plan.slot_frequencies(self.head_dim)
                 moments = collect_moments(
                     self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, spill=self.spill
                 )
             closed = self.under(plan, moments)
-            converted = assemble(self.dense, self.target_under(closed), closed.layers)
-            apart = mean_divergence(converted, self.dense, self.judged_NT)
-            log.info("rope slots %s: KL %.4f", plan.folds, apart)
+            apart = self._apart(closed) if len(plans) > 1 else 0.0
             if best is None or apart < best[0]:
                 best = apart, closed
         assert best is not None
         _tell(best[1].errors)
         return best[1]
 
-    def target_under(self, closed: ClosedForm) -> dict[str, Any]:
-        """config.json with the plan's rope base."""
-        return target_config(self.config, self.settings, rope_theta=closed.rope_theta)
+    def _apart(self, closed: ClosedForm) -> float:
+        target = target_config(self.config, self.settings, rope_theta=closed.rope_theta)
+        converted = assemble(self.dense, target, closed.layers)
+        apart = mean_divergence(converted, self.dense, self.judged_NT)
+        log.info("rope slots %s: KL %.4f", closed.folds, apart)
+        return apart
 
     def under(self, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> ClosedForm:
         """All blocks under one plan: the closed form, then decoders refitted behind the latent norms."""

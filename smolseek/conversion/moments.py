@@ -1,7 +1,8 @@
 """Calibration: streaming second moments of what goes into the dense attention blocks and of the loss gradient inside.
 
 Shapes: N windows, T tokens, B windows in a batch, V vocabulary, D hidden, H query heads, G KV heads, d head_dim,
-F = d / 2 frequencies, K = G * d key (or value) channels, Z = (H + G) * d channels of queries and keys, R latent rank.
+F = d / 2 frequencies, K = G * d key (or value) channels, Z = (H + G) * d channels of queries and keys, R latent rank;
+in attention's backward pass r = H / G queries of a KV head, t queries at once, S keys that they see, P positions.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ NORM_EPS = 1e-6
 UNROTATED, VALUE, ROTATED, SLOT = range(4)
 """The paths of `LayerMoments.fisher_PKPK`."""
 
-_LOGITS_AT_ONCE = 2**23
-_POSITIONS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 2048
+_GRADIENT_TOKENS_AT_ONCE = 512  # whose activations in all layers are held
+_POSITIONS_AT_ONCE = 64  # whose logits are held
+_QUERIES_AT_ONCE = 256  # whose scores are held
 _SPILL_BYTES = 2**30  # more moments than this are kept on disk
 _STRIP = 256  # rows of a sum that one product adds to
 _PROBE = "smolseek_probe"
@@ -85,14 +88,13 @@ def collect_moments(
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
     with _frozen(model), _hooked(hooks), _probed(model, probes):
-        for ids_BT in _batches(model, windows_NT):
+        for ids_BT in _batches(windows_NT, _GRADIENT_TOKENS_AT_ONCE):
             hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
             pull_BTD = _loss_gradient(hidden_BTD.detach(), model.get_output_embeddings(), generator)
-            gradients = torch.autograd.grad(
-                hidden_BTD, [tensor for probe in probes for tensor in probe.paths], pull_BTD
-            )
+            paths = [path for probe in probes for path in (probe.value_BTK, probe.key)]
+            gradients = torch.autograd.grad(hidden_BTD, paths, pull_BTD)
             for index, probe in enumerate(probes):
-                probe.add(gradients[4 * index : 4 * index + 4])
+                probe.add(*gradients[2 * index : 2 * index + 2])
             del hidden_BTD, gradients
             release_memory()
     for probe in probes:
@@ -117,7 +119,7 @@ def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[T
         for layer, encoder, pair in zip(model.model.layers, encoders_RD, sums, strict=True)
     ]
     with _hooked(hooks):
-        for ids_BT in _batches(model, windows_NT):
+        for ids_BT in _batches(windows_NT, _TOKENS_AT_ONCE):
             model.model(input_ids=ids_BT, use_cache=False)
     return [NormMoments(latent.end(), cross.end()) for latent, cross in sums]
 
@@ -132,8 +134,8 @@ def collect_mlp_inputs(model: Any, windows_NT: Tensor, tokens: int) -> list[Tens
         for layer, k in zip(model.model.layers, kept, strict=True)
     ]
     with _hooked(hooks):
-        for ids_BT in _batches(model, windows_NT):
-            model(ids_BT)
+        for ids_BT in _batches(windows_NT, _TOKENS_AT_ONCE):
+            model.model(ids_BT)
     return [torch.cat(parts) for parts in kept]
 
 
@@ -176,13 +178,15 @@ class _Sum:
 
 
 class _Probe:
-    """One layer's attention with zero keys on the other paths, so that the gradient there can be read."""
+    """One layer's attention as if keys could take the other paths as well, so that the gradient there can be read."""
 
     def __init__(self, slot_angles_F: Tensor, file: Path | None, *, qk_norms: bool) -> None:
         self.slot_angles_F, self.qk_norms = slot_angles_F, qk_norms
         self.inputs, self.gradients = _Sum(), _Sum(file)
         self.heads = _Sum(file.with_name(f"{file.name}-heads") if file and qk_norms else None)
         self.energies = _Sum()
+        self.unrotated_BGTd = self.slot_BGTd = torch.empty(0)
+        """Gradients of one batch on the paths that keys do not take."""
 
     def hooks(self, attention: Any) -> list[tuple[nn.Module, Callable[..., None]]]:
         """Where the input, the values and what RoPE gets can be seen: queries and keys behind their norms, if any."""
@@ -208,20 +212,14 @@ class _Probe:
         self.value_BTK = output
 
     def attend(self, query_BHTd: Tensor, key_BGTd: Tensor, value_BGTd: Tensor, scaling: float) -> Tensor:
-        """Causal attention (B, T, H, d); a score is the sum over the paths, and two of the three keys are zero."""
-        plain_BHTd = self.query.view(query_BHTd.transpose(1, 2).shape).transpose(1, 2)
-        unrotated_BGTd, slot_BGTd = (torch.zeros_like(key_BGTd, requires_grad=True) for _ in range(2))
-        self.paths = [unrotated_BGTd, self.value_BTK, self.key, slot_BGTd]
-        query = torch.cat([query_BHTd, plain_BHTd, rotate(plain_BHTd, self.slot_angles_F)], dim=-1)
-        key = torch.cat([key_BGTd, unrotated_BGTd, rotate(slot_BGTd, self.slot_angles_F)], dim=-1)
-        # The fused kernels want equal head sizes.
-        value = F.pad(value_BGTd, (0, key.shape[-1] - value_BGTd.shape[-1]))
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return out[..., : value_BGTd.shape[-1]].transpose(1, 2).contiguous()
+        """Causal attention (B, T, H, d)."""
+        plain_BHTd = self.query.detach().view(query_BHTd.transpose(1, 2).shape).transpose(1, 2)
+        out_BHTd = _ProbedAttention.apply(query_BHTd, key_BGTd, value_BGTd, plain_BHTd, scaling, self)
+        return out_BHTd.transpose(1, 2).contiguous()
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        unrotated_BGTd, value_BTK, key, slot_BGTd = gradients
-        rows = [unrotated_BGTd.transpose(1, 2), value_BTK, key, slot_BGTd.transpose(1, 2)]
+    def add(self, value_BTK: Tensor, key: Tensor) -> None:
+        """One batch, from the gradient at the values and at the keys, and from that on the paths not taken."""
+        rows = [self.unrotated_BGTd.transpose(1, 2), value_BTK, key, self.slot_BGTd.transpose(1, 2)]
         self.gradients.add(torch.cat([row.flatten(2) for row in rows], dim=-1))
 
     def end(self) -> None:
@@ -234,6 +232,45 @@ class _Probe:
         width = len(fisher) // 4
         heads = (self.heads.read(), self.energies.read()[:, 0]) if self.qk_norms else (None, None)
         return LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width), *heads)
+
+
+class _ProbedAttention(torch.autograd.Function):
+    """Attention that on its way back leaves the gradient of keys on the other two paths with the probe.
+
+    A score is the sum over the paths, and those two keys are zero: forward there is nothing to compute. Backward all
+    three are one product, dSᵀ [rotated, plain, slot-rotated queries]. Scores are recomputed, some queries at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plain: Tensor, scaling: float, probe: Any) -> Any:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        ctx.save_for_backward(query, key, value, plain, out)
+        ctx.scaling, ctx.probe = scaling, probe
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, pull_BHTd: Tensor) -> Any:
+        query_BHTd, key_BGTd, value_BGTd, plain_BHTd, out_BHTd = ctx.saved_tensors
+        probe, heads, tokens = ctx.probe, key_BGTd.shape[1], key_BGTd.shape[2]
+        paths_BHTp = torch.cat([query_BHTd, plain_BHTd, rotate(plain_BHTd, probe.slot_angles_F)], dim=-1)
+        to_query_BGrTd = torch.empty_like(query_BHTd).unflatten(1, (heads, -1))
+        to_keys_BGTp = key_BGTd.new_zeros(*key_BGTd.shape[:3], paths_BHTp.shape[-1])
+        to_value_BGTd = torch.zeros_like(value_BGTd)
+        grouped = [x.unflatten(1, (heads, -1)) for x in (query_BHTd, paths_BHTp, pull_BHTd, out_BHTd)]
+        for start in range(0, tokens, _QUERIES_AT_ONCE):
+            stop = min(start + _QUERIES_AT_ONCE, tokens)
+            q, paths, pull, out = (x[:, :, :, start:stop].flatten(2, 3) for x in grouped)
+            scores_BGrtS = (q * ctx.scaling @ key_BGTd[:, :, :stop].mT).unflatten(2, (-1, stop - start))
+            later_tS = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
+            p = scores_BGrtS.masked_fill_(later_tS, -torch.inf).softmax(-1).flatten(2, 3)
+            to_value_BGTd[:, :, :stop] += p.mT @ pull
+            to_scores = (pull @ value_BGTd[:, :, :stop].mT).sub_((pull * out).sum(-1, keepdim=True)).mul_(p)
+            to_scores *= ctx.scaling
+            to_query_BGrTd[:, :, :, start:stop] = (to_scores @ key_BGTd[:, :, :stop]).unflatten(2, (-1, stop - start))
+            to_keys_BGTp[:, :, :stop] += to_scores.mT @ paths
+        to_key_BGTd, probe.unrotated_BGTd, slot_BGTd = to_keys_BGTp.chunk(3, dim=-1)
+        probe.slot_BGTd = rotate(slot_BGTd, -probe.slot_angles_F)
+        return to_query_BGrTd.flatten(1, 2), to_key_BGTd, to_value_BGTd, None, None, None
 
 
 def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:
@@ -261,17 +298,27 @@ def _loss_gradient(hidden_BTD: Tensor, head: nn.Module, generator: torch.Generat
     """
     pulls = []
     with torch.no_grad():
-        for hidden_ND in hidden_BTD.flatten(0, 1).split(_POSITIONS_AT_ONCE):
-            p_NV = head(hidden_ND).float().softmax(-1)
-            label_N1 = torch.multinomial(p_NV, 1, generator=generator)
-            p_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=p_NV.dtype))
-            pulls.append(p_NV @ head.weight.float())
+        for hidden_PD in hidden_BTD.flatten(0, 1).split(_POSITIONS_AT_ONCE):
+            p_PV = head(hidden_PD).float().softmax(-1)
+            label_P1 = sample_labels(p_PV, generator)
+            p_PV.scatter_add_(1, label_P1, torch.full_like(label_P1, -1, dtype=p_PV.dtype))
+            pulls.append(p_PV @ head.weight.float())
     return torch.cat(pulls).view_as(hidden_BTD)
 
 
-def _batches(model: Any, windows_NT: Tensor) -> Iterator[Tensor]:
-    """As many windows at once as keep the logits small."""
-    return iter(windows_NT.split(max(1, _LOGITS_AT_ONCE // (windows_NT.shape[1] * model.config.vocab_size))))
+def sample_labels(p_PV: Tensor, generator: torch.Generator) -> Tensor:
+    """One label (P, 1) a row with its probability, by the inverse of the distribution function.
+
+    One random number a row: `torch.multinomial` draws one an entry, for 49,152 of them 12 times as long as the softmax.
+    """
+    below_PV = p_PV.cumsum(-1)
+    drawn_P1 = torch.rand(len(p_PV), 1, generator=generator) * below_PV[:, -1:]
+    return torch.searchsorted(below_PV, drawn_P1, right=True).clamp_(max=p_PV.shape[1] - 1)
+
+
+def _batches(windows_NT: Tensor, tokens: int) -> Iterator[Tensor]:
+    """About so many tokens at once, but a whole window at least."""
+    return iter(windows_NT.split(max(1, tokens // windows_NT.shape[1])))
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         self.compiled_layers: list[Any] = []
         """The layers for forwards with gradients where `compile_for_training` was called."""
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None, cache: LatentCache | None) -> Tensor:
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
         tokens = input_ids.shape[1]
         if cache is not None:
             cache.reserve(tokens)

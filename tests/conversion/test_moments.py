@@ -16,6 +16,7 @@ from smolseek.conversion.moments import (
     collect_moments,
     collect_norm_moments,
     rotate,
+    sample_labels,
 )
 from tests.factories import random_ids, tiny_dense, tiny_llama
 
@@ -52,7 +53,7 @@ def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model):
         for n in "kv"
     ]
     logits = model(ids).logits
-    labels = torch.multinomial(logits.softmax(-1)[0], 1, generator=torch.Generator().manual_seed(3)).T
+    labels = sample_labels(logits.softmax(-1)[0], torch.Generator().manual_seed(3)).T
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     key, value = (g[0].double() for g in torch.autograd.grad(loss, [kept["k"], kept["v"]]))
     for hook in hooks:
@@ -102,7 +103,7 @@ def test_keys_and_queries_are_seen_behind_their_norms():
         for n, module in {"q": attention.q_norm, "k": attention.k_norm, "v": attention.v_proj}.items()
     ]
     logits = model(ids).logits
-    labels = torch.multinomial(logits.softmax(-1)[0], 1, generator=torch.Generator().manual_seed(3)).T
+    labels = sample_labels(logits.softmax(-1)[0], torch.Generator().manual_seed(3)).T
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     key = torch.autograd.grad(loss, kept["k"][1])[0][0].flatten(1).double()
     for hook in hooks:
@@ -144,3 +145,21 @@ def test_rotate_is_transformers_rope(model):
 def test_mlp_inputs_are_spread_over_the_windows(model):
     inputs = collect_mlp_inputs(model, random_ids(4, 16), tokens=16)
     assert [tuple(x.shape) for x in inputs] == [(16, 32)] * 2
+
+
+def test_labels_come_as_often_as_they_are_likely_and_never_where_they_are_not():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    drawn = sample_labels(p.expand(20_000, -1), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn.flatten(), minlength=6) / len(drawn)
+    torch.testing.assert_close(shares, p, rtol=0, atol=0.02)
+    assert set(drawn.unique().tolist()) == {1, 3, 4}
+
+
+def test_moments_do_not_depend_on_how_many_windows_or_queries_are_taken_at_once(model, monkeypatch):
+    ids = random_ids(4, 10)
+    together = collect_moments(model, ids, angles(model) / 3, seed=0)[1]()
+    monkeypatch.setattr(moments, "_QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr(moments, "_GRADIENT_TOKENS_AT_ONCE", 1)
+    parts = collect_moments(model, ids, angles(model) / 3, seed=0)[1]()
+    torch.testing.assert_close(parts.fisher_PKPK, together.fisher_PKPK, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(parts.input_DD, together.input_DD, rtol=1e-5, atol=1e-7)

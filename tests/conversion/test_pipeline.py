@@ -103,8 +103,8 @@ def test_refinement_brings_the_logits_nearer_stage_by_stage(source, quick, text,
         errors.append(float((logits(stock(out), text) - dense).square().mean()))
     assert errors[0] > errors[1] > errors[2]
     report = json.loads((out / "conversion.json").read_text())
-    losses = report["losses"]
-    assert losses["closed_form"] > losses["refined"] > losses["distilled"] > 0 and losses["dense"] > 0
+    losses = report["losses"]  # of random weights, which know no text: nearer to the dense model is not lower
+    assert set(losses) == {"dense", "closed_form", "refined", "distilled"} and min(losses.values()) > 0
     assert all(layer["attention_error_refined"] < layer["attention_error"] for layer in report["layers"])
     assert "distilled" in (out / "README.md").read_text()
     torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)

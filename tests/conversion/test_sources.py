@@ -57,14 +57,14 @@ rotated key 0.17 to 0.31, with another rope_theta 0.16 to 0.27."""
 LOST_IN_TRANSFORMERS = {
     "llama with biases": 0.063,
     "qwen2": 0.106,
-    "llama3 rope": 0.068,
+    "llama3 rope": 0.086,
     "linear rope": 0.082,
     "qwen3 with biases": 0.075,
 }
 """The same for profile transformers. Made wrong: without biases 0.53 and 0.56, without llama3's scaling 0.15,
 without the norms 0.47."""
 MARGIN = 1.3
-"""Four times the calibration text moves what is measured by a factor of 0.75 to 1.15."""
+"""Four times the calibration text moves these by a factor of 0.75 to 1.15; "llama3 rope" is the mean of 8 seeds."""
 
 
 @pytest.fixture(scope="module")
