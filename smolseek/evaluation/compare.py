@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolseek.evaluation.quality import Model, OnWindow, chunk_rows, cut, window_size
+from smolseek.evaluation.quality import Model, OnWindow, check_counts, chunk_rows, cut, window_size
 from smolseek.generation import evaluating
 
 _CONTEXTS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
@@ -95,14 +95,16 @@ def compare(
     A token's frequency is its rank in the texts themselves, the commonest first.
 
     Raises:
-        ValueError: vocabularies of different sizes, or as `window_size` and `cut` do.
+        ValueError: vocabularies of different sizes, as `window_size` and `cut` do, or a text of which no token counts.
     """
     size = _common_size(model, teacher, window_tokens)
     windows = []
     for index, (name, ids_T) in enumerate(texts.items()):
         counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts is None else counts[name]
         pairs = zip(cut(ids_T, size, stride), cut(counts_T, size, stride), strict=True)
-        windows += [(index, window, counted.predicted_N) for window, counted in pairs]
+        here = [(index, window, counted.predicted_N) for window, counted in pairs]
+        check_counts(name, sum(int(counts_N.sum()) for _, _, counts_N in here))
+        windows += here
     measured, keys = [], []
     with evaluating(model), evaluating(teacher), torch.inference_mode():
         for number, (text, window, counts_N) in enumerate(windows, start=1):

@@ -133,9 +133,14 @@ def measure_quality(
             total += _window_loss(model, window, counting.predicted_N)
             count += int(counting.predicted_N.sum())
             on_window(number, len(windows))
-    if not count:
-        raise ValueError("held-out text: the assistant says nothing in it; name conversations in which it does")
+    check_counts("held-out text", count)
     return Quality.of(total / count, count, int(counts_T.sum()), text_bytes)
+
+
+def check_counts(text: str, count: int) -> None:
+    """Raises ValueError for a text of which no predicted token counts."""
+    if not count:
+        raise ValueError(f"{text}: the assistant says nothing in it; name conversations in which it does")
 
 
 def _window_loss(model: Model, window: Window, counts_N: Tensor) -> float:

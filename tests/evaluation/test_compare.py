@@ -70,6 +70,8 @@ def test_only_tokens_that_count_are_compared():
     found = compare(model, teacher, {"a": ids}, counts={"a": counts})
     assert found.overall.loss == pytest.approx(measure_quality(model, ids, 1, counts_T=counts).loss, rel=1e-6)
     assert sum(d.tokens for d in found.by_context.values()) == found.overall.tokens < 60
+    with pytest.raises(ValueError, match="silent: the assistant says nothing"):
+        compare(model, teacher, {"a": ids, "silent": ids}, counts={"a": counts, "silent": counts & False})
 
 
 def test_a_loss_far_back_is_found_in_its_bucket():
