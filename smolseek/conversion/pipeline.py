@@ -223,12 +223,13 @@ class _Conversion:
             if carved:
                 layer.mlp = MixtureOfExperts(student.config).requires_grad_(False).eval()
             facts = {} if kept is None else kept[1]
+            stream.enter(index)
             if kept is None and self.settings.refine_steps and not self.settings.exact:
                 facts |= self._refine_attention(layer.self_attn, rope, stream, index)
-            stream.pass_attention(index)
+            stream.pass_attention()
             if kept is None and carved:
                 facts |= self._carve(layer.mlp, stream, index)
-            stream.pass_mlp(index)
+            stream.pass_mlp()
             parts = {"self_attn": layer.self_attn} | ({"mlp": layer.mlp} if carved else {})
             block = nn.ModuleDict(parts)
             if kept is None:
@@ -242,9 +243,9 @@ class _Conversion:
         self, block: Any, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
     ) -> dict[str, float]:
         """One attention block refined in place; its error relative to the dense output, before and after."""
-        before, start = attention_error(block, rope, stream, index), copy.deepcopy(block.state_dict())
-        refine_attention(block, rope, stream, index, steps=self.settings.refine_steps, seed=self.settings.seed + index)
-        after = attention_error(block, rope, stream, index)
+        before, start = attention_error(block, rope, stream), copy.deepcopy(block.state_dict())
+        refine_attention(block, rope, stream, steps=self.settings.refine_steps, seed=self.settings.seed + index)
+        after = attention_error(block, rope, stream)
         if after > before:
             block.load_state_dict(start)
         return {"attention_error": before, "attention_error_refined": min(before, after)}
@@ -254,7 +255,7 @@ class _Conversion:
         chosen, steps = self.target["num_experts_per_tok"], self.settings.refine_steps
         mlp = self.dense.model.layers[index].mlp
         weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
-        probe_TD, inputs_TD = stream.mlp_inputs(index)
+        probe_TD, inputs_TD = stream.mlp_inputs()
         generator = torch.Generator().manual_seed(self.settings.seed + index)
         carving = carve(weights, inputs_TD[:: max(1, len(inputs_TD) // _CARVE_TOKENS)], self.target)
         facts = {"mlp_error": relative_error(carving, weights, probe_TD, chosen)}

@@ -17,6 +17,7 @@ from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
 from smolseek.training.optimizer import Muon, warmed_cosine
+from smolseek.training.precision import autocast
 
 REFINE_BATCH_TOKENS = 2048
 """Tokens in a step, here as in the planning of its cost."""
@@ -29,7 +30,8 @@ _BALANCE_SPEED = 1e-3
 
 
 class ResidualStream:
-    """The dense model's residual stream over all windows (N, T, D), moved on block by block; no other activations kept.
+    """The dense model's residual stream over all windows (N, T, D), moved on block by block; no other activations kept
+    but, while it stands before an attention block, that block's output.
 
     The first `probe` windows are not trained on, where there are others, so that errors are told on new text. `model`
     is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
@@ -43,40 +45,46 @@ class ResidualStream:
             self.hidden_NTD = model.embed_tokens(windows_NT)
             positions_1T = torch.arange(windows_NT.shape[1])[None]
             self.rope = model.rotary_emb(self.hidden_NTD[:1], positions_1T)
+        self.attended_NTD = torch.empty_like(self.hidden_NTD)
+        """Output of the dense attention block that the stream stands before."""
 
     @torch.no_grad()
-    def attention(self, index: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Input (normed) and output of the dense attention block."""
-        layer = self.model.layers[index]
-        x_BTD = layer.input_layernorm(hidden_BTD)
-        return x_BTD, layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0]
+    def enter(self, index: int) -> None:
+        """Stand before the attention block of that layer."""
+        self.layer = self.model.layers[index]
+        for part_BTD, out_BTD in zip(*(x.split(self.batch) for x in (self.hidden_NTD, self.attended_NTD)), strict=True):
+            x_BTD = self.layer.input_layernorm(part_BTD)
+            out_BTD.copy_(self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0])
 
-    def pass_attention(self, index: int) -> None:
+    @torch.no_grad()
+    def attention(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Input (normed) and output of the dense attention block, (B, T, D) each, for some windows."""
+        return self.layer.input_layernorm(self.hidden_NTD[rows]), self.attended_NTD[rows]
+
+    def pass_attention(self) -> None:
         """Add the dense attention block's output to the stream."""
-        for part_BTD in self.hidden_NTD.split(self.batch):
-            part_BTD += self.attention(index, part_BTD)[1]
+        self.hidden_NTD += self.attended_NTD
 
     @torch.no_grad()
-    def mlp_inputs(self, index: int) -> tuple[Tensor, Tensor]:
+    def mlp_inputs(self) -> tuple[Tensor, Tensor]:
         """Inputs of the dense MLP block, those of the probe (or all) and those to train on, (tokens, D) each.
 
         To be asked for once the stream has passed the attention block before it.
         """
-        norm = self.model.layers[index].post_attention_layernorm
+        norm = self.layer.post_attention_layernorm
         inputs = torch.cat([norm(part_BTD) for part_BTD in self.hidden_NTD.split(self.batch)])
         return inputs[: self.probe or None].flatten(0, 1), inputs[self.probe :].flatten(0, 1)
 
     @torch.no_grad()
-    def pass_mlp(self, index: int) -> None:
+    def pass_mlp(self) -> None:
         """Add the dense MLP block's output to the stream."""
-        layer = self.model.layers[index]
         for part_BTD in self.hidden_NTD.split(self.batch):
-            part_BTD += layer.mlp(layer.post_attention_layernorm(part_BTD))
+            part_BTD += self.layer.mlp(self.layer.post_attention_layernorm(part_BTD))
 
     def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
-        """`steps` batches (B, T, D) of the stream as it stands, every window once before any comes again."""
-        seen_NTD = self.hidden_NTD[self.probe :]
-        return (seen_NTD[rows] for rows in shuffled(len(seen_NTD), self.batch, steps, seed))
+        """`steps` batches of window numbers, every window once before any comes again."""
+        count = len(self.hidden_NTD) - self.probe
+        return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
 
 
 def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -124,34 +132,28 @@ class Descent:
 
 
 def refine_attention(
-    block: MultiheadLatentAttention,
-    rope: tuple[Tensor, Tensor],
-    stream: ResidualStream,
-    index: int,
-    *,
-    steps: int,
-    seed: int,
+    block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream, *, steps: int, seed: int
 ) -> None:
-    """Train a converted attention block in place to give the dense block's output on the dense block's input.
+    """Train a converted attention block in place to give the output of the dense block that the stream stands before.
 
     In stock form, norm and all (design §3, step 4); `rope` is cos and sin of the target, as the block takes them.
     """
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # which can do all that norms could
     descent = Descent(matrices, rate=_REFINE_RATE, steps=steps, muon=True)
-    for hidden_BTD in stream.batches(steps, seed):
-        x_BTD, target_BTD = stream.attention(index, hidden_BTD)
-        descent.step((block(x_BTD, rope) - target_BTD).square().mean() / target_BTD.square().mean())
+    for rows in stream.batches(steps, seed):
+        x_BTD, target_BTD = stream.attention(rows)
+        with fast_products():
+            out_BTD = block(x_BTD, rope)
+        descent.step((out_BTD - target_BTD).square().mean() / target_BTD.square().mean())
     descent.end()
     scale_latents(block, LATENT_RMS)
 
 
 @torch.no_grad()
-def attention_error(
-    block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream, index: int
-) -> float:
+def attention_error(block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream) -> float:
     """E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe (or all of it)."""
-    x_BTD, target_BTD = stream.attention(index, stream.hidden_NTD[: stream.probe or None])
+    x_BTD, target_BTD = stream.attention(slice(stream.probe or None))
     error = (block(x_BTD, rope) - target_BTD).square().sum()
     return float(error / target_BTD.square().sum().clamp(min=1e-30))
 
@@ -177,16 +179,22 @@ def distill(
     batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
     for step, rows in enumerate(shuffled(len(windows_NT), batch, steps, seed)):
         ids_BT = windows_NT[rows]
-        with torch.no_grad():
-            target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-        hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
-        loss = divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)
+        with fast_products():
+            with torch.no_grad():
+                target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
+            loss = divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)
         descent.step(loss)
         update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
         on_step(step + 1)
     descent.end()
     for layer in layers_of(student):
         scale_latents(layer.self_attn, LATENT_RMS)
+
+
+def fast_products() -> Any:
+    """What refinement trains under: bf16 products where the processor has units for them, as in training."""
+    return autocast(torch.device("cpu"), "auto")
 
 
 def layers_of(model: DeepseekV3) -> list[Any]:

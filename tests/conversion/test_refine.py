@@ -43,23 +43,25 @@ def test_the_stream_is_the_dense_models_own(dense):
     for index in range(2):
         torch.testing.assert_close(stream.hidden_NTD, states[index])
         before = stream.hidden_NTD.clone()
-        x, out = stream.attention(index, before)
+        stream.enter(index)
+        x, out = stream.attention(slice(None))
         torch.testing.assert_close(x, dense.model.layers[index].input_layernorm(before))
-        stream.pass_attention(index)
+        stream.pass_attention()
         torch.testing.assert_close(stream.hidden_NTD, before + out)
         norm = dense.model.layers[index].post_attention_layernorm
-        for inputs in stream.mlp_inputs(index):  # so few windows are probe and training text at once
+        for inputs in stream.mlp_inputs():  # so few windows are probe and training text at once
             torch.testing.assert_close(inputs, norm(stream.hidden_NTD).flatten(0, 1))
-        stream.pass_mlp(index)
+        stream.pass_mlp()
     torch.testing.assert_close(dense.model.norm(stream.hidden_NTD), states[-1])
 
 
 def test_the_probe_is_not_trained_on(dense):
     stream = ResidualStream(dense.model, random_ids(140, 16))
     assert stream.probe == stream.batch == 128
-    probe, rest = stream.mlp_inputs(0)
+    stream.enter(0)
+    probe, rest = stream.mlp_inputs()
     assert len(probe) == 128 * 16 and len(rest) == 12 * 16
-    assert {len(batch) for batch in stream.batches(3, seed=0)} == {12}
+    assert {tuple(sorted(rows.tolist())) for rows in stream.batches(3, seed=0)} == {tuple(range(128, 140))}
 
 
 def test_shuffled_takes_every_window_before_any_comes_again():
@@ -88,10 +90,11 @@ def test_refinement_lowers_the_error_and_repeats_itself(dense, block):
     attention, rope = block
     twin = copy.deepcopy(attention)
     stream = ResidualStream(dense.model, random_ids(12, 16))
-    before = attention_error(attention, rope, stream, 0)
+    stream.enter(0)
+    before = attention_error(attention, rope, stream)
     for each in (attention, twin):
-        refine_attention(each, rope, stream, 0, steps=30, seed=3)
-    assert attention_error(attention, rope, stream, 0) < 0.7 * before
+        refine_attention(each, rope, stream, steps=30, seed=3)
+    assert attention_error(attention, rope, stream) < 0.7 * before
     for ours, theirs in zip(attention.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
