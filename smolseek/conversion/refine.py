@@ -102,19 +102,21 @@ class Descent:
     """An optimizer whose step moves each parameter by `rate` of its own root mean square, with its schedule.
 
     Relative, because checkpoints differ in the scale of their weights and the matrices of one block do as well. Warm-up
-    over the first twentieth of the steps, then a cosine to zero.
+    over the first twentieth of the steps, then a cosine to zero. Adam, or for a number of heads Muon.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int, muon: bool = False) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int, muon_heads: int | None = None
+    ) -> None:
         self.parameters = list(parameters.values())
         groups = []
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
             size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
-            factor = _ROUTER_FACTOR if name.endswith("mlp.gate.weight") else 1 / _MUON_RMS if muon else 1.0
-            groups.append({"params": [(name, parameter) if muon else parameter], "lr": rate * size * factor})
+            factor = _ROUTER_FACTOR if name.endswith("mlp.gate.weight") else 1 / _MUON_RMS if muon_heads else 1.0
+            groups.append({"params": [(name, parameter) if muon_heads else parameter], "lr": rate * size * factor})
         self.optimizer: torch.optim.Optimizer = (
-            Muon(groups) if muon else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+            Muon(groups, heads=muon_heads) if muon_heads else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
         )
         self.schedule = warmed_cosine(self.optimizer, steps)
 
@@ -140,7 +142,7 @@ def refine_attention(
     """
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # which can do all that norms could
-    descent = Descent(matrices, rate=_REFINE_RATE, steps=steps, muon=True)
+    descent = Descent(matrices, rate=_REFINE_RATE, steps=steps, muon_heads=block.num_heads)
     for rows in stream.batches(steps, seed):
         x_BTD, target_BTD = stream.attention(rows)
         with fast_products():

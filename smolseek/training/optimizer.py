@@ -60,13 +60,14 @@ class Muon(torch.optim.Muon):
     """Muon (Jordan 2024) on named matrices and stacks of them, each matrix updated as if it stood alone.
 
     A step has the root mean square that one of AdamW has (Liu et al. 2025, section 2.2), so that both can share a
-    learning rate. torch's own takes 2-D parameters only: it is given views, which share the weights' memory.
+    learning rate. torch's own takes 2-D parameters only: it is given views, which share the weights' memory. With a
+    number of `heads`, each head's part of an attention block counts as a matrix of its own.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float = 1e-3) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float = 1e-3, heads: int = 1) -> None:
         self.sources: list[tuple[nn.Parameter, nn.Parameter, tuple[Any, ...]]] = []
         for group in (groups := [dict(group) for group in groups]):
-            parts = [(p, index) for name, p in group["params"] for index in matrices_of(name, p)]
+            parts = [(p, index) for name, p in group["params"] for index in matrices_of(name, p, heads)]
             views = [nn.Parameter(p.detach()[index]) for p, index in parts]
             self.sources += [(view, *part) for view, part in zip(views, parts, strict=True)]
             group["params"] = views
@@ -88,13 +89,22 @@ class Muon(torch.optim.Muon):
             whole.grad = None
 
 
-def matrices_of(name: str, parameter: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Indices of the matrices in a parameter: one per expert, and gate and up apart where they are stacked."""
-    rows = parameter.shape[-2]
-    halves = (slice(0, rows // 2), slice(rows // 2, rows)) if name.endswith("gate_up_proj") else (slice(None),)
-    for expert in range(len(parameter)) if parameter.dim() == 3 else [None]:
-        for half in halves:
-            yield (half,) if expert is None else (expert, half)
+def matrices_of(name: str, parameter: Tensor, heads: int = 1) -> Iterator[tuple[Any, ...]]:
+    """Indices of the matrices in a parameter: one an expert, gate and up apart where they are stacked, one a head."""
+    *stack, rows, columns = parameter.shape
+    words = set(name.split("."))
+    if "o_proj" in words:
+        parts: list[tuple[slice, ...]] = [(slice(None), part) for part in _slices(columns, heads)]
+    else:
+        count = 2 if "gate_up_proj" in words else heads if words & {"q_proj", "q_b_proj", "kv_b_proj"} else 1
+        parts = [(part,) for part in _slices(rows, count)]
+    for expert in range(stack[0]) if stack else [None]:
+        for part in parts:
+            yield part if expert is None else (expert, *part)
+
+
+def _slices(size: int, count: int) -> list[slice]:
+    return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:

@@ -72,13 +72,13 @@ def test_shuffled_takes_every_window_before_any_comes_again():
     assert torch.equal(rows, torch.cat(list(shuffled(7, 3, 7, seed=0))))
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_step_moves_a_parameter_by_its_rate_whatever_its_scale(muon):
+@pytest.mark.parametrize("muon_heads", [None, 1, 4])
+def test_a_step_moves_a_parameter_by_its_rate_whatever_its_scale(muon_heads):
     g = torch.Generator().manual_seed(0)
     for scale in (1e-3, 1.0, 1e3):
         parameter = torch.nn.Parameter(scale * torch.randn(12, 16, generator=g))
         before = parameter.detach().clone()
-        descent = Descent({"w": parameter}, rate=0.1, steps=1, muon=muon)
+        descent = Descent({"q_proj.weight": parameter}, rate=0.1, steps=1, muon_heads=muon_heads)
         descent.step((parameter * torch.randn(12, 16, generator=g)).sum())
         moved = (parameter.detach() - before).square().mean().sqrt() / before.square().mean().sqrt()
         assert 0.05 < float(moved) < 0.15

@@ -91,14 +91,21 @@ def test_muon_updates_each_expert_as_if_it_stood_alone():
         assert torch.equal(mine, p.detach())
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6), st.booleans())
-def test_the_matrices_of_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, stacked):
-    for shape in ((experts, 2 * rows, columns), (2 * rows, columns)):
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.sampled_from(["experts.gate_up_proj", "down_proj.weight", "q_proj.weight", "kv_b_proj.weight", "o_proj.weight"]),
+)
+def test_the_matrices_of_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, name):
+    for shape in ((experts, 2 * rows, 2 * columns), (2 * rows, 2 * columns)):
         count = torch.zeros(shape)
-        for index in matrices_of("experts.gate_up_proj" if stacked else "down_proj", count):
+        indices = list(matrices_of(name, count, heads=2))
+        for index in indices:
             assert count[index].dim() == 2
             count[index] += 1
         assert (count == 1).all()
+        assert len(indices) == (1 if "down" in name else 2) * (experts if len(shape) == 3 else 1)
 
 
 def test_muon_and_adamw_steps_are_of_one_size():
