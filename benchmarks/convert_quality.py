@@ -109,7 +109,8 @@ class Bench:
         self.dense = load_stock(self.folder)
         self.held_out_T, _, self.held_out_bytes = self._text(comparison.held_out)
         self.other_T = self._text(comparison.other_domain).ids_T if comparison.other_domain else None
-        self.kept = Rows(comparison.results, f"convert-quality-{comparison.out}", comparison, free=("results", "work"))
+        free = ("parts", "shares", "active", "seeds", "stages", "results", "work")
+        self.kept = Rows(comparison.results, f"convert-quality-{comparison.out}", comparison, free=free)
         self.lines, self.rows = self.kept.path, self.kept.rows
 
     def _text(self, names: tuple[str, ...]) -> Packed:

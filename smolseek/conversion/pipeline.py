@@ -39,6 +39,7 @@ from smolseek.conversion.target import distill_steps, read_source, target_config
 from smolseek.data import calibration_windows
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.experts import MixtureOfExperts
+from smolseek.training.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class _Conversion:
         student = assemble(self.dense, self.target, layers)
         self.losses["closed_form"] = mean_loss(student, self.judged_NT)
         carving = self.settings.experts == "carve"
+        keep_freed_memory()
         if carving or (self.settings.refine_steps and not self.settings.exact):
             self._refine_layers(student, work)
             self.losses["refined"] = mean_loss(student, self.judged_NT)
