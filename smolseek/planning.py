@@ -25,8 +25,8 @@ EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
 
 _ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-_STEP_TOKENS = 2048  # of refinement, as in conversion/refine.py, which imports torch
-_GRADIENT_TOKENS = 512  # of calibration at once, as in conversion/moments.py, for the same reason
+_REFINE_STEP_TOKENS, _DISTILL_STEP_TOKENS = 1024, 2048  # as in conversion/refine.py, which imports torch
+_GRADIENT_TOKENS = 256  # of calibration at once, as in conversion/moments.py, for the same reason
 _LOGITS_AT_ONCE = 2**23  # what training holds of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
@@ -275,8 +275,8 @@ def _convert_cost(
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
     flops = tokens * (6 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
-    refined = 0 if settings.exact else settings.refine_steps * _STEP_TOKENS
-    distilled = distill * _STEP_TOKENS
+    refined = 0 if settings.exact else settings.refine_steps * _REFINE_STEP_TOKENS
+    distilled = distill * _DISTILL_STEP_TOKENS
     flops += refined * 8 * layers * _attention_parameters(target) + distilled * 8 * weights
     length = min(2 * window, source["max_position_embeddings"])
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)

@@ -9,7 +9,7 @@ N qk_nope_head_dim, V v_head_dim, Q = N + 2S, X = H * Q, Z = (H + G) * d. The al
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -246,7 +246,7 @@ def fold_norms(weights: Projections, moments: LayerMoments) -> tuple[Projections
     pairs = zip(lost_Z.split(sizes), moments.heads_energy_Z.split(sizes), strict=True)
     lost = max(float(part.sum() / whole.sum().clamp(min=1e-300)) for part, whole in pairs)
     query, key = made_ZE.split(sizes)
-    plain = LayerMoments(moments.input_DD, moments.fisher_PKPK)
+    plain = replace(moments, heads_ZD=None, heads_energy_Z=None)
     return weights._replace(query=query, key=key), plain, max(0.0, lost)
 
 
@@ -262,7 +262,7 @@ def fold_bias(weights: Projections, moments: LayerMoments) -> tuple[Projections,
     w_D = _regressed(mean_D[None], input_DD, _FOLD_DAMPING)[0]
     lost = 1 - 2 * mean_D @ w_D + w_D @ input_DD @ w_D
     query, key, value = (rows[:, :hidden] + torch.outer(rows[:, hidden], w_D) for rows in weights[:3])
-    return Projections(query, key, value, *weights[3:]), LayerMoments(input_DD, moments.fisher_PKPK), float(lost)
+    return Projections(query, key, value, *weights[3:]), replace(moments, input_DD=input_DD), float(lost)
 
 
 def fit_heads(

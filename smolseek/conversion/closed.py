@@ -6,12 +6,10 @@ Shapes: N windows, T tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +35,7 @@ from smolseek.conversion.attention import (
     refit_decoder,
     rope_plans,
 )
-from smolseek.conversion.moments import LayerMoments, NormMoments, collect_moments, collect_norm_moments
+from smolseek.conversion.moments import LayerMoments, NormMoments, collect_moments, norm_moments
 from smolseek.conversion.sources import read_projections
 from smolseek.conversion.target import inverse_frequencies, target_config, target_rope
 from smolseek.evaluation import measure_divergence, measure_quality
@@ -56,17 +54,6 @@ class ClosedForm:
     folds: tuple[tuple[int, ...], ...]
 
 
-class _FittedBlock(NamedTuple):
-    """One block and all that its tensors are made of."""
-
-    weights: Projections
-    moments: LayerMoments
-    compression: Compression
-    norm: NormMoments
-    decoder_YR: Tensor
-    heads: Heads
-
-
 class ClosedFormConverter:
     """One source's attention under `settings`, weighed by what the dense model does on `windows_NT`.
 
@@ -82,10 +69,10 @@ class ClosedFormConverter:
         settings: ConvertSettings,
         windows_NT: Tensor,
         judged_NT: Tensor,
-        spill: Path,
+        folder: Path,
     ) -> None:
         self.dense, self.tensors, self.config, self.source, self.settings = dense, tensors, config, source, settings
-        self.windows_NT, self.judged_NT, self.spill = windows_NT, judged_NT, spill
+        self.windows_NT, self.judged_NT, self.folder = windows_NT, judged_NT, folder
         self.target = target_config(config, settings)
         self.head_dim = source["head_dim"]
 
@@ -99,7 +86,7 @@ class ClosedFormConverter:
             if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
                 stride, slots = plan.stride, plan.slot_frequencies(self.head_dim)
                 moments = collect_moments(
-                    self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, spill=self.spill
+                    self.dense, self.windows_NT, angles[slots], seed=self.settings.seed, folder=self.folder
                 )
             closed = self.under(plan, moments)
             apart = self._apart(closed) if len(plans) > 1 else 0.0
@@ -117,40 +104,30 @@ class ClosedFormConverter:
         return apart
 
     def under(self, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> ClosedForm:
-        """All blocks under one plan: the closed form, then decoders refitted behind the latent norms."""
-        compressions, lost = [], []
-        for index, read in enumerate(moments):
-            weights, layer, lost_here = self._read(index, read)
-            used = plan if self.source["rope_layers"][index] else plan.silent()
-            compressions.append(compress(weights, layer, used, self.head_dim, self.target["kv_lora_rank"]))
-            lost.append(lost_here)
-        norms = collect_norm_moments(self.dense, self.windows_NT, [c.encoder_RD for c in compressions])
-        blocks = [partial(self._fit, *block) for block in zip(count(), moments, compressions, norms)]
-        del compressions, norms
-        queries = self._query_encodings(blocks)
-        layers, errors = [], []
-        for index in range(len(blocks)):
-            block = blocks.pop(0)()  # whose compression then is the last to go: twenty-four of a 1.7B model hold 3 GB
-            query = self._query(index, block.heads, queries[index]) if queries else None
-            weighted, plain = latent_errors(block.compression, block.decoder_YR, block.moments, block.norm)
-            tensors = portable_tensors(block.weights, block.compression, block.heads, self.head_dim, query)
-            layers.append({name: tensor.float() for name, tensor in tensors.items()})
-            errors.append(
-                {
-                    "latent_error_weighted": weighted,
-                    "latent_error": plain,
-                    "rope_energy_kept": block.compression.rope_energy_kept,
-                }
-                | lost[index]
-            )
-        return ClosedForm(layers, errors, plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim), plan.folds)
+        """All blocks under one plan, one after the other; all moments at once do not fit into memory."""
+        blocks = [self._block(index, read(), plan) for index, read in enumerate(moments)]
+        layers, errors = zip(*blocks, strict=True)
+        theta = plan.rope_theta(self.source["rope"]["rope_theta"], self.head_dim)
+        return ClosedForm(list(layers), list(errors), theta, plan.folds)
 
-    def _read(self, index: int, read: Callable[[], LayerMoments]) -> tuple[Projections, LayerMoments, dict[str, float]]:
-        """One block's weights and moments without what the target has no place for, and the energy lost by that.
+    def _block(self, index: int, moments: LayerMoments, plan: RopePlan) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """One block's tensors and what they lose: the closed form, its decoders refitted behind the latent norms."""
+        weights, moments, lost = self._fold(read_projections(self.tensors, self.source, index), moments)
+        used = plan if self.source["rope_layers"][index] else plan.silent()
+        compression = compress(weights, moments, used, self.head_dim, self.target["kv_lora_rank"])
+        norm = norm_moments(moments, compression.encoder_RD)
+        decoder_YR = refit_decoder(compression.target_YD, norm)
+        sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
+        heads = fit_heads(weights, compression, decoder_YR, sizes, moments.input_DD, norm.latent_RR)
+        query = self._query(index, heads, weights, compression, moments, norm) if self.target["q_lora_rank"] else None
+        tensors = portable_tensors(weights, compression, heads, self.head_dim, query)
+        weighted, plain = latent_errors(compression, decoder_YR, moments, norm)
+        errors = {"latent_error_weighted": weighted, "latent_error": plain}
+        errors["rope_energy_kept"] = compression.rope_energy_kept
+        return {name: tensor.float() for name, tensor in tensors.items()}, errors | lost
 
-        Read when used, for all do not fit into memory.
-        """
-        weights, moments = read_projections(self.tensors, self.source, index), read()
+    def _fold(self, weights: Projections, moments: LayerMoments) -> tuple[Projections, LayerMoments, dict[str, float]]:
+        """Weights and moments without what the target has no place for, and the energy lost by that."""
         lost: dict[str, float] = {}
         if self.source["qk_norms"]:
             weights, moments, lost["qk_norm_energy_lost"] = fold_norms(weights, moments)
@@ -158,36 +135,21 @@ class ClosedFormConverter:
             weights, moments, lost["bias_energy_lost"] = fold_bias(weights, moments)
         return weights, moments, lost
 
-    def _fit(
-        self, index: int, read: Callable[[], LayerMoments], compression: Compression, norm: NormMoments
-    ) -> _FittedBlock:
-        """One block behind its latent norm."""
-        weights, moments, _ = self._read(index, read)
-        sizes = HeadSizes(self.head_dim, self.target["qk_nope_head_dim"], self.target["v_head_dim"])
-        decoder_YR = refit_decoder(compression.target_YD, norm)
-        heads = fit_heads(weights, compression, decoder_YR, sizes, moments.input_DD, norm.latent_RR)
-        return _FittedBlock(weights, moments, compression, norm, decoder_YR, heads)
-
-    def _query_encodings(self, blocks: Sequence[Callable[[], _FittedBlock]]) -> list[tuple[Tensor, NormMoments]]:
-        """Per layer the encoder of a query latent that is not exact, and the latent's moments; none without a rank."""
-        rank = self.target["q_lora_rank"]
-        if rank is None:
-            return []
-        encoders = []
-        for fit in blocks:
-            block = fit()
-            latent_RR = block.norm.latent_RR
-            encoders.append(
-                query_encoder(block.heads, block.weights, block.compression, block.moments.input_DD, latent_RR, rank)
-            )
-        return list(zip(encoders, collect_norm_moments(self.dense, self.windows_NT, encoders), strict=True))
-
-    def _query(self, index: int, heads: Heads, encoding: tuple[Tensor, NormMoments]) -> QueryLatent:
+    def _query(
+        self,
+        index: int,
+        heads: Heads,
+        weights: Projections,
+        compression: Compression,
+        moments: LayerMoments,
+        norm: NormMoments,
+    ) -> QueryLatent:
         """A query latent: exact at full rank, else refitted behind its norm."""
-        encoder_PE, norm = encoding
-        gain_D = self.dense.model.layers[index].input_layernorm.weight.double()
-        exact = exact_query(heads.query_XE, gain_D, len(encoder_PE))
-        return exact or QueryLatent(encoder_PE, refit_decoder(heads.query_XE, norm))
+        rank, gain_D = self.target["q_lora_rank"], self.dense.model.layers[index].input_layernorm.weight.double()
+        if exact := exact_query(heads.query_XE, gain_D, rank):
+            return exact
+        encoder_PE = query_encoder(heads, weights, compression, moments.input_DD, norm.latent_RR, rank)
+        return QueryLatent(encoder_PE, refit_decoder(heads.query_XE, norm_moments(moments, encoder_PE)))
 
 
 def _tell(errors: list[dict[str, Any]]) -> None:

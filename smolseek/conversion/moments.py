@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ UNROTATED, VALUE, ROTATED, SLOT = range(4)
 """The paths of `LayerMoments.fisher_PKPK`."""
 
 _TOKENS_AT_ONCE = 2048
-_GRADIENT_TOKENS_AT_ONCE = 512  # whose activations in all layers are held
+_GRADIENT_TOKENS_AT_ONCE = 256  # whose activations in all layers are held
 _POSITIONS_AT_ONCE = 64  # whose logits are held
 _QUERIES_AT_ONCE = 256  # whose scores are held
 _SPILL_BYTES = 2**30  # more moments than this are kept on disk
@@ -44,12 +45,14 @@ class LayerMoments:
     source, and rotated by the frequencies of the target's rope slots.
 
     Where every head's query and key pass a norm, z of all of them behind it, queries first: E[z xᵀ] and E[z²].
+    `inputs` reads x itself again, some tokens (T, D) at once.
     """
 
     input_DD: Tensor
     fisher_PKPK: Tensor
     heads_ZD: Tensor | None = None
     heads_energy_Z: Tensor | None = None
+    inputs: Callable[[], Iterable[Tensor]] = tuple
 
     def fisher(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """The block (len(rows) * K, len(columns) * K) between two lists of paths."""
@@ -66,23 +69,22 @@ class NormMoments:
 
 
 def collect_moments(
-    model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, seed: int, spill: Path | None = None
+    model: Any, windows_NT: Tensor, slot_angles_F: Tensor, *, seed: int, folder: Path
 ) -> list[Callable[[], LayerMoments]]:
     """Per layer, what reads the moments that the closed form weighs errors by; one forward and backward pass.
 
     The Fisher takes log p of labels sampled from the model itself (the true Fisher, not the empirical one; design §3,
     step 1). Beyond the design it also holds the gradient on the paths that keys may take in the target. Sums are
-    streamed in float64; where those of all layers are large they live as files in the folder `spill`, each in memory
-    only while it is added to or read.
+    streamed in float64; where those of all layers are large they live as files in `folder`, each in memory only while
+    it is added to or read. The blocks' inputs go there as well, so that no latent needs a pass of its own.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = model.model.layers
     width = layers[0].self_attn.k_proj.out_features
     large = 8 * len(layers) * (4 * width) ** 2 > _SPILL_BYTES
-    files = [spill / f"moments-{i}" if spill and large else None for i in range(len(layers))]
     probes = [
-        _Probe(slot_angles_F, file, qk_norms=hasattr(layer.self_attn, "k_norm"))
-        for layer, file in zip(layers, files, strict=True)
+        _Probe(slot_angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
+        for index, layer in enumerate(layers)
     ]
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
@@ -102,26 +104,16 @@ def collect_moments(
     return [probe.moments for probe in probes]
 
 
-@torch.no_grad()
-def collect_norm_moments(model: Any, windows_NT: Tensor, encoders_RD: Sequence[Tensor]) -> list[NormMoments]:
-    """Per layer, moments of the latent c = E x after its RMSNorm; one forward pass of the dense model."""
-    sums = [(_Sum(), _Sum()) for _ in encoders_RD]
-
-    def add(x_BTD: Tensor, encoder_RD: Tensor, latent: _Sum, cross: _Sum) -> None:
-        x_BTD = F.pad(x_BTD, (0, encoder_RD.shape[1] - x_BTD.shape[-1]), value=1.0)
-        c_BTR = x_BTD.double() @ encoder_RD.T
-        normed_BTR = c_BTR * torch.rsqrt(c_BTR.square().mean(-1, keepdim=True) + NORM_EPS)
-        latent.add(normed_BTR)
-        cross.add(x_BTD, normed_BTR)
-
-    hooks: list[tuple[nn.Module, Callable[..., None]]] = [
-        (layer.self_attn.k_proj, lambda _, args, out, e=encoder, s=pair: add(args[0], e, *s))
-        for layer, encoder, pair in zip(model.model.layers, encoders_RD, sums, strict=True)
-    ]
-    with _hooked(hooks):
-        for ids_BT in _batches(windows_NT, _TOKENS_AT_ONCE):
-            model.model(input_ids=ids_BT, use_cache=False)
-    return [NormMoments(latent.end(), cross.end()) for latent, cross in sums]
+def norm_moments(moments: LayerMoments, encoder_RD: Tensor) -> NormMoments:
+    """Moments of the latent c = E x after its RMSNorm."""
+    latent, cross = _Sum(), _Sum()
+    for x_TD in moments.inputs():
+        x_TD = x_TD[:, : encoder_RD.shape[1]].double()
+        c_TR = x_TD @ encoder_RD.T
+        normed_TR = c_TR * torch.rsqrt(c_TR.square().mean(-1, keepdim=True) + NORM_EPS)
+        latent.add(normed_TR)
+        cross.add(x_TD, normed_TR)
+    return NormMoments(latent.end(), cross.end())
 
 
 @torch.no_grad()
@@ -180,10 +172,12 @@ class _Sum:
 class _Probe:
     """One layer's attention as if keys could take the other paths as well, so that the gradient there can be read."""
 
-    def __init__(self, slot_angles_F: Tensor, file: Path | None, *, qk_norms: bool) -> None:
+    def __init__(self, slot_angles_F: Tensor, files: Path, *, spills: bool, qk_norms: bool) -> None:
         self.slot_angles_F, self.qk_norms = slot_angles_F, qk_norms
-        self.inputs, self.gradients = _Sum(), _Sum(file)
-        self.heads = _Sum(file.with_name(f"{file.name}-heads") if file and qk_norms else None)
+        self.kept = files.with_name(f"{files.name}-inputs")
+        self.kept.unlink(missing_ok=True)
+        self.inputs, self.gradients = _Sum(), _Sum(files if spills else None)
+        self.heads = _Sum(files.with_name(f"{files.name}-heads") if spills and qk_norms else None)
         self.energies = _Sum()
         self.unrotated_BGTd = self.slot_BGTd = torch.empty(0)
         """Gradients of one batch on the paths that keys do not take."""
@@ -197,6 +191,8 @@ class _Probe:
     def see_x(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.x_BTD = args[0] if module.bias is None else F.pad(args[0], (0, 1), value=1.0)
         self.inputs.add(self.x_BTD)
+        with self.kept.open("ab") as file:
+            self.x_BTD.detach().float().numpy().tofile(file)
 
     def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.query = output
@@ -230,8 +226,16 @@ class _Probe:
     def moments(self) -> LayerMoments:
         fisher = self.gradients.read()
         width = len(fisher) // 4
-        heads = (self.heads.read(), self.energies.read()[:, 0]) if self.qk_norms else (None, None)
-        return LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width), *heads)
+        plain = LayerMoments(self.inputs.read(), fisher.view(4, width, 4, width), inputs=self.read_inputs)
+        if not self.qk_norms:
+            return plain
+        return replace(plain, heads_ZD=self.heads.read(), heads_energy_Z=self.energies.read()[:, 0])
+
+    def read_inputs(self) -> Iterator[Tensor]:
+        width = len(self.inputs.read())
+        with self.kept.open("rb") as file:
+            while len(numbers := np.fromfile(file, np.float32, _TOKENS_AT_ONCE * width)):
+                yield torch.from_numpy(numbers).view(-1, width)
 
 
 class _ProbedAttention(torch.autograd.Function):

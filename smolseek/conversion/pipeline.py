@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -197,6 +198,8 @@ class _Conversion:
                 layers[int(index)][rest] = tensor
             return ClosedForm(layers, facts["errors"], facts["rope_theta"], tuple(map(tuple, facts["folds"])))
         self.on_progress("closed form", 0, 1)
+        moments = work.path / "moments"
+        moments.mkdir(exist_ok=True)
         closed = ClosedFormConverter(
             self.dense,
             self.tensors,
@@ -205,10 +208,11 @@ class _Conversion:
             self.settings,
             self.windows_NT,
             self.judged_NT,
-            work.path,
+            moments,
         ).best()
         named = {f"{i}.{name}": tensor for i, layer in enumerate(closed.layers) for name, tensor in layer.items()}
         work.put("closed-form", named, {k: getattr(closed, k) for k in ("errors", "rope_theta", "folds")})
+        shutil.rmtree(moments)
         release_memory()
         self.on_progress("closed form", 1, 1)
         return closed

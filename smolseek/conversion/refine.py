@@ -19,9 +19,11 @@ from smolseek.training.loss import divergence
 from smolseek.training.optimizer import Muon, warmed_cosine
 from smolseek.training.precision import autocast
 
-REFINE_BATCH_TOKENS = 2048
-"""Tokens in a step, here as in the planning of its cost."""
+REFINE_BATCH_TOKENS, DISTILL_BATCH_TOKENS = 1024, 2048
+"""Tokens in a step, here as in the planning of its cost. Of the layers: half as many steps of twice as many tokens cost
+the same and end higher (LOG.md)."""
 
+_PROBE_TOKENS = 2048
 _REFINE_RATE = 0.015
 _DISTILL_RATE = 0.005
 _ROUTER_FACTOR = 5.0  # a fitted router starts small, and has to keep pace with its experts
@@ -40,7 +42,8 @@ class ResidualStream:
     def __init__(self, model: Any, windows_NT: Tensor) -> None:
         self.model = model
         self.batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
-        self.probe = self.batch if len(windows_NT) > self.batch else 0
+        probe = max(1, _PROBE_TOKENS // windows_NT.shape[1])
+        self.probe = probe if len(windows_NT) > probe else 0
         with torch.no_grad():
             self.hidden_NTD = model.embed_tokens(windows_NT)
             positions_1T = torch.arange(windows_NT.shape[1])[None]
@@ -178,7 +181,7 @@ def distill(
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
     descent = Descent(parameters, rate=_DISTILL_RATE, steps=steps)
-    batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
+    batch = max(1, DISTILL_BATCH_TOKENS // windows_NT.shape[1])
     for step, rows in enumerate(shuffled(len(windows_NT), batch, steps, seed)):
         ids_BT = windows_NT[rows]
         with fast_products():

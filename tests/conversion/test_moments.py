@@ -14,7 +14,7 @@ from smolseek.conversion.moments import (
     VALUE,
     collect_mlp_inputs,
     collect_moments,
-    collect_norm_moments,
+    norm_moments,
     rotate,
     sample_labels,
 )
@@ -30,11 +30,11 @@ def angles(model):
     return model.model.rotary_emb.inv_freq.clone()
 
 
-def test_probing_changes_neither_the_logits_nor_the_model(model):
+def test_probing_changes_neither_the_logits_nor_the_model(model, tmp_path):
     ids, before = random_ids(2, 12), model.config._attn_implementation
     seen = []
     handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
-    collect_moments(model, ids, angles(model), seed=0)
+    collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)
     handle.remove()
     torch.testing.assert_close(seen[0], model(ids).logits.flatten(0, 1), rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == before
@@ -42,7 +42,7 @@ def test_probing_changes_neither_the_logits_nor_the_model(model):
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model):
+def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model, tmp_path):
     """Rotated keys and values by autograd through transformers' own attention, one position of one window."""
     ids = random_ids(1, 9)
     kept = {}
@@ -58,23 +58,23 @@ def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(model):
     key, value = (g[0].double() for g in torch.autograd.grad(loss, [kept["k"], kept["v"]]))
     for hook in hooks:
         hook.remove()
-    layer = collect_moments(model, ids, angles(model), seed=3)[1]()
+    layer = collect_moments(model, ids, angles(model), seed=3, folder=tmp_path)[1]()
     for path, gradient in ((ROTATED, key), (VALUE, value)):
         torch.testing.assert_close(layer.fisher([path], [path]), gradient.T @ gradient / 9, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(layer.fisher([VALUE], [ROTATED]), value.T @ key / 9, rtol=1e-3, atol=1e-6)
 
 
-def test_paths_agree_exactly_when_they_turn_alike(model):
+def test_paths_agree_exactly_when_they_turn_alike(model, tmp_path):
     still = torch.zeros_like(angles(model))
-    as_source = collect_moments(model, random_ids(2, 10), angles(model), seed=0)[0]()
-    unturned = collect_moments(model, random_ids(2, 10), still, seed=0)[0]()
+    as_source = collect_moments(model, random_ids(2, 10), angles(model), seed=0, folder=tmp_path)[0]()
+    unturned = collect_moments(model, random_ids(2, 10), still, seed=0, folder=tmp_path)[0]()
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
     close(as_source.fisher([SLOT], [SLOT]), as_source.fisher([ROTATED], [ROTATED]))
     close(unturned.fisher([SLOT], [SLOT]), unturned.fisher([UNROTATED], [UNROTATED]))
     assert not torch.allclose(as_source.fisher([SLOT], [SLOT]), as_source.fisher([UNROTATED], [UNROTATED]), rtol=0.1)
 
 
-def test_input_and_norm_moments_are_those_of_the_block_input(model):
+def test_input_and_norm_moments_are_those_of_the_block_input(model, tmp_path):
     ids = random_ids(3, 8)
     inputs = []
     projection = model.model.layers[0].self_attn.k_proj
@@ -84,17 +84,17 @@ def test_input_and_norm_moments_are_those_of_the_block_input(model):
     model(ids)
     handle.remove()
     x = inputs[0]
-    encoders = [torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()] * 2
-    layer = collect_moments(model, ids, angles(model), seed=0)[0]()
-    norm = collect_norm_moments(model, ids, encoders)[0]
-    c = x @ encoders[0].T
+    encoder = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).double()
+    layer = collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)[0]()
+    norm = norm_moments(layer, encoder)
+    c = x @ encoder.T
     n = c / (c.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(layer.input_DD, x.T @ x / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.latent_RR, n.T @ n / 24, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(norm.cross_DR, x.T @ n / 24, rtol=1e-5, atol=1e-6)
 
 
-def test_keys_and_queries_are_seen_behind_their_norms():
+def test_keys_and_queries_are_seen_behind_their_norms(tmp_path):
     """Qwen3: E[z xᵀ] and E[z²] of what RoPE gets, and the gradient there, as autograd has them."""
     model, ids = tiny_dense("qwen3", head_dim=8), random_ids(1, 9)
     attention, kept = model.model.layers[1].self_attn, {}
@@ -108,7 +108,7 @@ def test_keys_and_queries_are_seen_behind_their_norms():
     key = torch.autograd.grad(loss, kept["k"][1])[0][0].flatten(1).double()
     for hook in hooks:
         hook.remove()
-    layer = collect_moments(model, ids, angles(model), seed=3)[1]()
+    layer = collect_moments(model, ids, angles(model), seed=3, folder=tmp_path)[1]()
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
     close(layer.fisher([ROTATED], [ROTATED]), key.T @ key / 9)
     x = kept["v"][0][0].detach().double()
@@ -118,18 +118,19 @@ def test_keys_and_queries_are_seen_behind_their_norms():
     close(layer.heads_energy_Z, z.square().mean(0))
 
 
-def test_same_seed_same_moments_another_seed_others(model):
-    first, again, other = (collect_moments(model, random_ids(2, 8), angles(model), seed=s)[0]() for s in (0, 0, 1))
+def test_same_seed_same_moments_another_seed_others(model, tmp_path):
+    ids = random_ids(2, 8)
+    first, again, other = (collect_moments(model, ids, angles(model), seed=s, folder=tmp_path)[0]() for s in (0, 0, 1))
     assert torch.equal(first.fisher_PKPK, again.fisher_PKPK)
     assert not torch.equal(first.fisher_PKPK, other.fisher_PKPK)
 
 
 def test_spilled_moments_are_the_same(model, tmp_path, monkeypatch):
     ids = random_ids(3, 10)
-    held = [read() for read in collect_moments(model, ids, angles(model), seed=0)]
+    held = [read() for read in collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)]
     monkeypatch.setattr(moments, "_SPILL_BYTES", 0)
-    spilled = [read() for read in collect_moments(model, ids, angles(model), seed=0, spill=tmp_path)]
-    assert len(list(tmp_path.iterdir())) == 2
+    spilled = [read() for read in collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "0-inputs", "1-inputs"}
     for ours, theirs in zip(spilled, held, strict=True):
         assert torch.equal(ours.fisher_PKPK, theirs.fisher_PKPK) and torch.equal(ours.input_DD, theirs.input_DD)
 
@@ -155,11 +156,11 @@ def test_labels_come_as_often_as_they_are_likely_and_never_where_they_are_not():
     assert set(drawn.unique().tolist()) == {1, 3, 4}
 
 
-def test_moments_do_not_depend_on_how_many_windows_or_queries_are_taken_at_once(model, monkeypatch):
+def test_moments_do_not_depend_on_how_many_windows_or_queries_are_taken_at_once(model, monkeypatch, tmp_path):
     ids = random_ids(4, 10)
-    together = collect_moments(model, ids, angles(model) / 3, seed=0)[1]()
+    together = collect_moments(model, ids, angles(model) / 3, seed=0, folder=tmp_path)[1]()
     monkeypatch.setattr(moments, "_QUERIES_AT_ONCE", 3)
     monkeypatch.setattr(moments, "_GRADIENT_TOKENS_AT_ONCE", 1)
-    parts = collect_moments(model, ids, angles(model) / 3, seed=0)[1]()
+    parts = collect_moments(model, ids, angles(model) / 3, seed=0, folder=tmp_path)[1]()
     torch.testing.assert_close(parts.fisher_PKPK, together.fisher_PKPK, rtol=1e-3, atol=1e-9)
     torch.testing.assert_close(parts.input_DD, together.input_DD, rtol=1e-5, atol=1e-7)

@@ -57,7 +57,7 @@ def test_the_stream_is_the_dense_models_own(dense):
 
 def test_the_probe_is_not_trained_on(dense):
     stream = ResidualStream(dense.model, random_ids(140, 16))
-    assert stream.probe == stream.batch == 128
+    assert (stream.probe, stream.batch) == (128, 64)
     stream.enter(0)
     probe, rest = stream.mlp_inputs()
     assert len(probe) == 128 * 16 and len(rest) == 12 * 16
