@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.config import TrainSettings
+from smolseek.training.precision import has_bfloat16
 
 GROUPS = ("attention", "experts", "router", "norms", "embeddings")
 """Groups of weights that a recipe can give a learning rate of their own."""
@@ -60,16 +62,17 @@ class Muon(torch.optim.Muon):
     """Muon (Jordan 2024) on named matrices and stacks of them, each matrix updated as if it stood alone.
 
     A step has the root mean square that one of AdamW has (Liu et al. 2025, section 2.2), so that both can share a
-    learning rate. torch's own takes 2-D parameters only: it is given views, which share the weights' memory. With a
+    learning rate. torch's own takes 2-D parameters only: it is given views, which share the weights' memory. Its step
+    is taken here for all matrices of a parameter together, and in fp32 where the device has no units for bf16. With a
     number of `heads`, each head's part of an attention block counts as a matrix of its own.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float = 1e-3, heads: int = 1) -> None:
-        self.sources: list[tuple[nn.Parameter, nn.Parameter, tuple[Any, ...]]] = []
+        self.wholes: dict[Tensor, tuple[nn.Parameter, tuple[Any, ...]]] = {}
         for group in (groups := [dict(group) for group in groups]):
             parts = [(p, index) for name, p in group["params"] for index in matrices_of(name, p, heads)]
             views = [nn.Parameter(p.detach()[index]) for p, index in parts]
-            self.sources += [(view, *part) for view, part in zip(views, parts, strict=True)]
+            self.wholes |= dict(zip(views, parts, strict=True))
             group["params"] = views
         super().__init__(groups, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
@@ -77,16 +80,41 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         """One step by the gradients of the weights that the views look into."""
         assert closure is None
-        for view, whole, index in self.sources:
-            view.grad = None if whole.grad is None else whole.grad[index]
-        super().step()
-        for view, _, _ in self.sources:
-            view.grad = None
+        for group in self.param_groups:
+            for _, views in itertools.groupby(group["params"], lambda view: id(self.wholes[view][0])):
+                self._step(group, list(views))
+
+    def _step(self, group: dict[str, Any], views: list[Tensor]) -> None:
+        """One step of the matrices of one parameter, which are of one shape."""
+        grad = self.wholes[views[0]][0].grad
+        if grad is None:
+            return
+        grads = [grad[self.wholes[view][1]] for view in views]
+        momenta = [self.state[view].setdefault("momentum_buffer", torch.zeros_like(view)) for view in views]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates_MRC = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's
+        exact = not has_bfloat16(grad.device)
+        made_MRC = orthogonal(updates_MRC if exact else updates_MRC.bfloat16(), group["ns_coefficients"], group["eps"])
+        torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * 0.2 * math.sqrt(max(views[0].shape))
+        torch._foreach_add_(views, made_MRC.to(grad.dtype).unbind(), alpha=-rate)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the weights themselves."""
-        for _, whole, _ in self.sources:
+        for whole, _ in self.wholes.values():
             whole.grad = None
+
+
+def orthogonal(update_MRC: Tensor, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+    """Each of M matrices (R, C) with its singular values near 1: five steps of Newton and Schulz (Jordan 2024)."""
+    a, b, c = coefficients
+    tall = update_MRC.shape[1] > update_MRC.shape[2]
+    x_MRC = update_MRC.mT if tall else update_MRC
+    x_MRC = x_MRC / x_MRC.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(5):
+        gram_MRR = x_MRC @ x_MRC.mT
+        x_MRC = torch.baddbmm(x_MRC, torch.baddbmm(gram_MRR, gram_MRR, gram_MRR, beta=b, alpha=c), x_MRC, beta=a)
+    return x_MRC.mT if tall else x_MRC
 
 
 def matrices_of(name: str, parameter: Tensor, heads: int = 1) -> Iterator[tuple[Any, ...]]:
