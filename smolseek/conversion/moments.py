@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,11 +78,16 @@ def collect_moments(
     step 1). Beyond the design it also holds the gradient on the paths that keys may take in the target. Sums are
     streamed in float64; where those of all layers are large they live as files in `folder`, each in memory only while
     it is added to or read. The blocks' inputs go there as well, so that no latent needs a pass of its own.
+
+    Raises:
+        ValueError: less space in `folder` than that takes.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = model.model.layers
     width = layers[0].self_attn.k_proj.out_features
-    large = 8 * len(layers) * (4 * width) ** 2 > _SPILL_BYTES
+    moment_bytes = 8 * len(layers) * (4 * width) ** 2
+    large = moment_bytes > _SPILL_BYTES
+    _check_space(folder, 4 * len(layers) * model.config.hidden_size * windows_NT.numel() + large * moment_bytes)
     probes = [
         _Probe(slot_angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
         for index, layer in enumerate(layers)
@@ -102,6 +108,15 @@ def collect_moments(
     for probe in probes:
         probe.end()
     return [probe.moments for probe in probes]
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there "
+            "until the blocks are fitted; free some space or lower calibration_windows"
+        )
 
 
 def norm_moments(moments: LayerMoments, encoder_RD: Tensor) -> NormMoments:

@@ -353,3 +353,11 @@ def test_stories260k_exact_on_real_text(tmp_path):
     ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt")["input_ids"][:, :512]
     with torch.no_grad():
         assert (stock(out)(ids).logits - stock(source)(ids).logits).abs().max() < 1e-3
+
+
+def test_too_little_space_for_the_blocks_inputs_is_said_before_they_are_made(source, quick, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match=r"0\.0 GB free.*free some space or lower calibration_windows"):
+        convert(source, tmp_path / "out", settings=quick())
+    assert not list(tmp_path.iterdir())
