@@ -259,12 +259,12 @@ def _decode(config: dict[str, Any], machine: Machine) -> tuple[float, float]:
 def _convert_cost(
     source: dict[str, Any], target: dict[str, Any], settings: ConvertSettings, machine: Machine, distill: int
 ) -> Cost:
-    """Calibration: forward, backward to activations and a second forward (6 W a token), moments in fp64, which counts
-    double (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
-    decompositions; each step of refinement 8 flops for an attention weight and token, each of the `distill` steps for
-    every weight (6 the student's, 2 the dense model's); what activations take to move; then reading and writing fp32.
-    The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments, one batch's
-    activations and logits.
+    """Calibration: forward and backward to activations (4 W a token), moments in fp64, which counts double
+    (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
+    decompositions; each step of refinement 8 flops for an attention weight and token (6, and Muon's), each of the
+    `distill` steps for every weight (6 the student's, 2 the dense model's); what activations take to move; then reading
+    and writing fp32. The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments,
+    one batch's activations and logits.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
@@ -274,7 +274,7 @@ def _convert_cost(
     window = settings.calibration_window_tokens
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
-    flops = tokens * (6 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
+    flops = tokens * (4 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
     refined = 0 if settings.exact else settings.refine_steps * _REFINE_STEP_TOKENS
     distilled = distill * _DISTILL_STEP_TOKENS
     flops += refined * 8 * layers * _attention_parameters(target) + distilled * 8 * weights
