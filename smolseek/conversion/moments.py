@@ -87,11 +87,11 @@ def collect_moments(
     width = layers[0].self_attn.k_proj.out_features
     moment_bytes = 8 * len(layers) * (4 * width) ** 2
     large = moment_bytes > _SPILL_BYTES
-    _check_space(folder, 4 * len(layers) * model.config.hidden_size * windows_NT.numel() + large * moment_bytes)
     probes = [
         _Probe(slot_angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
         for index, layer in enumerate(layers)
     ]
+    _check_space(folder, 4 * len(layers) * model.config.hidden_size * windows_NT.numel() + large * moment_bytes)
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)

@@ -199,7 +199,8 @@ class _Conversion:
             return ClosedForm(layers, facts["errors"], facts["rope_theta"], tuple(map(tuple, facts["folds"])))
         self.on_progress("closed form", 0, 1)
         moments = work.path / "moments"
-        moments.mkdir(exist_ok=True)
+        shutil.rmtree(moments, ignore_errors=True)  # of an interrupted conversion
+        moments.mkdir()
         closed = ClosedFormConverter(
             self.dense,
             self.tensors,

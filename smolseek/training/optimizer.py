@@ -90,7 +90,10 @@ class Muon(torch.optim.Muon):
         if grad is None:
             return
         grads = [grad[self.wholes[view][1]] for view in views]
-        momenta = [self.state[view].setdefault("momentum_buffer", torch.zeros_like(view)) for view in views]
+        for view in views:
+            if not self.state[view]:
+                self.state[view]["momentum_buffer"] = torch.zeros_like(view)
+        momenta = [self.state[view]["momentum_buffer"] for view in views]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates_MRC = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's
         exact = not has_bfloat16(grad.device)
