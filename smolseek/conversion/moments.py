@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from smolseek.training.precision import autocast, teacher_dtype
+
 NORM_EPS = 1e-6
 """What transformers hard-codes in the latent norms."""
 UNROTATED, VALUE, ROTATED, SLOT = range(4)
@@ -95,10 +97,11 @@ def collect_moments(
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
-    with _frozen(model), _hooked(hooks), _probed(model, probes):
+    head_VD = model.get_output_embeddings().weight.to(teacher_dtype(torch.device("cpu"), "auto"))
+    with _frozen(model), _hooked(hooks), _probed(model, probes), fast_products():
         for ids_BT in _batches(windows_NT, _GRADIENT_TOKENS_AT_ONCE):
             hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-            pull_BTD = _loss_gradient(hidden_BTD.detach(), model.get_output_embeddings(), generator)
+            pull_BTD = _loss_gradient(hidden_BTD.detach(), head_VD, generator)
             paths = [path for probe in probes for path in (probe.value_BTK, probe.key)]
             gradients = torch.autograd.grad(hidden_BTD, paths, pull_BTD)
             for index, probe in enumerate(probes):
@@ -261,6 +264,7 @@ class _ProbedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plain: Tensor, scaling: float, probe: Any) -> Any:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         ctx.save_for_backward(query, key, value, plain, out)
@@ -268,6 +272,7 @@ class _ProbedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, pull_BHTd: Tensor) -> Any:
         query_BHTd, key_BGTd, value_BGTd, plain_BHTd, out_BHTd = ctx.saved_tensors
         probe, heads, tokens = ctx.probe, key_BGTd.shape[1], key_BGTd.shape[2]
@@ -300,6 +305,11 @@ def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def fast_products() -> Any:
+    """What conversion computes under: bf16 products where the processor has units for them, as in training."""
+    return autocast(torch.device("cpu"), "auto")
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, which glibc keeps for later: half a model's weights after one window."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
@@ -310,7 +320,7 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-def _loss_gradient(hidden_BTD: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
+def _loss_gradient(hidden_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of the summed loss at the final hidden states, each position's label drawn from the model itself.
 
     (p - onehot(label)) W, a few positions at a time: autograd would hold four copies of all logits.
@@ -318,10 +328,10 @@ def _loss_gradient(hidden_BTD: Tensor, head: nn.Module, generator: torch.Generat
     pulls = []
     with torch.no_grad():
         for hidden_PD in hidden_BTD.flatten(0, 1).split(_POSITIONS_AT_ONCE):
-            p_PV = head(hidden_PD).float().softmax(-1)
+            p_PV = (hidden_PD.to(head_VD.dtype) @ head_VD.T).float().softmax(-1)
             label_P1 = sample_labels(p_PV, generator)
             p_PV.scatter_add_(1, label_P1, torch.full_like(label_P1, -1, dtype=p_PV.dtype))
-            pulls.append(p_PV @ head.weight.float())
+            pulls.append((p_PV.to(head_VD.dtype) @ head_VD).to(hidden_BTD.dtype))
     return torch.cat(pulls).view_as(hidden_BTD)
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.conversion.attention import LATENT_RMS
+from smolseek.conversion.moments import fast_products
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.training.loss import divergence
 from smolseek.training.optimizer import Muon, warmed_cosine
-from smolseek.training.precision import autocast
 
 REFINE_BATCH_TOKENS, DISTILL_BATCH_TOKENS = 1024, 2048
 """Tokens in a step, here as in the planning of its cost. Of the layers: half as many steps of twice as many tokens cost
@@ -195,11 +195,6 @@ def distill(
     descent.end()
     for layer in layers_of(student):
         scale_latents(layer.self_attn, LATENT_RMS)
-
-
-def fast_products() -> Any:
-    """What refinement trains under: bf16 products where the processor has units for them, as in training."""
-    return autocast(torch.device("cpu"), "auto")
 
 
 def layers_of(model: DeepseekV3) -> list[Any]:

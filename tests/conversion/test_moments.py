@@ -18,6 +18,7 @@ from smolseek.conversion.moments import (
     rotate,
     sample_labels,
 )
+from smolseek.training import precision
 from tests.factories import random_ids, tiny_dense, tiny_llama
 
 
@@ -26,17 +27,23 @@ def model():
     return tiny_llama()
 
 
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    """Plain products, as the slow versions have them; bf16 has a test of its own."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+
+
 def angles(model):
     return model.model.rotary_emb.inv_freq.clone()
 
 
-def test_probing_changes_neither_the_logits_nor_the_model(model, tmp_path):
+def test_probing_changes_neither_the_output_nor_the_model(model, tmp_path):
     ids, before = random_ids(2, 12), model.config._attn_implementation
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.detach()))
+    handle = model.model.register_forward_hook(lambda _, args, out: seen.append(out.last_hidden_state.detach()))
     collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)
     handle.remove()
-    torch.testing.assert_close(seen[0], model(ids).logits.flatten(0, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen[0], model.model(ids).last_hidden_state, rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == before
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
@@ -123,6 +130,17 @@ def test_same_seed_same_moments_another_seed_others(model, tmp_path):
     first, again, other = (collect_moments(model, ids, angles(model), seed=s, folder=tmp_path)[0]() for s in (0, 0, 1))
     assert torch.equal(first.fisher_PKPK, again.fisher_PKPK)
     assert not torch.equal(first.fisher_PKPK, other.fisher_PKPK)
+
+
+def test_bf16_products_change_the_moments_less_than_the_draw_of_labels_does(model, tmp_path, monkeypatch):
+    ids = random_ids(64, 32)
+    plain, other = (collect_moments(model, ids, angles(model), seed=s, folder=tmp_path)[1]() for s in (0, 1))
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    rounded = collect_moments(model, ids, angles(model), seed=0, folder=tmp_path)[1]()
+    assert not torch.equal(rounded.input_DD, plain.input_DD)
+    assert (rounded.input_DD - plain.input_DD).norm() / plain.input_DD.norm() < 0.01
+    drawn = (other.fisher_PKPK - plain.fisher_PKPK).norm()
+    assert (rounded.fisher_PKPK - plain.fisher_PKPK).norm() < 0.5 * drawn
 
 
 def test_spilled_moments_are_the_same(model, tmp_path, monkeypatch):
