@@ -260,7 +260,8 @@ class _ProbedAttention(torch.autograd.Function):
     """Attention that on its way back leaves the gradient of keys on the other two paths with the probe.
 
     A score is the sum over the paths, and those two keys are zero: forward there is nothing to compute. Backward all
-    three are one product, dSᵀ [rotated, plain, slot-rotated queries]. Scores are recomputed, some queries at a time.
+    three are one product, dSᵀ [rotated, plain, slot-rotated queries]. Scores are recomputed, some queries at a time,
+    and all is in fp32, under `fast_products` as well.
     """
 
     @staticmethod
