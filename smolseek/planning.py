@@ -26,7 +26,8 @@ EFFICIENCY = 0.5
 
 _ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 _REFINE_STEP_TOKENS, _DISTILL_STEP_TOKENS = 1024, 2048  # as in conversion/refine.py, which imports torch
-_GRADIENT_TOKENS = 256  # of calibration at once, as in conversion/moments.py, for the same reason
+_GRADIENT_TOKENS, _SPILL_BYTES = 256, 2**30  # of calibration at once, as in conversion/moments.py, for the same reason
+_FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
 _LOGITS_AT_ONCE = 2**23  # what training holds of them
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
@@ -263,8 +264,7 @@ def _convert_cost(
     (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
     decompositions; each step of refinement 8 flops for an attention weight and token (6, and Muon's), each of the
     `distill` steps for every weight (6 the student's, 2 the dense model's); what activations take to move; then reading
-    and writing fp32. The exact form calibrates nothing unless experts do. Memory: the dense model in fp32, the moments,
-    one batch's activations and logits.
+    and writing fp32. The exact form calibrates nothing unless experts do.
     """
     layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
     parameters, weights = count_parameters(source)[0], _weights(source)
@@ -281,10 +281,22 @@ def _convert_cost(
     length = min(2 * window, source["max_position_embeddings"])
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
-    batch = min(tokens, max(window, _GRADIENT_TOKENS))
-    memory = 4 * parameters + 8 * layers * moments + _activation_bytes(source, batch)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
-    return Cost(seconds, memory)
+    return Cost(seconds, _convert_bytes(source, target, min(tokens, max(window, _GRADIENT_TOKENS))))
+
+
+def _convert_bytes(source: dict[str, Any], target: dict[str, Any], batch: int) -> int:
+    """The dense model in fp32 and the moments of every layer (those of the gradients, (2 Y)², on disk where they are
+    large); beside them the calibration pass (one batch's activations and logits, and the weights in bf16, which
+    processors with units for it keep for the way back) or the fitting of one block after all others, if that is more.
+    """
+    layers = source["num_hidden_layers"]
+    fisher = 8 * (2 * _cache_numbers(source)) ** 2
+    spilled = layers * fisher > _SPILL_BYTES
+    held = 4 * count_parameters(source)[0] + 8 * layers * source["hidden_size"] ** 2 + (not spilled) * layers * fisher
+    calibrating = 2 * _weights(source) + spilled * fisher + _activation_bytes(source, batch)
+    fitting = 4 * layers * _attention_parameters(target) + _FITTING_COPIES * fisher
+    return held + max(calibrating, fitting)
 
 
 def _heal_cost(target: dict[str, Any], machine: Machine, tokens: int) -> Cost:

@@ -164,6 +164,18 @@ def test_costs_grow_with_the_work() -> None:
     assert heal == pytest.approx(1000 * (6 * 143_503_248 / 5e14 + moved / FAST_COMPUTE.bytes_per_second))
 
 
+@pytest.mark.parametrize(
+    ("shape", "layers", "measured_gb"),
+    [("135M", 30, 1.56), ("1.7B", 24, 12.84), ("1.7B", 2, 4.19)],
+)
+def test_memory_to_convert_is_what_was_measured(shape: str, layers: int, measured_gb: float) -> None:
+    """Peaks in benchmarks/results: moments in memory, spilled, and a fit that takes more than calibration."""
+    wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32}
+    source = SMOLLM2_135M | (wide if shape == "1.7B" else {}) | {"num_hidden_layers": layers}
+    memory = plan(source, ConvertSettings(), FAST_COMPUTE).convert.memory_bytes
+    assert memory == pytest.approx(1e9 * measured_gb, rel=0.1)
+
+
 def test_plan_is_json_and_text_for_every_runtime() -> None:
     result = plan(SMOLLM2_135M, ConvertSettings(experts="upcycle"), FAST_COMPUTE)
     told = json.loads(json.dumps(result.to_dict()))

@@ -183,6 +183,7 @@ class _Conversion:
         keep_freed_memory()
         if carving or (self.settings.refine_steps and not self.settings.exact):
             self._refine_layers(student, work)
+            release_memory()  # the residual stream's, kept for it until here
             self.losses["refined"] = mean_loss(student, self.judged_NT)
         if self.steps and (carving or not self.settings.exact):
             self._distill(student)

@@ -17,6 +17,8 @@ def stages_of(train: TrainSettings) -> tuple[TrainSettings, ...]:
     Raises:
         ValueError: a value that no stage can have.
     """
+    if train.stages and train.steps != TrainSettings().steps:
+        raise ValueError(f"train.steps {train.steps}: the stages have lengths of their own; leave it out, set theirs")
     stages = tuple(_settings_of(stage, train) for stage in train.stages) or (train,)
     for number, stage in enumerate(stages):
         _check(stage, f"train.stages.{number}" if train.stages else "train")

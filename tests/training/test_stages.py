@@ -28,13 +28,13 @@ def test_no_stages_are_one_of_the_whole_settings():
 
 
 def test_a_stage_is_the_settings_with_its_own_in_front():
-    train = TrainSettings(
-        steps=99, batch_windows=4, window_tokens=16, learning_rate=1e-3, distill_weight=0.0, stages=STAGES
-    )
+    train = TrainSettings(batch_windows=4, window_tokens=16, learning_rate=1e-3, distill_weight=0.0, stages=STAGES)
     first, second, third = stages_of(train)
     assert (first.steps, first.trains, first.learning_rate, first.optimizer) == (5, "attention", 2e-3, "adamw")
     assert (second.steps, second.optimizer, second.learning_rate) == (6, "muon", 1e-3)
-    assert dataclasses.replace(third, steps=99, schedule="cosine", stages=STAGES) == train
+    assert dataclasses.replace(third, steps=train.steps, schedule="cosine", stages=STAGES) == train
+    with pytest.raises(ValueError, match="steps 99: the stages have lengths"):
+        stages_of(dataclasses.replace(train, steps=99))
 
 
 @given(st.integers(1, 10**6), st.integers(1, 8), st.integers(1, 4), st.integers(1, 64))
@@ -61,8 +61,12 @@ def test_a_course_waits_with_patience():
     assert course.done and course.steps == 10 and course.settings.steps == 4
 
 
+def with_stages(recipe, stages, **changes):
+    return with_train(recipe, steps=TrainSettings().steps, stages=stages, **changes)
+
+
 def test_each_stage_trains_its_own_weights(recipe, tmp_path):
-    recipe = with_train(recipe, stages=STAGES)
+    recipe = with_stages(recipe, STAGES)
     states = {0: model_of().state_dict()}
 
     def keep(progress):
@@ -87,7 +91,7 @@ def test_each_stage_trains_its_own_weights(recipe, tmp_path):
 def early(recipe, **changes):
     """A second stage that cannot learn, so that its patience ends it: at step 5 + 4."""
     stages = (STAGES[0], StageSettings(steps=50, learning_rate=0.0, patience=2, trains="experts"), STAGES[2])
-    return with_train(recipe, stages=stages, evaluate_every=1, balance_update_speed=0.0, **changes)
+    return with_stages(recipe, stages, evaluate_every=1, balance_update_speed=0.0, **changes)
 
 
 def test_a_stage_ends_early_when_held_out_loss_stops_improving(recipe, tmp_path):
