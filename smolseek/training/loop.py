@@ -227,13 +227,15 @@ class Trainer:
     def _micro_batches(self) -> list[tuple[Tensor, float]]:
         """The step's windows by micro-batch, each with its share of the labels: a token weighs the same in all of them.
 
-        Drawn at once, so that a source that is lost leaves the state of the step before, which is saved.
+        Drawn at once, so that a source that is lost leaves the state of the step before, which is saved; not by one
+        process of several, for the others are in their step by then: its end is theirs, and the last checkpoint stands.
         """
         size, count = self.settings.batch_windows, self.settings.gradient_accumulation
         try:
             batches = self.stream.next(size * count).split(size)
         except SourceLost:
-            self.save()
+            if self.processes.size == 1:
+                self.save()
             raise
         rows = [self.processes.rows(windows_NT) for windows_NT in batches]
         labels = max(1, sum(map(_labels, batches)))

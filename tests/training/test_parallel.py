@@ -84,6 +84,31 @@ def test_a_killed_process_is_restarted_and_the_run_finishes(tmp_path):
     assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
 
 
+LOST = """
+import os, sys
+from smolseek.cli import main
+from smolseek.data.corpus import SourceLost
+from smolseek.data.windows import WindowStream
+draw = WindowStream.next
+def lost(stream, count):
+    if os.environ["RANK"] == "1" and stream.drawn == 5:
+        raise SourceLost("data source hub:a/b: lost")
+    stream.drawn += 1
+    return draw(stream, count)
+WindowStream.drawn, WindowStream.next = 0, lost
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+"""train.py whose process 1 loses its source after five steps."""
+
+
+def test_a_source_that_one_process_loses_ends_the_run(tmp_path):
+    recipe, script = recipe_of(tmp_path, steps=8), tmp_path / "lost.py"
+    script.write_text(LOST)
+    with pytest.raises(RuntimeError, match=r"rank +: 1 .*\n +exitcode +: 2 "):
+        run(recipe, tmp_path / "2", 2, script=script)
+    assert [folder.name for folder in (tmp_path / "2" / "tiny" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     recipe = recipe_of(tmp_path, steps=2)
     with pytest.raises(RuntimeError, match=r"train\.batch_windows 3: must be a multiple of the 2 processes"):
