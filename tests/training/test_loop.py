@@ -18,6 +18,8 @@ from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
 
+STEPS = TrainSettings().steps  # the default, which may stand beside stages
+
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -334,10 +336,13 @@ def test_blocks_without_a_compiler_run_as_they_are(recipe, tmp_path, monkeypatch
             {"learning_rate_factors": {"gates": 2.0}},
             r"learning_rate_factors\.gates: no such group; there are attention",
         ),
-        ({"stages": (StageSettings(),)}, "give it one of the two"),
-        ({"stages": (StageSettings(steps=1, tokens=1),)}, "give it one of the two"),
-        ({"stages": (StageSettings(steps=1, distill_weight=2.0),)}, r"train\.stages\.0\.distill_weight 2\.0"),
-        ({"stages": (StageSettings(steps=1, distill_weight=0.5),)}, "name a teacher"),
+        ({"steps": STEPS, "stages": (StageSettings(),)}, "give it one of the two"),
+        ({"steps": STEPS, "stages": (StageSettings(steps=1, tokens=1),)}, "give it one of the two"),
+        (
+            {"steps": STEPS, "stages": (StageSettings(steps=1, distill_weight=2.0),)},
+            r"train\.stages\.0\.distill_weight 2\.0",
+        ),
+        ({"steps": STEPS, "stages": (StageSettings(steps=1, distill_weight=0.5),)}, "name a teacher"),
         ({"window_tokens": 65}, r"train\.window_tokens 65: the model's limit is 64"),
         ({"distill_weight": 1.5}, "between 0 and 1"),
         ({"distill_weight": 0.5}, "name a teacher"),
