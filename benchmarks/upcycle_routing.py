@@ -3,11 +3,12 @@
     python benchmarks/upcycle_routing.py SOURCE TRAIN.txt HELD_OUT.txt [STEPS [SEEDS]]
 
 Every variant starts as the dense model, but for its noise on the routed experts (2% where nothing is said) and the
-share of their neurons that every copy draws anew, and sees the same batches. A seed draws noise, neurons and batches;
-figures are means over SEEDS of them (default 1) ± half the range, `below dense` those of the differences at one seed.
-Only the MLPs are trained, the dense model's too: the exact attention holds a constant of 2^15, which no
-step may move. `swapped` is by how much the held-out loss rises when every token is sent to the next copy: 0 while the
-copies are interchangeable. `apart` is the mean distance between two copies' weights over their norm.
+share of their neurons that every copy draws anew, and sees the same batches. A seed draws router rows (but those of
+`convert`, whose seed is 0), noise, neurons and batches; figures are means over SEEDS of them (default 1) ± half the
+range, `below dense` those of the differences at one seed. Only the MLPs are trained, the dense model's too: the exact
+attention holds a constant of 2^15, which no step may move. `swapped` is by how much the held-out loss rises when every
+token is sent to the next copy: 0 while the copies are interchangeable. `apart` is the mean distance between two copies'
+weights over their norm.
 
 Shapes: N windows, T tokens, B windows in a batch, D hidden, E routed experts, G groups (= copies),
 M neurons of an expert, I = 2 M.
@@ -51,6 +52,7 @@ class Variant:
     groups: int = 1
     normalised: bool = True
     clustered: bool = False
+    """The router that `convert` wrote."""
     redrawn: float = 0.0
     """Share of each copy's neurons whose three matrices are drawn anew, at the size of the old ones."""
 
@@ -63,7 +65,7 @@ VARIANTS = (
     Variant("one group, 20% redrawn", redrawn=0.2),
     Variant("two groups, k = 2G", groups=2),
     Variant("one group, not normalised", normalised=False),
-    Variant("one group, clustered rows", clustered=True),
+    Variant("as converted: clustered rows", noise=0.0, clustered=True),
 )
 
 
@@ -76,7 +78,7 @@ def main() -> None:
     train_NT, held_NT = (windows(tokenizer, name) for name in (train, held_out))
     held_NT = held_NT[:HELD_OUT_WINDOWS]
     columns = ("", "start", "loss", "below dense", "swapped", "apart", "MaxVio", "seconds")
-    print("".join(f"{column:>17}" if column else f"{'':28}" for column in columns))
+    print("".join(f"{column:>17}" if column else f"{'':30}" for column in columns))
     with tempfile.TemporaryDirectory() as folder:
         out = convert(source, Path(folder) / "v3", exact=True, experts="upcycle", calibration=train)
 
@@ -114,8 +116,8 @@ def prepare(model: Any, variant: Variant, train_NT: Tensor, seed: int) -> None:
     for block, inputs_TD in zip(blocks(model), inputs, strict=True):
         gate = block.gate
         shards = gate.num_experts // gate.n_group
-        if variant.clustered:
-            rows_GD = clustered_rows(inputs_TD, gate.n_group, generator)
+        if not variant.clustered:
+            rows_GD = random_rows(inputs_TD, gate.n_group, generator)
             gate.weight.copy_(rows_GD.repeat_interleave(shards, dim=0))
             gate.e_score_correction_bias.copy_(balancing_bias(inputs_TD, rows_GD).repeat_interleave(shards))
         gate.topk_group, gate.num_experts_per_tok = variant.groups, variant.groups * shards
@@ -139,14 +141,10 @@ def redraw(gate_up_EID: Tensor, down_EDM: Tensor, share: float, generator: torch
             rows_MD[drawn] = deviation * torch.randn(len(drawn), rows_MD.shape[1], generator=generator)
 
 
-def clustered_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
-    """Router rows (G, D) towards k-means centres of the centred inputs, off the mean input, logits of deviation 1."""
+def random_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """Router rows (G, D) in random directions off the mean input, logits of deviation 1."""
     mean_D = inputs_TD.mean(0)
-    centred_TD = F.normalize(inputs_TD - mean_D, dim=1)
-    rows_GD = centred_TD[torch.randperm(len(centred_TD), generator=generator)[:copies]]
-    for _ in range(20):
-        member_TG = F.one_hot((centred_TD @ rows_GD.T).argmax(1), copies).float()
-        rows_GD = F.normalize(member_TG.T @ centred_TD, dim=1)
+    rows_GD = torch.randn(copies, len(mean_D), generator=generator)
     rows_GD = rows_GD - torch.outer(rows_GD @ mean_D, mean_D) / mean_D.square().sum()
     return rows_GD / (inputs_TD @ rows_GD.T).std(0).unsqueeze(1)
 
@@ -182,7 +180,7 @@ def train_and_measure(model: Any, train_NT: Tensor, held_NT: Tensor, steps: int,
 def report(name: str, rows: list[dict[str, float]], dense: list[dict[str, float]]) -> None:
     """Prints one line of the table."""
     rows = [row | {"below dense": control["loss"] - row["loss"]} for row, control in zip(rows, dense, strict=True)]
-    line = f"{name:28}"
+    line = f"{name:30}"
     for column, digits in (("start", 4), ("loss", 4), ("below dense", 4), ("swapped", 4), ("apart", 3), ("MaxVio", 2)):
         cell = mean_and_spread([row[column] for row in rows], digits) if column in rows[0] else ""
         line += f"{cell:>17}"

@@ -64,3 +64,13 @@ def test_router_starts_balanced_on_other_tokens_too():
     for tokens, limit in ((sample, 0.02), (fresh, 0.15)):
         load = torch.bincount(((tokens @ rows.T).sigmoid() + bias).argmax(-1), minlength=4).float()
         assert float(load.max() / load.mean() - 1) < limit
+
+
+def test_inputs_that_belong_together_go_to_one_copy():
+    g = torch.Generator().manual_seed(0)
+    topics, topic = torch.randn(4, 24, generator=g), torch.arange(4).repeat(256)
+    inputs = 3 * torch.randn(24, generator=g) + topics[topic] + 0.1 * torch.randn(1024, 24, generator=g)
+    rows = router_rows(inputs, 4, g)
+    copy = ((inputs @ rows.T).sigmoid() + balancing_bias(inputs, rows)).argmax(-1)
+    assert sorted(int(copy[topic == t].mode().values) for t in range(4)) == [0, 1, 2, 3]
+    assert all(float((copy[topic == t] == copy[topic == t].mode().values).float().mean()) > 0.95 for t in range(4))
