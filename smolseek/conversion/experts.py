@@ -44,7 +44,7 @@ def router_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> T
 
     The mean of the inputs is far from zero and would otherwise decide for all tokens alike: clusters are those of the
     centred inputs, and rows stand off the mean. After training, copies that got tokens which belong together predict
-    better than copies at random rows, and than copies of clusters of equal size (LOG.md).
+    better than copies at random rows (LOG.md).
     """
     tokens, mean_D = len(inputs_TD), inputs_TD.mean(0)
     centred_TD = F.normalize(inputs_TD - mean_D, dim=1)
