@@ -113,7 +113,8 @@ def prepare(model: Any, variant: Variant, train_NT: Tensor, seed: int) -> None:
     """Routing, noise and redrawn neurons of a variant, in place."""
     generator = torch.Generator().manual_seed(seed)
     inputs = collect_mlp_inputs(model, train_NT[:32], 4096)
-    for block, inputs_TD in zip(blocks(model), inputs, strict=True):
+    for block, inputs_NTD in zip(blocks(model), inputs, strict=True):
+        inputs_TD = inputs_NTD.flatten(0, 1)
         gate = block.gate
         shards = gate.num_experts // gate.n_group
         if not variant.clustered:

@@ -1,7 +1,7 @@
 """Upcycling: a dense SwiGLU MLP as shared and routed experts, the same function at step 0; pure functions on tensors.
 
 Shapes: I neurons of the dense MLP, D hidden, M neurons in one expert, N copies, G shards of a copy (= experts per
-token), E = N * G routed experts, T sample tokens.
+token), E = N * G routed experts, W windows of T sample tokens, K directions.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 _ROUTER_SPREAD = 1.0
 _CLUSTER_ROUNDS = 20
+_TEXT_DIRECTIONS = 5
 _BALANCE_STEPS = 400
 
 
@@ -39,20 +40,22 @@ def upcycle(
     yield "gate.e_score_correction_bias", bias_N.repeat_interleave(shards)
 
 
-def router_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
-    """Router rows (N, D) towards N clusters of the inputs (k-means by cosine), logits of standard deviation 1.
+def router_rows(inputs_WTD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """Router rows (N, D) towards N clusters of the inputs of W windows, scaled to logits of standard deviation 1.
 
-    The mean of the inputs is far from zero and would otherwise decide for all tokens alike: clusters are those of the
-    centred inputs, and rows stand off the mean. After training, copies that got tokens which belong together predict
-    better than copies at random rows (LOG.md).
+    K-means by cosine about each window's own mean input, and rows off the main directions of those means (the first is
+    nearly the mean of all): what a text is about, and the mean of all texts, would otherwise send its tokens to one
+    copy. After training, copies at clusters predict better than copies at random rows (LOG.md).
     """
-    tokens, mean_D = len(inputs_TD), inputs_TD.mean(0)
-    centred_TD = F.normalize(inputs_TD - mean_D, dim=1)
+    means_WD, inputs_TD = inputs_WTD.mean(1), inputs_WTD.flatten(0, 1)
+    centred_TD = F.normalize((inputs_WTD - means_WD.unsqueeze(1)).flatten(0, 1), dim=1)
+    tokens = len(centred_TD)
     rows_ND = centred_TD[torch.randperm(max(tokens, copies), generator=generator)[:copies] % tokens]
     for _ in range(_CLUSTER_ROUNDS):
         member_TN = F.one_hot((centred_TD @ rows_ND.T).argmax(1), copies).to(centred_TD)
         rows_ND = F.normalize(member_TN.T @ centred_TD, dim=1)
-    rows_ND = rows_ND - torch.outer(rows_ND @ mean_D, mean_D) / mean_D.square().sum().clamp(min=1e-12)
+    about_KD = torch.linalg.svd(means_WD, full_matrices=False).Vh[:_TEXT_DIRECTIONS]
+    rows_ND = rows_ND - (rows_ND @ about_KD.T) @ about_KD
     spread_N1 = (inputs_TD @ rows_ND.T).std(0).clamp(min=1e-6).unsqueeze(1)
     return rows_ND * (_ROUTER_SPREAD / spread_N1)
 

@@ -136,11 +136,11 @@ def norm_moments(moments: LayerMoments, encoder_RD: Tensor) -> NormMoments:
 
 @torch.no_grad()
 def collect_mlp_inputs(model: Any, windows_NT: Tensor, tokens: int) -> list[Tensor]:
-    """Per layer, the normed MLP inputs (tokens, D) of about that many evenly spread tokens; transformers' or ours."""
+    """Per layer, the normed MLP inputs (N, T, D) of about `tokens` evenly spread tokens; transformers' or ours."""
     kept: list[list[Tensor]] = [[] for _ in model.model.layers]
     stride = max(1, windows_NT.numel() // tokens)
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [
-        (layer.post_attention_layernorm, lambda _, args, out, k=k: k.append(out.flatten(0, -2)[::stride].clone()))
+        (layer.post_attention_layernorm, lambda _, args, out, k=k: k.append(out[:, ::stride].clone()))
         for layer, k in zip(model.model.layers, kept, strict=True)
     ]
     with _hooked(hooks):

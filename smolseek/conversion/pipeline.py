@@ -352,9 +352,9 @@ class _Conversion:
         copies, dtype = self.target["n_group"], getattr(torch, self.target["dtype"])
         generator = torch.Generator().manual_seed(self.settings.seed)
         routers = []
-        for inputs_TD in collect_mlp_inputs(student, self.windows_NT, _ROUTER_TOKENS):
-            rows_ND = router_rows(inputs_TD, copies, generator).to(dtype)  # balanced as they will be written
-            routers.append((rows_ND, balancing_bias(inputs_TD, rows_ND.float())))
+        for inputs_NTD in collect_mlp_inputs(student, self.windows_NT, _ROUTER_TOKENS):
+            rows_ND = router_rows(inputs_NTD, copies, generator).to(dtype)  # balanced as they will be written
+            routers.append((rows_ND, balancing_bias(inputs_NTD.flatten(0, 1), rows_ND.float())))
         return routers
 
     def _report(self) -> dict[str, Any]:

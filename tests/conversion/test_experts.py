@@ -57,7 +57,7 @@ def test_router_starts_balanced_on_other_tokens_too():
     g = torch.Generator().manual_seed(0)
     mean = 3 * torch.randn(24, generator=g)
     sample, fresh = (mean + torch.randn(4096, 24, generator=g) for _ in range(2))
-    rows = router_rows(sample, 4, g)
+    rows = router_rows(sample[None], 4, g)
     torch.testing.assert_close((sample @ rows.T).std(0), torch.ones(4), rtol=1e-4, atol=1e-4)
     bias = balancing_bias(sample, rows)
     assert abs(float(bias.mean())) < 1e-6
@@ -66,11 +66,14 @@ def test_router_starts_balanced_on_other_tokens_too():
         assert float(load.max() / load.mean() - 1) < limit
 
 
-def test_inputs_that_belong_together_go_to_one_copy():
+def test_kinds_of_tokens_go_to_copies_of_their_own_whatever_their_text():
+    """Inputs are a mean, a text's own part, which is large and no kind, and the part of one of four kinds of token."""
     g = torch.Generator().manual_seed(0)
-    topics, topic = torch.randn(4, 24, generator=g), torch.arange(4).repeat(256)
-    inputs = 3 * torch.randn(24, generator=g) + topics[topic] + 0.1 * torch.randn(1024, 24, generator=g)
+    kinds, kind = torch.randn(4, 24, generator=g), torch.arange(4).repeat(64)
+    texts = 3 * torch.randn(24, generator=g) + torch.randn(6, 1, 2, generator=g) @ torch.randn(2, 24, generator=g)
+    inputs = texts + kinds[kind] + 0.1 * torch.randn(6, 256, 24, generator=g)
     rows = router_rows(inputs, 4, g)
-    copy = ((inputs @ rows.T).sigmoid() + balancing_bias(inputs, rows)).argmax(-1)
-    assert sorted(int(copy[topic == t].mode().values) for t in range(4)) == [0, 1, 2, 3]
-    assert all(float((copy[topic == t] == copy[topic == t].mode().values).float().mean()) > 0.95 for t in range(4))
+    copy = ((inputs @ rows.T).sigmoid() + balancing_bias(inputs.flatten(0, 1), rows)).argmax(-1)
+    most = [int(copy[:, kind == k].mode().values.mode().values) for k in range(4)]
+    assert sorted(most) == [0, 1, 2, 3]
+    assert all(float((copy[:, kind == k] == most[k]).float().mean()) > 0.95 for k in range(4))

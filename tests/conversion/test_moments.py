@@ -163,7 +163,7 @@ def test_rotate_is_transformers_rope(model):
 
 def test_mlp_inputs_are_spread_over_the_windows(model):
     inputs = collect_mlp_inputs(model, random_ids(4, 16), tokens=16)
-    assert [tuple(x.shape) for x in inputs] == [(16, 32)] * 2
+    assert [tuple(x.shape) for x in inputs] == [(4, 4, 32)] * 2
 
 
 def test_labels_come_as_often_as_they_are_likely_and_never_where_they_are_not():
