@@ -143,7 +143,7 @@ class TrainSettings:
     """Documents packed in one window do not see each other."""
     balance_update_speed: float | None = None
     """u of the loss-less load balancing: how far a routing bias moves per step; none: what suits balance_rule (1e-3,
-    1e-3, 0.1). 0: not at all."""
+    1e-3, 0.1). 0: not at all. With sign it falls to a fifth as the learning rate falls to 0."""
     distill_weight: float = 0.0
     """Weight of KL to the dense source in the loss; the rest is cross-entropy."""
     evaluate_every: int = 100

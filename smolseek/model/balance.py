@@ -17,6 +17,8 @@ from smolseek.model.transformer import DecoderLayer
 BalanceRule = Literal["sign", "proportional", "quantile"]
 UPDATE_SPEEDS = {"sign": 1e-3, "proportional": 1e-3, "quantile": 0.1}
 """u where a recipe names none."""
+LAST_SIGN_SPEED = 0.2
+"""Share of u that the sign rule ends at."""
 
 
 def _blocks(model: nn.Module) -> dict[int, MixtureOfExperts]:
@@ -72,12 +74,17 @@ def _check(settings: TrainSettings) -> None:
             raise ValueError(f"train.{name} {getattr(settings, name)}: must not be negative; 0 switches it off")
 
 
-def balance_speed(step: int, settings: TrainSettings) -> float:
-    """u at a step: 0 in the last `balance_freeze_share` of the run (DeepSeek-V3, section 4.2, for its last 3%)."""
+def balance_speed(step: int, settings: TrainSettings, decay: float) -> float:
+    """u at a step: 0 in the last `balance_freeze_share` of the run (DeepSeek-V3, section 4.2, for its last 3%).
+
+    The sign rule's steps do not shrink near balance by themselves: as the learning rate falls to `decay` of its peak
+    and routers settle, u falls with it, to `LAST_SIGN_SPEED` at last (DeepSeek-V3 keeps it).
+    """
     if step >= settings.steps * (1 - settings.balance_freeze_share):
         return 0.0
-    given = settings.balance_update_speed
-    return UPDATE_SPEEDS[settings.balance_rule] if given is None else given
+    given, rule = settings.balance_update_speed, settings.balance_rule
+    speed = UPDATE_SPEEDS[rule] if given is None else given
+    return speed * (LAST_SIGN_SPEED + (1 - LAST_SIGN_SPEED) * decay) if rule == "sign" else speed
 
 
 def signed_bias(bias_E: Tensor, counts_E: Tensor, update_speed: float) -> Tensor:

@@ -37,7 +37,7 @@ from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
 from smolseek.training.loss import IGNORED, next_token_loss
 from smolseek.training.memory import keep_freed_memory
-from smolseek.training.optimizer import build_optimizers, choose_trained, learning_rate
+from smolseek.training.optimizer import build_optimizers, choose_trained, decay, learning_rate
 from smolseek.training.parallel import Alone
 from smolseek.training.precision import autocast
 from smolseek.training.settings import changed_settings, check_settings, steered
@@ -203,7 +203,8 @@ class Trainer:
         counts = self.processes.add(take_expert_counts(self.model))
         for sums in quantile_sums(self.model):
             sums.copy_(self.processes.add([(0, sums)])[0][1])
-        speed = 0.0 if skipped else balance_speed(self.stage_step, self.settings)
+        left = decay(self.stage_step, self.settings)
+        speed = 0.0 if skipped else balance_speed(self.stage_step, self.settings, left)
         update_biases(self.model, counts, speed, self.settings.balance_rule)
         self.step_seconds += time.perf_counter() - began
         return total, counts

@@ -139,21 +139,26 @@ def _slices(size: int, count: int) -> list[slice]:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then down to `final_learning_rate_share` of the peak at the last step.
+    """Linear warm-up to the peak, then `decay` of it."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    return settings.learning_rate * decay(step, settings)
+
+
+def decay(step: int, settings: TrainSettings) -> float:
+    """What is left of a peak rate at a step: 1 until the warm-up ends, `final_learning_rate_share` at the last step.
 
     By a cosine, or (wsd) after a stable phase in a straight line over the last `decay_share` of the steps (Hu et al.
     2024, section 4).
     """
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
     low = settings.final_learning_rate_share
     if settings.schedule == "wsd":
         span = max(1, round(settings.decay_share * settings.steps))
         height = min(1.0, max(0, settings.steps - step) / span)
     else:
         span = max(1, settings.steps - settings.warmup_steps)
-        height = 0.5 * (1 + math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span)))
-    return settings.learning_rate * (low + (1 - low) * height)
+        height = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - settings.warmup_steps) / span)))
+    return low + (1 - low) * height
 
 
 def warmed_cosine(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Any
 
@@ -107,10 +108,16 @@ def test_the_rules_by_hand() -> None:
     torch.testing.assert_close(proportional_bias(bias, 2 * counts, 0.2), torch.tensor([0.3, 0.0, -0.3]))
 
 
+def test_the_sign_rules_speed_falls_with_the_learning_rate() -> None:
+    settings = TrainSettings(steps=10, balance_update_speed=0.5)
+    assert [balance_speed(9, settings, decay) for decay in (1.0, 0.5, 0.0)] == pytest.approx([0.5, 0.3, 0.1])
+    for rule in ("proportional", "quantile"):
+        assert balance_speed(9, dataclasses.replace(settings, balance_rule=rule), 0.0) == 0.5
+
+
 def test_a_frozen_bias_does_not_move() -> None:
     settings = TrainSettings(steps=10, balance_freeze_share=0.3, balance_rule="proportional")
-    assert [balance_speed(step, settings) for step in (0, 6, 7, 9)] == [1e-3, 1e-3, 0, 0]
-    assert balance_speed(9, TrainSettings(steps=10, balance_update_speed=0.5)) == 0.5
+    assert [balance_speed(step, settings, 0.5) for step in (0, 6, 7, 9)] == [1e-3, 1e-3, 0, 0]
     model = tiny_v3()
     bias = layers_of(model)[1].mlp.gate.e_score_correction_bias
     bias.add_(1)

@@ -13,6 +13,7 @@ from smolseek.training.optimizer import (
     Muon,
     build_optimizers,
     choose_trained,
+    decay,
     learning_rate,
     matrices_of,
     orthogonal,
@@ -27,6 +28,7 @@ def test_warm_up_then_cosine_to_the_final_share():
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert 0.1 <= rates[-1] < 0.101
+    assert [decay(step, settings) for step in (0, 9, 10, 50)] == [1.0, 1.0, 1.0, rates[50]]
 
 
 def test_warm_up_stable_decay():
