@@ -13,7 +13,9 @@ from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
 from smolseek.model.balance import take_expert_counts
+from smolseek.training import loop
 from smolseek.training.loop import Interrupted, Trainer, Watcher
+from smolseek.training.optimizer import learning_rate
 from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
@@ -263,6 +265,17 @@ def test_distillation_for_the_first_part_only_asks_the_teacher_no_longer(recipe,
     trainer = trainer_of(with_train(recipe, distill_weight=0.9, distill_steps=5), tmp_path / "run", teacher=teacher)
     trainer.fit(Watcher())
     assert asked == list(range(5))
+
+
+def test_the_biases_move_by_less_as_the_learning_rate_falls(recipe, tmp_path, monkeypatch):
+    speeds = []
+    monkeypatch.setattr(loop, "update_biases", lambda model, counts, speed, rule: speeds.append(speed))
+    trainer = trainer_of(with_train(recipe, balance_update_speed=1.0, learning_rate=1.0), tmp_path / "run")
+    trainer.fit(Watcher())
+    rates = [learning_rate(step, trainer.settings) for step in range(trainer.settings.steps)]
+    assert speeds[:3] == [1.0, 1.0, 1.0]  # the warm-up, and the peak
+    assert speeds[2:] == pytest.approx([0.2 + 0.8 * rate for rate in rates[2:]])
+    assert speeds[-1] < 0.25
 
 
 def test_the_teacher_may_be_held_in_bf16(recipe, tmp_path):
