@@ -37,7 +37,7 @@ from smolseek.data import calibration_windows
 from smolseek.data.windows import Packed, held_out_documents, pack
 from smolseek.evaluation import measure_divergence, measure_quality
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.road import travel
+from smolseek.run import run_recipe
 
 BUILTIN_TEXT = "builtin:python"
 PUBLISHED, REPAIRED = "TransMLA, stock form as published", "TransMLA, stock form, gain repaired"
@@ -323,7 +323,7 @@ def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
     )
     run = mine.work / mine.out / f"heal-{'dense' if control else start.name}-{seed}"
     begin = time.perf_counter()
-    travel(recipe, run, resume=run.exists())
+    run_recipe(recipe, run, resume=run.exists())
     seconds = time.perf_counter() - begin
     bench.kept.add(**about, seed=seed, seconds=seconds, **bench.measure(load_for_evaluation(run / "model")))
     shutil.rmtree(run)

@@ -32,7 +32,7 @@ from smolseek.checkpoint.source import resolve_folder
 from smolseek.config import DataSettings, Recipe, SampleSettings, load_recipe, recipes_folder
 from smolseek.data.windows import held_out_documents, pack
 from smolseek.evaluation import measure_quality
-from smolseek.road import travel
+from smolseek.run import run_recipe
 from smolseek.training.stages import step_tokens
 
 Arm = Literal["cross-entropy", "distillation", "distillation, then cross-entropy", "dense on the same tokens"]
@@ -164,7 +164,7 @@ def _heal(bench: Bench, arm: Arm, optimizer: Optimizer, seed: int) -> None:
     name = f"{arm.replace(', ', '-').replace(' ', '-')}-{optimizer}-{seed}"
     run = bench.healing.work / bench.healing.out / name
     begin = time.perf_counter()
-    summary = travel(recipe, run, resume=run.exists())
+    summary = run_recipe(recipe, run, resume=run.exists())
     seconds = time.perf_counter() - begin
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = step_tokens(recipe.train)

@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from smolseek.model import DeepseekV3
-from smolseek.training.loss import next_token_loss
-from smolseek.training.memory import keep_freed_memory
+from smolseek.numerics.loss import next_token_loss
+from smolseek.numerics.memory import keep_freed_memory
 
 OURS, COMPILED = "ours", ", compiled"
 PEERS = ("eager", "batched_mm", "grouped_mm")

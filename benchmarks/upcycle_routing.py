@@ -33,8 +33,8 @@ from torch import Tensor
 from smolseek import convert
 from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.config import DataSettings
-from smolseek.conversion.experts import balancing_bias
 from smolseek.conversion.moments import collect_mlp_inputs
+from smolseek.conversion.upcycle import balancing_bias
 from smolseek.data.windows import open_settings, pack
 from smolseek.model.balance import expert_weights, max_violation, take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts

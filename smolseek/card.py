@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from smolseek.config import Recipe
-from smolseek.runtimes import check, verdict
+from smolseek.formats.runtimes import check, verdict
 
 _LOADING = {
     "transformers": '`AutoModelForCausalLM.from_pretrained("{name}")`',

@@ -17,7 +17,7 @@ import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
 from smolseek.conversion.target import attention_biases, distill_steps, has_qk_norms, read_source, target_config
-from smolseek.runtimes import check, verdict
+from smolseek.formats.runtimes import check, verdict
 
 CACHE_NUMBER_BYTES = 2
 """bf16, in which caches are counted."""

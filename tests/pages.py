@@ -38,7 +38,7 @@ SHORT = {
 }
 """Options behind a command that make it short; the command itself is run as it stands on the page."""
 NOT_RUN = {
-    r"make ": "makes an environment; tests/test_road.py runs the recipe",
+    r"make ": "makes an environment; tests/test_run.py runs the recipe",
     r"(python -m )?pip ": "installs packages",
     r"torchrun ": "several processes: tests/training/test_parallel.py",
     r".* --device cuda": "needs a GPU",

@@ -197,5 +197,5 @@ def test_measured_machine_is_plausible() -> None:
 
 
 def test_no_torch() -> None:
-    code = "import sys, smolseek.planning, smolseek.runtimes; sys.exit('torch' in sys.modules)"
+    code = "import sys, smolseek.planning, smolseek.formats.runtimes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,9 +15,9 @@ import torch
 from smolseek.checkpoint.hub import load_tokenizer, save
 from smolseek.cli import VERBS, main, parse_verb
 from smolseek.export.gguf import export_gguf
+from smolseek.formats.runtimes import render_rules
 from smolseek.generation import stream
 from smolseek.model import StockModel
-from smolseek.runtimes import render_rules
 from tests.export.folders import tiny_folder
 from tests.factories import tiny_llama
 from tests.text import ENTRIES, tiny_tokenizer
@@ -39,7 +39,7 @@ compare, complete = script("compare"), script("complete")
 
 
 def test_the_table_is_the_rules():
-    assert render_rules() in README, "write it anew: it is what smolseek.runtimes.render_rules() returns"
+    assert render_rules() in README, "write it anew: it is what smolseek.formats.runtimes.render_rules() returns"
 
 
 @pytest.mark.parametrize(

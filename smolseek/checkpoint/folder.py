@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
-from smolseek.checkpoint.headers import Header, read_headers
 from smolseek.checkpoint.licence import licence_files
 from smolseek.checkpoint.source import TOKENIZER_FILES
+from smolseek.formats.headers import Header, read_headers
 
 _MAX_SHARD_BYTES = 2 * 2**30
 

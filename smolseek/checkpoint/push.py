@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolseek.checkpoint.expected import expected_tensors
-from smolseek.checkpoint.headers import read_headers
 from smolseek.checkpoint.source import read_config
+from smolseek.formats.deepseek_v3 import expected_tensors
+from smolseek.formats.headers import read_headers
 
 
 def check_complete(folder: Path) -> None:

@@ -13,8 +13,8 @@ from smolseek.cli.evaluate import Eval, run_eval
 from smolseek.cli.export import Check, Export, run_check, run_export
 from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
+from smolseek.cli.push import Push, run_push
 from smolseek.cli.report import Report, run_report
-from smolseek.cli.share import Push, run_push
 from smolseek.cli.shared import Stopped
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder

@@ -53,9 +53,9 @@ class Export:
 
 
 def run_check(command: Check) -> int:
-    from smolseek.checkpoint.headers import read_headers
     from smolseek.checkpoint.source import read_config, resolve_folder
-    from smolseek.runtimes import check, verdict
+    from smolseek.formats.headers import read_headers
+    from smolseek.formats.runtimes import check, verdict
 
     folder = resolve_folder(command.folder)
     config = read_config(folder)

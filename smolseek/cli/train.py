@@ -42,7 +42,7 @@ def run_train(command: Train) -> None:
     quiet()
     from tqdm import tqdm
 
-    from smolseek.road import table, travel
+    from smolseek.run import run_recipe, table
     from smolseek.training.loop import Interrupted, Progress, Watcher
 
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
@@ -74,7 +74,7 @@ def run_train(command: Train) -> None:
     with stop_signals(defer=lambda: bar is not None) as received:
         watcher = Watcher(on_stage, on_step, lambda: bool(received))
         try:
-            summary = travel(
+            summary = run_recipe(
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
             )
         except Interrupted as stopped:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolseek.conversion.experts import balancing_bias
+from smolseek.conversion.upcycle import balancing_bias
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.training.optimizer import warmed_cosine
+from smolseek.numerics.schedule import warmed_cosine
 
 _CLUSTER_ROUNDS = 8
 _ROUTER_DAMPING = 1e-3

@@ -7,8 +7,6 @@ in attention's backward pass r = H / G queries of a KV head, t queries at once, 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from smolseek.training.precision import autocast, teacher_dtype
+from smolseek.numerics.memory import release_memory
+from smolseek.numerics.precision import autocast, teacher_dtype
 
 NORM_EPS = 1e-6
 """What transformers hard-codes in the latent norms."""
@@ -309,12 +308,6 @@ def rotate(x_BHTd: Tensor, angles_F: Tensor) -> Tensor:
 def fast_products() -> Any:
     """What conversion computes under: bf16 products where the processor has units for them, as in training."""
     return autocast(torch.device("cpu"), "auto")
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system, which glibc keeps for later: half a model's weights after one window."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

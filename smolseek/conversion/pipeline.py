@@ -31,16 +31,16 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.attention import exact_tensors
 from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
 from smolseek.conversion.closed import ClosedForm, ClosedFormConverter, assemble, mean_divergence, mean_loss
-from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
-from smolseek.conversion.moments import collect_mlp_inputs, release_memory
-from smolseek.conversion.progress import WorkFolder
+from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.conversion.refine import ResidualStream, attention_error, distill, layers_of, refine_attention
 from smolseek.conversion.sources import check_tensors, expected_tensors, read_projections
 from smolseek.conversion.target import distill_steps, read_source, target_config
+from smolseek.conversion.upcycle import balancing_bias, router_rows, upcycle
+from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.training.memory import keep_freed_memory
+from smolseek.numerics.memory import keep_freed_memory, release_memory
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from smolseek.conversion.moments import fast_products
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
-from smolseek.training.loss import divergence
-from smolseek.training.optimizer import Muon, warmed_cosine
+from smolseek.numerics.loss import divergence
+from smolseek.numerics.muon import Muon
+from smolseek.numerics.schedule import warmed_cosine
 
 REFINE_BATCH_TOKENS, DISTILL_BATCH_TOKENS = 1024, 2048
 """Tokens in a step, here as in the planning of its cost. Of the layers: half as many steps of twice as many tokens cost

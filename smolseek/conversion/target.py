@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from smolseek.config import ConvertSettings
-from smolseek.runtimes import VLLM_HEADS
+from smolseek.formats.runtimes import VLLM_HEADS
 
 CACHE_SHARE = 0.4
 """Share of the source's cache that a conversion keeps when no sizes are given."""

@@ -13,13 +13,13 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from gguf.quants import quantize
 
 from smolseek.checkpoint.atomic import atomic_file, refuse_existing
-from smolseek.checkpoint.expected import with_defaults
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.export.keys import ARCHITECTURE, add_keys
 from smolseek.export.tensors import ExportTensor, export_tensors
 from smolseek.export.vocabulary import add_vocabulary
-from smolseek.runtimes import check, verdict
+from smolseek.formats.deepseek_v3 import with_defaults
+from smolseek.formats.runtimes import check, verdict
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0"]
 _FILE_TYPES = {

@@ -16,9 +16,9 @@ import torch
 from gguf import MODEL_ARCH, get_tensor_name_map
 from torch import Tensor
 
-from smolseek.checkpoint.expected import expected_tensors
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.export.keys import query_scales
+from smolseek.formats.deepseek_v3 import expected_tensors
 
 
 @dataclass(frozen=True)

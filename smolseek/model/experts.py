@@ -11,8 +11,9 @@ from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN, SiLUActivation
 
 from smolseek.model.fused import Combine, Dispatch, SwiGLUExperts
-from smolseek.model.layers import MLP, autocast_dtype
+from smolseek.model.layers import MLP
 from smolseek.model.routing import balance_loss, quantile_shift, with_loss
+from smolseek.numerics.precision import autocast_dtype
 
 
 class TopkRouter(nn.Module):

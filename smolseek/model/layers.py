@@ -9,12 +9,6 @@ from transformers.activations import ACT2FN
 from smolseek.model.fused import RMSNormOfRows
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the tensor's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class RMSNorm(nn.RMSNorm):
     """RMSNorm whose gain follows the dtype of its input, so that autocast needs no mixed kernel."""
 

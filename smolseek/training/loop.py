@@ -33,13 +33,13 @@ from smolseek.model.balance import (
     take_expert_counts,
     update_biases,
 )
+from smolseek.numerics.loss import IGNORED, next_token_loss
+from smolseek.numerics.memory import keep_freed_memory
+from smolseek.numerics.precision import autocast
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
-from smolseek.training.loss import IGNORED, next_token_loss
-from smolseek.training.memory import keep_freed_memory
 from smolseek.training.optimizer import build_optimizers, choose_trained, decay, learning_rate
 from smolseek.training.parallel import Alone
-from smolseek.training.precision import autocast
 from smolseek.training.settings import changed_settings, check_settings, steered
 from smolseek.training.stages import Course, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers

@@ -18,7 +18,7 @@ from smolseek.conversion.moments import (
     rotate,
     sample_labels,
 )
-from smolseek.training import precision
+from smolseek.numerics import precision
 from tests.factories import random_ids, tiny_dense, tiny_llama
 
 

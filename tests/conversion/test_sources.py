@@ -14,8 +14,8 @@ import smolseek
 from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
+from smolseek.formats.runtimes import check, verdict
 from smolseek.model import StockModel
-from smolseek.runtimes import check, verdict
 from tests.factories import tiny_dense
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 

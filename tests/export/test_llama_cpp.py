@@ -16,8 +16,8 @@ import smolseek
 from smolseek.checkpoint.hub import load, load_tokenizer, save
 from smolseek.checkpoint.source import resolve_folder
 from smolseek.export.gguf import export_gguf
+from smolseek.formats.runtimes import LARGEST_LLAMA_CPP_EXPERTS
 from smolseek.model import StockModel
-from smolseek.runtimes import LARGEST_LLAMA_CPP_EXPERTS
 from tests.export.folders import YARN, YARN_SIZES, ids, tiny_folder
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories

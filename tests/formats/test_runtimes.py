@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from smolseek.checkpoint.expected import expected_tensors
-from smolseek.checkpoint.headers import Header
 from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings
 from smolseek.conversion.target import target_config
-from smolseek.runtimes import RULES, RUNTIMES, check, verdict
+from smolseek.formats.deepseek_v3 import expected_tensors
+from smolseek.formats.headers import Header
+from smolseek.formats.runtimes import RULES, RUNTIMES, check, verdict
 from tests.configs import TINY
 from tests.factories import logits_of, random_ids, tiny_v3
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from smolseek.model.layers import autocast_dtype
+from smolseek.numerics.precision import autocast_dtype
 
 _MAX_CHUNK_BYTES = 2**28
 """Logits held at once, in the dtype of the product that makes them."""

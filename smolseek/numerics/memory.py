@@ -1,4 +1,4 @@
-"""What a process that trains asks of the C library's allocator."""
+"""What this process asks of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, -1)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, which glibc keeps for later: half a model's weights after one window."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

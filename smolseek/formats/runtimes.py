@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smolseek.checkpoint.expected import expected_tensors, with_defaults
-from smolseek.checkpoint.headers import Header
+from smolseek.formats.deepseek_v3 import expected_tensors, with_defaults
+from smolseek.formats.headers import Header
 
 RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
 

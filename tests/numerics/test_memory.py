@@ -1,4 +1,4 @@
-from smolseek.training import memory
+from smolseek.numerics import memory
 
 
 def test_another_c_library_is_left_alone(monkeypatch):

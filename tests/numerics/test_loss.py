@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import smolseek.training.loss
-from smolseek.training.loss import IGNORED, divergence, next_token_loss
+import smolseek.numerics.loss
+from smolseek.numerics.loss import IGNORED, divergence, next_token_loss
 
 
 @pytest.fixture
@@ -11,8 +11,8 @@ def set_chunk(monkeypatch):
     """Let a chunk hold at most that many fp32 logits, and a block of KL half of them."""
 
     def set_(logits):
-        monkeypatch.setattr(smolseek.training.loss, "_MAX_CHUNK_BYTES", 4 * logits)
-        monkeypatch.setattr(smolseek.training.loss, "_BLOCK_LOGITS", {"cpu": logits // 2})
+        monkeypatch.setattr(smolseek.numerics.loss, "_MAX_CHUNK_BYTES", 4 * logits)
+        monkeypatch.setattr(smolseek.numerics.loss, "_BLOCK_LOGITS", {"cpu": logits // 2})
 
     return set_
 

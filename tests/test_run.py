@@ -12,7 +12,7 @@ from smolseek.checkpoint.hub import load, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.model import StockModel
 from smolseek.reporting.report import write_report
-from smolseek.road import table, travel
+from smolseek.run import run_recipe, table
 from smolseek.training.loop import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
@@ -55,7 +55,7 @@ def recipe(tmp_path, source):
 def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     stages = []
     folder = tmp_path / "runs" / "tiny"
-    summary = travel(recipe, folder, watcher=Watcher(on_stage=stages.append))
+    summary = run_recipe(recipe, folder, watcher=Watcher(on_stage=stages.append))
     assert json.loads((folder / "summary.json").read_text()) == summary
     for row in ("dense", "converted", "healed", "dense_trained"):
         assert {
@@ -93,10 +93,10 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
 
 
 def test_a_finished_and_an_interrupted_run_have_a_report(recipe, tmp_path):
-    travel(recipe, tmp_path / "whole")
+    run_recipe(recipe, tmp_path / "whole")
     stop = Watcher(should_stop=lambda: True)
     with pytest.raises(Interrupted):
-        travel(recipe, tmp_path / "cut", watcher=stop)
+        run_recipe(recipe, tmp_path / "cut", watcher=stop)
     write_report([tmp_path / "whole", tmp_path / "cut"], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
@@ -108,7 +108,7 @@ def test_a_finished_and_an_interrupted_run_have_a_report(recipe, tmp_path):
 
 
 def test_parameters_in_the_table_are_those_of_the_weights(recipe, tmp_path):
-    summary = travel(recipe, tmp_path / "run")
+    summary = run_recipe(recipe, tmp_path / "run")
     model = load(tmp_path / "run" / "model")
     assert summary["healed"]["total_parameters"] == sum(p.numel() for p in model.parameters())
     cache = model.new_cache(1, 1)
@@ -120,7 +120,7 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
     folder.mkdir()
     (folder / "precious").write_text("1")
     with pytest.raises(ValueError, match="--resume"):
-        travel(recipe, folder)
+        run_recipe(recipe, folder)
     assert (folder / "precious").exists()
 
 
@@ -143,7 +143,7 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
 )
 def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        travel(dataclasses.replace(recipe, **changes), tmp_path / "run")
+        run_recipe(dataclasses.replace(recipe, **changes), tmp_path / "run")
 
 
 def test_a_softmax_router_trains_and_says_it_is_not_stock(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolseek.conversion.progress import WorkFolder
+from smolseek.conversion.work_folder import WorkFolder
 
 
 def test_parts_are_found_again_after_an_interruption_only(tmp_path):

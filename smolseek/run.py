@@ -25,16 +25,16 @@ from smolseek.conversion.target import target_config
 from smolseek.evaluation import measure_balance, measure_decode_speed
 from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.numerics.precision import teacher_dtype
 from smolseek.planning import cache_bytes_per_token, count_parameters
 from smolseek.training.loop import Trainer, Watcher
 from smolseek.training.parallel import Alone, join, restarted
-from smolseek.training.precision import teacher_dtype
 from smolseek.training.stages import stages_of
 from smolseek.training.start import corpus_tokenizer, random_model
 from smolseek.training.trackers import check_trackers
 
 
-def travel(
+def run_recipe(
     recipe: Recipe,
     folder: Path,
     *,

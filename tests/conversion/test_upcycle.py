@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from smolseek.conversion.experts import balancing_bias, router_rows, upcycle
+from smolseek.conversion.upcycle import balancing_bias, router_rows, upcycle
 
 
 def swiglu(weights, x):

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from smolseek.checkpoint.folder import FolderWriter
-from smolseek.checkpoint.headers import Header, read_headers
+from smolseek.formats.headers import Header, read_headers
 
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
 HEADERS = {"a": Header("model.safetensors", "F32", (2, 3)), "b": Header("model.safetensors", "BF16", (4,))}
