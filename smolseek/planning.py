@@ -1,7 +1,7 @@
 """What a conversion will give and cost, from a source's config.json alone; no weights, no torch.
 
-Symbols: D hidden, L layers, H heads, G KV heads, d head_dim, C kv_lora_rank, R qk_rope_head_dim, N qk_nope_head_dim,
-V v_head_dim, Y = 2 * G * d (keys and values of a token), W weights that a token is multiplied with.
+Symbols: D hidden_size, L num_hidden_layers, H num_attention_heads, d head_dim, C kv_lora_rank, R qk_rope_head_dim,
+Y = 2 k (keys and values of a token).
 """
 
 from __future__ import annotations
@@ -9,14 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
-from smolseek.conversion.target import attention_biases, distill_steps, has_qk_norms, read_source, target_config
+from smolseek.conversion.sizes import (
+    ATTENTION_FIELDS,
+    CALIBRATION_BATCH_TOKENS,
+    DISTILL_BATCH_TOKENS,
+    REFINE_BATCH_TOKENS,
+    SPILL_BYTES,
+    distill_steps,
+    window_lengths,
+)
+from smolseek.conversion.target import target_config
+from smolseek.formats import deepseek_v3, dense
+from smolseek.formats.dense import DenseSource, read_source
 from smolseek.formats.runtimes import check, verdict
 
 CACHE_NUMBER_BYTES = 2
@@ -24,21 +35,20 @@ CACHE_NUMBER_BYTES = 2
 EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
 
-_ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
-_REFINE_STEP_TOKENS, _DISTILL_STEP_TOKENS = 1024, 2048  # as in conversion/refine.py, which imports torch
-_GRADIENT_TOKENS, _SPILL_BYTES = 256, 2**30  # of calibration at once, as in conversion/moments.py, for the same reason
 _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
-_LOGITS_AT_ONCE = 2**23  # what training holds of them
+_LOGITS_AT_ONCE = 2**23  # held in training
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine does at best: fp32 matrix products, and reading weights."""
+    """What a device does at best: matrix products (of a GPU in the dtype that it trains in), and reading weights."""
 
     flops_per_second: float
     bytes_per_second: float
+    float64_share: float = 0.5
+    """Rate of float64 products, over that of the others."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +92,59 @@ class Plan:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """The sizes of a dense or a converted model that its time and memory follow from."""
+
+    hidden: int
+    layers: int
+    heads: int
+    neurons: int
+    total: int
+    """Parameters."""
+    active: int
+    """Parameters that one token meets."""
+    weights: int
+    """Parameters that a token is multiplied with: not an embedding table, of which it reads one row."""
+    attention: int
+    """Parameters of one attention block."""
+    cache_numbers: int
+    """Numbers that a token leaves in one layer's cache."""
+    decode_flops: int
+    """Flops of a new token for each cached position and layer."""
+    vocabulary: int
+    context: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a token leaves in the cache of all layers, in bf16."""
+        return self.layers * self.cache_numbers * CACHE_NUMBER_BYTES
+
+    def size(self) -> ModelSize:
+        """Returns the part that is told."""
+        per_token = self.cache_bytes
+        return ModelSize(self.total, self.active, self.cache_numbers, per_token, per_token * self.context)
+
+
 def plan(
     source_config: dict[str, Any], settings: ConvertSettings, machine: Machine, *, heal_tokens: int = 10_000_000
 ) -> Plan:
-    """What converting this config.json under `settings`, and healing for `heal_tokens`, gives and costs.
+    """Returns what converting this config.json under `settings`, and healing for `heal_tokens`, gives and costs.
 
     Raises:
         ValueError: as `target_config`.
     """
-    source, config = read_source(source_config), target_config(source_config, settings)
-    before, after = _size(source), _size(config)
+    dense_source = read_source(source_config)
+    config = target_config(dense_source, settings)
+    source, target = _source_shape(dense_source), _target_shape(config)
     return Plan(
-        source=before,
-        target=after,
-        cache_share=after.cache_bytes_per_token / before.cache_bytes_per_token,
-        max_context_tokens=source["max_position_embeddings"],
-        payoff_context_tokens=payoff_context_tokens(source, config, machine),
-        convert=_convert_cost(source, config, settings, machine, distill_steps(source_config, settings)),
-        heal=_heal_cost(config, machine, heal_tokens),
+        source=source.size(),
+        target=target.size(),
+        cache_share=target.cache_bytes / source.cache_bytes,
+        max_context_tokens=source.context,
+        payoff_context_tokens=_payoff_context_tokens(source, target, machine),
+        convert=_convert_cost(dense_source, source, target, settings, machine),
+        heal=_heal_cost(target, machine, heal_tokens),
         heal_tokens=heal_tokens,
         machine=machine,
         profile="transformers" if settings.exact else settings.profile,
@@ -108,47 +153,31 @@ def plan(
     )
 
 
-def count_parameters(config: dict[str, Any]) -> tuple[int, int]:
-    """Total and active parameters of a DeepSeek-V3 or Llama-like config.json (a routing bias is none)."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    dense_layers = min(layers, config["first_k_dense_replace"]) if _is_mla(config) else layers
-    embeddings = (1 if config.get("tie_word_embeddings") else 2) * config["vocab_size"] * hidden
-    shared = embeddings + hidden + layers * (2 * hidden + _attention_parameters(config))
-    shared += dense_layers * 3 * hidden * config["intermediate_size"]
-    if dense_layers == layers:
-        return shared, shared
-    expert_layers, expert = layers - dense_layers, 3 * hidden * config["moe_intermediate_size"]
-    shared += expert_layers * (config["n_routed_experts"] * hidden + config["n_shared_experts"] * expert)
-    total, active = (
-        shared + expert_layers * config[field] * expert for field in ("n_routed_experts", "num_experts_per_tok")
-    )
-    return total, active
+def cache_bytes_per_token(config: Mapping[str, Any]) -> int:
+    """Returns the bytes that one token leaves in the cache of all layers, in bf16, of a V3 or a dense config.json."""
+    numbers = deepseek_v3.cache_numbers if deepseek_v3.is_latent(config) else dense.cache_numbers
+    return config["num_hidden_layers"] * numbers(config) * CACHE_NUMBER_BYTES
 
 
-def cache_bytes_per_token(config: dict[str, Any]) -> int:
-    """Bytes that one token leaves in the cache of all layers, in bf16."""
-    return config["num_hidden_layers"] * _cache_numbers(config) * CACHE_NUMBER_BYTES
+def payoff_context_tokens(source_config: dict[str, Any], target_config: dict[str, Any], machine: Machine) -> int | None:
+    """Returns the context length from which the converted model decodes faster at batch 1; None: at no length.
 
-
-def payoff_context_tokens(source: dict[str, Any], target: dict[str, Any], machine: Machine) -> int | None:
-    """Context length T from which the converted model decodes faster at batch 1; None: at no length.
-
-    A token takes (2 W bytes) / bandwidth + (2 W flops) / peak, and per cached position and layer
-    cache bytes / bandwidth + attention flops / peak, where attention takes 4 H d flops in the dense model and
-    2 H (C + R) + 2 H C absorbed (DeepSeek-V2, section 2.1.2): T is where the two lines meet.
+    A token takes (2 weights bytes) / bandwidth + (2 weights flops) / peak, and per cached position and layer
+    cache bytes / bandwidth + attention flops / peak. Attention takes 4 H d flops in the dense model and
+    2 H (C + R) + 2 H C absorbed (DeepSeek-V2, section 2.1.2). The two lines meet at that length.
     """
-    (source_start, source_slope), (target_start, target_slope) = (_decode(c, machine) for c in (source, target))
-    if target_slope >= source_slope:
-        return None
-    return max(0, math.ceil((target_start - source_start) / (source_slope - target_slope)))
+    return _payoff_context_tokens(_source_shape(read_source(source_config)), _target_shape(target_config), machine)
 
 
-def measure_machine(seconds: float = 0.4) -> Machine:
-    """This machine's fp32 matrix-product and matrix-vector rates, the best of what fits in `seconds`.
+def measure_machine(device: str = "cpu", seconds: float = 0.4) -> Machine:
+    """Returns a device's matrix-product rates and the rate at which it reads memory.
 
-    Products small enough for one thread of the BLAS take turns with ones that use all: its threads wait for each other,
-    so other work on the machine can spoil the second kind a hundredfold.
+    On the CPU these are fp32 products and matrix-vector products, the best of what fits in `seconds`. Products small
+    enough for one thread of the BLAS take turns with ones that use all threads: those wait for each other, so other
+    work on the machine can spoil the second kind a hundredfold.
     """
+    if device != "cpu":
+        return _measure_accelerator(device)
     squares = [np.ones((side, side), np.float32) for side in (*[64] * 20, 384)]
     weights = np.ones((4096, 64, 64), np.float32)
     readings = [(weights, np.ones(64, np.float32)), (weights.reshape(8192, 2048), np.ones(2048, np.float32))]
@@ -167,7 +196,7 @@ def render(plan: Plan) -> str:
     pays = "never decodes faster" if length is None else f"decodes faster from {length:,} tokens of context on"
     cache = f"{before.cache_bytes_per_token:,} -> {after.cache_bytes_per_token:,} bytes ({plan.cache_share:.1%})"
     lines = [
-        ("attention", ", ".join(f"{name} {config[name]}" for name in _ATTENTION_FIELDS if config[name] is not None)),
+        ("attention", ", ".join(f"{name} {config[name]}" for name in ATTENTION_FIELDS if config[name] is not None)),
         ("MLP", _experts(config)),
         (
             "parameters",
@@ -196,130 +225,159 @@ def _experts(config: dict[str, Any]) -> str:
     return f"{shared} shared + {chosen} of {routed} routed experts of {width} neurons{behind}"
 
 
-def _is_mla(config: dict[str, Any]) -> bool:
-    return "kv_lora_rank" in config
-
-
-def _heads(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Heads, KV heads and head_dim of a dense model."""
-    heads = config["num_attention_heads"]
-    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
-
-
-def _attention_parameters(config: dict[str, Any]) -> int:
-    hidden = config["hidden_size"]
-    if not _is_mla(config):
-        heads, kv_heads, head_dim = _heads(config)
-        widths = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
-        biases = sum(widths[letter] for letter in attention_biases(config))
-        norms = 2 * head_dim if has_qk_norms(config) else 0
-        return 2 * hidden * (heads + kv_heads) * head_dim + biases + norms
-    heads, rank, rope_dim = config["num_attention_heads"], config["kv_lora_rank"], config["qk_rope_head_dim"]
-    nope_dim, v_dim, q_rank = config["qk_nope_head_dim"], config["v_head_dim"], config["q_lora_rank"] or 0
-    q_width = heads * (nope_dim + rope_dim)
-    query = (hidden + 1 + q_width) * q_rank if q_rank else hidden * q_width
-    key_value = hidden * (rank + rope_dim) + rank + rank * heads * (nope_dim + v_dim)
-    biases = q_rank + rank + rope_dim + hidden if config.get("attention_bias") else 0
-    return query + key_value + heads * v_dim * hidden + biases
-
-
-def _cache_numbers(config: dict[str, Any]) -> int:
-    """Numbers that one token leaves in one layer's cache."""
-    if _is_mla(config):
-        return config["kv_lora_rank"] + config["qk_rope_head_dim"]
-    _, kv_heads, head_dim = _heads(config)
-    return 2 * kv_heads * head_dim
-
-
-def _size(config: dict[str, Any]) -> ModelSize:
-    per_token = cache_bytes_per_token(config)
-    return ModelSize(
-        *count_parameters(config), _cache_numbers(config), per_token, per_token * config["max_position_embeddings"]
+def _source_shape(source: DenseSource) -> _Shape:
+    total = source.parameters()
+    table = 0 if source.tie_word_embeddings else source.vocab_size * source.hidden_size
+    attention = {name: shape for name, shape in source.layer_tensors().items() if name.startswith("self_attn.")}
+    return _Shape(
+        hidden=source.hidden_size,
+        layers=source.num_hidden_layers,
+        heads=source.num_attention_heads,
+        neurons=source.intermediate_size,
+        total=total,
+        active=total,
+        weights=total - table,
+        attention=sum(math.prod(shape) for shape in attention.values()),
+        cache_numbers=source.cache_numbers,
+        decode_flops=4 * source.num_attention_heads * source.head_dim,
+        vocabulary=source.vocab_size,
+        context=source.max_position_embeddings,
     )
 
 
-def _weights(config: dict[str, Any]) -> int:
-    """W: the active parameters, less an embedding table of which a token reads one row."""
-    _, active = count_parameters(config)
-    return active if config.get("tie_word_embeddings") else active - config["vocab_size"] * config["hidden_size"]
+def _target_shape(config: dict[str, Any]) -> _Shape:
+    total, active = deepseek_v3.count_parameters(config)
+    heads, numbers = config["num_attention_heads"], deepseek_v3.cache_numbers(config)
+    table = 0 if config["tie_word_embeddings"] else config["vocab_size"] * config["hidden_size"]
+    return _Shape(
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        neurons=config["intermediate_size"],
+        total=total,
+        active=active,
+        weights=active - table,
+        attention=deepseek_v3.attention_parameters(config),
+        cache_numbers=numbers,
+        decode_flops=2 * heads * (numbers + config["kv_lora_rank"]),
+        vocabulary=config["vocab_size"],
+        context=config["max_position_embeddings"],
+    )
 
 
-def _decode(config: dict[str, Any], machine: Machine) -> tuple[float, float]:
-    """Seconds to decode a token without context, and seconds more for each cached position."""
-    heads, _, head_dim = _heads(config)
-    rank = config.get("kv_lora_rank", 0)
-    flops = 2 * heads * (_cache_numbers(config) + rank) if _is_mla(config) else 4 * heads * head_dim
-    weights = _weights(config)
+def _payoff_context_tokens(source: _Shape, target: _Shape, machine: Machine) -> int | None:
+    (source_start, source_slope), (target_start, target_slope) = (_decode(s, machine) for s in (source, target))
+    if target_slope >= source_slope:
+        return None
+    return max(0, math.ceil((target_start - source_start) / (source_slope - target_slope)))
+
+
+def _decode(shape: _Shape, machine: Machine) -> tuple[float, float]:
+    """Returns the seconds to decode a token without context, and the seconds more for each cached position."""
     return (
-        2 * weights / machine.bytes_per_second + 2 * weights / machine.flops_per_second,
-        cache_bytes_per_token(config) / machine.bytes_per_second
-        + config["num_hidden_layers"] * flops / machine.flops_per_second,
+        2 * shape.weights / machine.bytes_per_second + 2 * shape.weights / machine.flops_per_second,
+        shape.cache_bytes / machine.bytes_per_second + shape.layers * shape.decode_flops / machine.flops_per_second,
     )
 
 
 def _convert_cost(
-    source: dict[str, Any], target: dict[str, Any], settings: ConvertSettings, machine: Machine, distill: int
+    dense_source: DenseSource, source: _Shape, target: _Shape, settings: ConvertSettings, machine: Machine
 ) -> Cost:
-    """Calibration: forward and backward to activations (4 W a token), moments in fp64, which counts double
-    (4 (D² + (2 Y)²) a token and layer, keys on three paths and values), and about 30 (D³ + Y³) a layer for the
-    decompositions; each step of refinement 8 flops for an attention weight and token (6, and Muon's), each of the
-    `distill` steps for every weight (6 the student's, 2 the dense model's); what activations take to move; then reading
-    and writing fp32. The exact form calibrates nothing unless experts do.
+    """Returns the cost of a conversion.
+
+    Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
+    (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
+    the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), each
+    end-to-end step 8 for every weight (6 the student's, 2 the dense model's). Then activations take time to move, and
+    fp32 weights to read and write. The exact form calibrates nothing unless experts do.
     """
-    layers, hidden, width = source["num_hidden_layers"], source["hidden_size"], _cache_numbers(source)
-    parameters, weights = count_parameters(source)[0], _weights(source)
-    copied = 4 * (parameters + count_parameters(target)[0]) / machine.bytes_per_second
+    layers, hidden, width = source.layers, source.hidden, source.cache_numbers
+    copied = 4 * (source.total + target.total) / machine.bytes_per_second
     if settings.exact and settings.experts == "none":
-        return Cost(copied, 4 * hidden * (source["vocab_size"] + 2 * source["intermediate_size"]))
-    window = settings.calibration_window_tokens
+        return Cost(copied, 4 * hidden * (source.vocabulary + 2 * source.neurons))
+    window, length = window_lengths(dense_source, settings)
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
-    flops = tokens * (4 * weights + 4 * layers * moments) + 30 * layers * (hidden**3 + width**3)
-    refined = 0 if settings.exact else settings.refine_steps * _REFINE_STEP_TOKENS
-    distilled = distill * _DISTILL_STEP_TOKENS
-    flops += refined * 8 * layers * _attention_parameters(target) + distilled * 8 * weights
-    length = min(2 * window, source["max_position_embeddings"])
+    float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
+    refined = 0 if settings.exact else settings.refine_steps * REFINE_BATCH_TOKENS
+    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
+    flops = tokens * 4 * source.weights + float64 / machine.float64_share
+    flops += refined * 8 * layers * target.attention + distilled * 8 * source.weights
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
-    return Cost(seconds, _convert_bytes(source, target, min(tokens, max(window, _GRADIENT_TOKENS))))
+    return Cost(seconds, _convert_bytes(source, target, min(tokens, max(window, CALIBRATION_BATCH_TOKENS["cpu"]))))
 
 
-def _convert_bytes(source: dict[str, Any], target: dict[str, Any], batch: int) -> int:
-    """The dense model in fp32 and the moments of every layer (those of the gradients, (2 Y)², on disk where they are
-    large); beside them the calibration pass (one batch's activations and logits, and the weights in bf16, which
-    processors with units for it keep for the way back) or the fitting of one block after all others, if that is more.
+def _convert_bytes(source: _Shape, target: _Shape, batch: int) -> int:
+    """Returns the peak memory of a conversion.
+
+    It holds the dense model in fp32 and the moments of every layer (those of the gradients, (2 Y)², on disk where they
+    are large). Beside them stands the calibration pass, with one batch's activations and logits and the weights in
+    bf16, which processors with units for it keep for the way back; or the fit of one block after all others, if that
+    is more.
     """
-    layers = source["num_hidden_layers"]
-    fisher = 8 * (2 * _cache_numbers(source)) ** 2
-    spilled = layers * fisher > _SPILL_BYTES
-    held = 4 * count_parameters(source)[0] + 8 * layers * source["hidden_size"] ** 2 + (not spilled) * layers * fisher
-    calibrating = 2 * _weights(source) + spilled * fisher + _activation_bytes(source, batch)
-    fitting = 4 * layers * _attention_parameters(target) + _FITTING_COPIES * fisher
+    layers = source.layers
+    fisher = 8 * (2 * source.cache_numbers) ** 2
+    spilled = layers * fisher > SPILL_BYTES
+    held = 4 * source.total + 8 * layers * source.hidden**2 + (not spilled) * layers * fisher
+    calibrating = 2 * source.weights + spilled * fisher + _activation_bytes(source, batch)
+    fitting = 4 * layers * target.attention + _FITTING_COPIES * fisher
     return held + max(calibrating, fitting)
 
 
-def _heal_cost(target: dict[str, Any], machine: Machine, tokens: int) -> Cost:
-    """6 W flops a token and what its activations take to move; AdamW in fp32 holds 16 bytes a parameter beside the
-    activations of a micro-batch of the default size."""
+def _heal_cost(target: _Shape, machine: Machine, tokens: int) -> Cost:
+    """Returns the cost of healing.
+
+    It takes 6 flops a weight and token, and the time that activations take to move. AdamW in fp32 holds 16 bytes a
+    parameter beside the activations of a micro-batch of the default size.
+    """
     batch = TrainSettings().batch_windows * TrainSettings().window_tokens
-    seconds = tokens * 6 * _weights(target) / (EFFICIENCY * machine.flops_per_second)
+    seconds = tokens * 6 * target.weights / (EFFICIENCY * machine.flops_per_second)
     seconds += tokens * _moved_bytes(target, TrainSettings().window_tokens) / machine.bytes_per_second
-    return Cost(seconds, 16 * count_parameters(target)[0] + _activation_bytes(target, batch))
+    return Cost(seconds, 16 * target.total + _activation_bytes(target, batch))
 
 
-def _moved_bytes(config: dict[str, Any], window: int, *, mlp: bool = True) -> int:
-    """Bytes that a training step moves for a token: activations and, in fp32, its scores against a whole window."""
-    per_layer = 8 * config["hidden_size"] + config["num_attention_heads"] * window
-    per_layer += 4 * (config["hidden_size"] + config["intermediate_size"]) if mlp else 0
-    return 4 * _TRAFFIC * config["num_hidden_layers"] * per_layer
+def _moved_bytes(shape: _Shape, window: int, *, mlp: bool = True) -> int:
+    """Returns the bytes that a training step moves for a token: activations, and fp32 scores against a whole window."""
+    per_layer = 8 * shape.hidden + shape.heads * window
+    per_layer += 4 * (shape.hidden + shape.neurons) if mlp else 0
+    return 4 * _TRAFFIC * shape.layers * per_layer
 
 
-def _activation_bytes(config: dict[str, Any], tokens: int) -> int:
-    """fp32: about 12 vectors of D and 4 of the neurons a token meets in each layer, and the logits held at once."""
-    per_layer = 12 * config["hidden_size"] + 4 * config["intermediate_size"]
-    logits = min(tokens * config["vocab_size"], _LOGITS_AT_ONCE) * _LOGITS_COPIES
-    return 4 * (tokens * config["num_hidden_layers"] * per_layer + logits)
+def _activation_bytes(shape: _Shape, tokens: int) -> int:
+    """Returns the fp32 activations of a pass: about 12 D and 4 I numbers a token and layer, and the logits at once."""
+    per_layer = 12 * shape.hidden + 4 * shape.neurons
+    logits = min(tokens * shape.vocabulary, _LOGITS_AT_ONCE) * _LOGITS_COPIES
+    return 4 * (tokens * shape.layers * per_layer + logits)
+
+
+def _measure_accelerator(device: str) -> Machine:
+    """Returns the rates of a GPU: products in the dtype that it trains in, a copy of memory, float64 products."""
+    import torch
+
+    from smolseek.numerics.precision import has_float64, teacher_dtype
+
+    place = torch.device(device)
+
+    def best_seconds(work: Callable[[], object], runs: int = 5) -> float:
+        times = []
+        for _ in range(runs):
+            torch.accelerator.synchronize()
+            start = time.perf_counter()
+            work()
+            torch.accelerator.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    def product_rate(dtype: torch.dtype, side: int) -> float:
+        square = torch.ones(side, side, dtype=dtype, device=place)
+        return 2 * side**3 / best_seconds(lambda: square @ square)
+
+    numbers = torch.ones(2**26, device=place)
+    flops = product_rate(teacher_dtype(place, "auto"), 4096)
+    float64 = product_rate(torch.float64, 2048) if has_float64(place) else measure_machine().flops_per_second / 2
+    return Machine(flops, 2 * numbers.nbytes / best_seconds(numbers.clone), float64 / flops)
 
 
 def _seconds(function: Callable[..., object], *arguments: object) -> float:

@@ -16,17 +16,19 @@ import torch
 from smolseek import __version__
 from smolseek.card import Card, Training
 from smolseek.checkpoint.atomic import atomic_file
-from smolseek.checkpoint.hub import disk_config, load, load_for_evaluation, load_stock, load_tokenizer
+from smolseek.checkpoint.hub import load, load_for_evaluation, load_stock, load_tokenizer
 from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
 from smolseek.config import Recipe
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
 from smolseek.evaluation import measure_balance, measure_decode_speed
+from smolseek.formats.deepseek_v3 import count_parameters, disk_config
+from smolseek.formats.dense import read_source
 from smolseek.generation import continue_text, repetition_rate
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.precision import teacher_dtype
-from smolseek.planning import cache_bytes_per_token, count_parameters
+from smolseek.planning import cache_bytes_per_token
 from smolseek.training.loop import Trainer, Watcher
 from smolseek.training.parallel import Alone, join, restarted
 from smolseek.training.stages import stages_of
@@ -63,7 +65,9 @@ def _prepare(recipe: Recipe, folder: Path, resume: bool, force: bool, processes:
     for source in filter(None, (recipe.source, recipe.teacher, recipe.tokenizer)):
         resolve_folder(source)  # what must be there is looked for before an old run is thrown away
     if recipe.convert and recipe.source:
-        target_config(read_config(resolve_folder(recipe.source)), recipe.convert)  # and sizes that do not fit
+        target_config(
+            read_source(read_config(resolve_folder(recipe.source))), recipe.convert
+        )  # and sizes that do not fit
     if not processes.leads:
         return
     if folder.exists() and not (resume or force):
@@ -225,7 +229,8 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
     samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
     ids = next(iter(samples.values()))[1]
     config = model.config.to_dict()
-    total, active = count_parameters(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total, active = count_parameters(config) if isinstance(model, DeepseekV3) else (parameters, parameters)
     prompt_T = trainer.held_out.ids_T[: min(128, model.config.max_position_embeddings // 2)]
     return {
         **quality.to_dict(),

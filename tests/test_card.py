@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 
 from smolseek.card import Card, Training
-from smolseek.checkpoint.hub import disk_config
+from smolseek.formats.deepseek_v3 import disk_config
 from smolseek.config import Recipe
 from tests.factories import tiny_v3_config
 

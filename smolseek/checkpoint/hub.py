@@ -15,13 +15,9 @@ from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
+from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
-
-SOFTMAX_MODEL_TYPE = "smolseek_v3_softmax"
-"""`model_type` of folders whose router is not stock V3's, so that no other loader takes them for it."""
-STOCK_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 0}
-"""What llama.cpp and vLLM read from config.json and transformers does not know (they are silently wrong without)."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -135,18 +131,6 @@ def save(
         if card is not None:
             writer.write_text("README.md", card)
     return Path(out)
-
-
-def disk_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of a V3 folder: stock fields added, or a model type of its own when the router is not stock."""
-    tree = {**config, **STOCK_FIELDS, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-    if config.get("scoring_func") == "softmax":
-        tree |= {
-            "scoring_func": "softmax",
-            "model_type": SOFTMAX_MODEL_TYPE,
-            "architectures": ["SmolseekSoftmaxV3ForCausalLM"],
-        }
-    return tree
 
 
 def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Tensor]]:

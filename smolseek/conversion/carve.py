@@ -1,7 +1,8 @@
 """Carving: a dense SwiGLU MLP cut into shared and small routed experts, fewer neurons per token; pure functions.
 
-Shapes: T sample tokens, D hidden, I neurons of the dense MLP, S shared parts, E routed experts, K of them per token,
-M neurons in a part, P = S + E parts (the shared ones first).
+Shapes: N tokens in one row, D hidden_size, I neurons of the dense MLP (or some of them), i neurons of one expert,
+E n_routed_experts, K num_experts_per_tok, P parts (the shared experts, then the routed ones), J = P × i, A inputs and
+O outputs of a linear map.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolseek.conversion.clusters import cluster_centres
 from smolseek.conversion.upcycle import balancing_bias
+from smolseek.model.balance import next_bias
 from smolseek.model.experts import MixtureOfExperts
+from smolseek.numerics.precision import algebra_device
 from smolseek.numerics.schedule import warmed_cosine
 
 _CLUSTER_ROUNDS = 8
@@ -26,121 +30,120 @@ _BALANCE_SPEED = 1e-3
 
 
 class Carving(NamedTuple):
-    """A carved MLP: gate, up and down (P, M, D) neuron by neuron, router rows (E, D) and the routing bias (E,).
+    """A carved MLP: gate, up and down (P, i, D) neuron by neuron, router rows (E, D) and the routing bias (E,).
 
-    A place without a neuron is zero in all three, gives nothing and gets no gradient.
+    A place without a neuron is zero in all three: it gives nothing and gets no gradient.
     """
 
-    gate_PMD: Tensor
-    up_PMD: Tensor
-    down_PMD: Tensor
+    gate_PiD: Tensor
+    up_PiD: Tensor
+    down_PiD: Tensor
     rows_ED: Tensor
     bias_E: Tensor
 
 
-def carve(weights: dict[str, Tensor], inputs_TD: Tensor, config: dict[str, Any]) -> Carving:
-    """The closed form of design §4, carve, 1 to 4: split, fitted and balanced router, `down_proj` refitted.
+def carve(weights: dict[str, Tensor], inputs_ND: Tensor, config: dict[str, Any]) -> Carving:
+    """Returns the closed form: split, fitted and balanced router, `down_proj` refitted (docs/method.md, "Carving").
 
-    `weights` are gate_proj (I, D), up_proj (I, D) and down_proj (D, I), `inputs_TD` the MLP's normed inputs on
+    `weights` are gate_proj (I, D), up_proj (I, D) and down_proj (D, I), `inputs_ND` the MLP's normed inputs on
     calibration text, `config` the target's. The tokens should outnumber the neurons several times.
     """
     gate_ID, up_ID, down_DI = (weights[f"{name}_proj"].float() for name in ("gate", "up", "down"))
-    activations_TI = F.silu(inputs_TD @ gate_ID.T) * (inputs_TD @ up_ID.T)
-    shared, chosen = config["n_shared_experts"], config["num_experts_per_tok"]
-    parts_PM = split(activations_TI, down_DI, shared, config["n_routed_experts"], config["moe_intermediate_size"])
-    norms_TE = torch.stack(
-        [(activations_TI[:, j] @ down_DI.T[j]).square().sum(-1) for j in (p[p >= 0] for p in parts_PM[shared:])], dim=1
+    activations_NI = F.silu(inputs_ND @ gate_ID.T) * (inputs_ND @ up_ID.T)
+    shared, chosen, width = (
+        config[field] for field in ("n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
     )
-    rows_ED = fit_router(inputs_TD, norms_TE, chosen)
-    gate, up, down = (_take(neurons_ID, parts_PM) for neurons_ID in (gate_ID, up_ID, down_DI.T))
-    sample_TD = inputs_TD[:: max(1, len(inputs_TD) // _BALANCED_TOKENS)]
-    carving = Carving(gate, up, down, rows_ED, balancing_bias(sample_TD, rows_ED, chosen))
-    return refit_down(carving, inputs_TD, activations_TI @ down_DI.T, chosen)
+    parts = split(activations_NI, down_DI, shared, config["n_routed_experts"], width)
+    norms_NE = torch.stack([_output_norms(activations_NI, down_DI, part) for part in parts[shared:]], dim=1)
+    rows_ED = fit_router(inputs_ND, norms_NE, chosen)
+    gate, up, down = (_take(neurons_ID, parts, width) for neurons_ID in (gate_ID, up_ID, down_DI.T))
+    sample_ND = inputs_ND[:: max(1, len(inputs_ND) // _BALANCED_TOKENS)]
+    carving = Carving(gate, up, down, rows_ED, balancing_bias(sample_ND, rows_ED, chosen))
+    return refit_down(carving, inputs_ND, activations_NI @ down_DI.T, chosen)
 
 
-def split(activations_TI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int, width: int) -> Tensor:
-    """Neurons (P, M) of each part; -1 where there are fewer neurons than places (design §4, carve, 1).
+def split(activations_NI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int, width: int) -> list[list[int]]:
+    """Returns the neurons of each part, the shared experts first; a part may have fewer than `width`.
 
-    C = |h| · ‖d‖, each token's C at norm 1. The neurons of highest mean C are shared; the others fall into balanced
+    C = |h| · ‖d‖, each token's C at norm 1. The neurons of highest mean C are shared. The others fall into balanced
     k-means clusters of the columns of C, each column at norm 1.
     """
-    contributions_TI = F.normalize(activations_TI.abs() * down_DI.norm(dim=0), dim=1)
-    order_I = contributions_TI.mean(0).argsort(descending=True)
-    places = (n_shared + n_routed) * width
-    assert len(order_I) <= places
-    shared_J, routed_J = order_I.split([n_shared * width, len(order_I) - n_shared * width])
-    clusters_J = balanced_clusters(F.normalize(contributions_TI[:, routed_J].T, dim=1), n_routed)
-    parts_PM = torch.full((n_shared + n_routed, width), -1)
-    parts_PM[:n_shared] = shared_J.view(n_shared, width)
-    for expert in range(n_routed):
-        members = routed_J[clusters_J == expert]
-        parts_PM[n_shared + expert, : len(members)] = members
-    return parts_PM
+    contributions_NI = F.normalize(activations_NI.abs() * down_DI.norm(dim=0), dim=1)
+    order_I = contributions_NI.mean(0).argsort(descending=True)
+    assert len(order_I) <= (n_shared + n_routed) * width
+    shared_I, routed_I = order_I.split([n_shared * width, len(order_I) - n_shared * width])
+    points_IN = F.normalize(contributions_NI.index_select(1, routed_I).T, dim=1)
+    parts: list[list[int]] = shared_I.view(n_shared, width).tolist()
+    routed: list[list[int]] = [[] for _ in range(n_routed)]
+    for neuron, cluster in zip(routed_I.tolist(), balanced_clusters(points_IN, n_routed).tolist(), strict=True):
+        routed[cluster].append(neuron)
+    return parts + routed
 
 
-def balanced_clusters(points_JT: Tensor, clusters: int) -> Tensor:
-    """Cluster (J,) of each point: k-means by cosine in which no cluster takes more than its equal share, rounded up.
+def balanced_clusters(points_IN: Tensor, clusters: int) -> Tensor:
+    """Returns the cluster (I,) of each point: k-means by cosine, no cluster above its equal share, rounded up.
 
-    The first centres are far apart (each the point least like those before it); then the likest pairs of point and
+    The first centres are far apart: each is the point least like those before it. Then the likest pairs of point and
     centre are joined first.
     """
-    alike_JJ = points_JT @ points_JT.T
-    centres = [int(alike_JJ.sum(0).argmin())]
+    alike_II = points_IN @ points_IN.T
+    centres = [int(alike_II.sum(0).argmin())]
     while len(centres) < clusters:
-        centres.append(int(alike_JJ[centres].amax(0).argmin()))
-    assigned_J = _fill_clusters(alike_JJ[:, centres])
+        nearest_I = alike_II.index_select(0, torch.tensor(centres, device=alike_II.device)).amax(0)
+        centres.append(int(nearest_I.argmin()))
+    assigned_I = _fill_clusters(alike_II.index_select(1, torch.tensor(centres, device=alike_II.device)))
     for _ in range(_CLUSTER_ROUNDS):
-        member_JC = F.one_hot(assigned_J, clusters).to(points_JT)
-        centre_CT = F.normalize(member_JC.T @ points_JT, dim=1)
-        assigned_J = _fill_clusters(points_JT @ centre_CT.T)
-    return assigned_J
+        centre_EN = cluster_centres(points_IN, assigned_I, clusters)
+        assigned_I = _fill_clusters(points_IN @ centre_EN.T)
+    return assigned_I
 
 
-def _fill_clusters(alike_JC: Tensor) -> Tensor:
-    """Each point with its likest centre that still has room, the likest pairs first."""
-    points, clusters = alike_JC.shape
+def _fill_clusters(alike_IE: Tensor) -> Tensor:
+    """Returns for each point the likest centre that still has room, the likest pairs first."""
+    points, clusters = alike_IE.shape
     room = [-(-points // clusters)] * clusters
     assigned = [-1] * points
-    for pair in alike_JC.flatten().argsort(descending=True, stable=True).tolist():
+    for pair in alike_IE.flatten().argsort(descending=True, stable=True).tolist():
         point, cluster = divmod(pair, clusters)
         if assigned[point] < 0 and room[cluster]:
             assigned[point] = cluster
             room[cluster] -= 1
-    return torch.tensor(assigned)
+    return torch.tensor(assigned, device=alike_IE.device)
 
 
-def fit_router(inputs_TD: Tensor, norms_TE: Tensor, chosen: int) -> Tensor:
-    """Router rows (E, D): a ridge regression on the oracle, the K experts of largest ‖E_e(x)‖² (design §4, carve, 2).
+def fit_router(inputs_ND: Tensor, norms_NE: Tensor, chosen: int) -> Tensor:
+    """Returns router rows (E, D): a ridge regression on the oracle, the K experts of largest ‖E_e(x)‖².
 
-    Scaled to logits of standard deviation 0.1 about each expert's mean, which the balancing bias makes up for.
+    They are scaled to logits of standard deviation 0.1 about each expert's mean; the balancing bias makes up for the
+    means.
     """
-    oracle_TE = torch.zeros_like(norms_TE).scatter_(1, norms_TE.topk(chosen, dim=1).indices, 1.0)
-    rows_ED = _ridge(inputs_TD, oracle_TE - oracle_TE.mean(0), _ROUTER_DAMPING).T
-    logits_TE = inputs_TD @ rows_ED.T
-    return rows_ED * (_ROUTER_SPREAD / (logits_TE - logits_TE.mean(0)).std().clamp(min=1e-12))
+    oracle_NE = torch.zeros_like(norms_NE).scatter_(1, norms_NE.topk(chosen, dim=1).indices, 1.0)
+    rows_ED = _ridge(inputs_ND, oracle_NE - oracle_NE.mean(0), _ROUTER_DAMPING).T
+    logits_NE = inputs_ND @ rows_ED.T
+    return rows_ED * (_ROUTER_SPREAD / (logits_NE - logits_NE.mean(0)).std().clamp(min=1e-12))
 
 
-def refit_down(carving: Carving, inputs_TD: Tensor, outputs_TD: Tensor, chosen: int) -> Carving:
-    """Every `down_proj` at once by least squares on the routed activations (design §4, carve, 4)."""
-    hidden_TJ = _routed_activations(carving, inputs_TD, chosen)[0]
-    down_JD = carving.down_PMD.flatten(0, 1)
-    down_JD = down_JD + _ridge(hidden_TJ, outputs_TD - hidden_TJ @ down_JD, _REFIT_DAMPING)
-    return carving._replace(down_PMD=down_JD.view_as(carving.down_PMD))
+def refit_down(carving: Carving, inputs_ND: Tensor, outputs_ND: Tensor, chosen: int) -> Carving:
+    """Returns the carving with every `down_proj` fitted at once, by least squares on the routed activations."""
+    hidden_NJ = _routed_activations(carving, inputs_ND, chosen)[0]
+    down_JD = carving.down_PiD.flatten(0, 1)
+    down_JD = down_JD + _ridge(hidden_NJ, outputs_ND - hidden_NJ @ down_JD, _REFIT_DAMPING)
+    return carving._replace(down_PiD=down_JD.view_as(carving.down_PiD))
 
 
 def apply_carving(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """Output (N, D) and the number of tokens (E,) that each expert received; what the stock block computes.
+    """Returns what the stock block computes, (N, D), and the number of tokens (E,) that each expert received.
 
-    Every neuron runs for every token and unchosen experts weigh 0: at these sizes faster to train than sorted rows.
+    Every neuron runs for every token and unchosen experts weigh 0. At these sizes that trains faster than sorted rows.
     """
     hidden_NJ, counts_E = _routed_activations(carving, x_ND, chosen)
-    return hidden_NJ @ carving.down_PMD.flatten(0, 1), counts_E
+    return hidden_NJ @ carving.down_PiD.flatten(0, 1), counts_E
 
 
 def refine_carving(
     carving: Carving,
     weights: dict[str, Tensor],
-    inputs_TD: Tensor,
+    inputs_ND: Tensor,
     chosen: int,
     *,
     steps: int,
@@ -148,10 +151,10 @@ def refine_carving(
     batch_tokens: int = 2048,
     learning_rate: float = 3e-3,
 ) -> Carving:
-    """The carved block, trained to give the dense MLP's outputs on the dense MLP's inputs (design §4, carve, 5).
+    """Returns the carving trained to give the dense MLP's outputs on the dense MLP's inputs.
 
-    Adam, warm-up and cosine. The router learns more slowly than the experts, at which it only has to keep pace, and
-    the bias is updated all along, at a speed that falls to zero.
+    It trains by Adam with warm-up and cosine. The router learns more slowly than the experts, for it only has to keep
+    pace with them. The bias is updated all along, at a speed that falls to zero.
     """
     carving = Carving(*(tensor.clone() for tensor in carving))
     parameters = [tensor.requires_grad_() for tensor in carving[:4]]
@@ -161,67 +164,87 @@ def refine_carving(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = warmed_cosine(optimizer, steps)
     for step in range(steps):
-        x_ND = inputs_TD[torch.randint(len(inputs_TD), (batch_tokens,), generator=generator)]
-        target_ND = swiglu(weights, x_ND)
-        output_ND, counts_E = apply_carving(carving, x_ND, chosen)
-        ((output_ND - target_ND).square().mean() / target_ND.square().mean()).backward()
+        picked = torch.randint(len(inputs_ND), (batch_tokens,), generator=generator)
+        x_ND = inputs_ND.index_select(0, picked.to(inputs_ND.device))
+        loss, counts_E = carving_loss(carving, weights, x_ND, chosen)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        bias_E += _BALANCE_SPEED * (1 - step / steps) * torch.sign(counts_E.mean() - counts_E)
-        bias_E -= bias_E.mean()
+        bias_E.copy_(next_bias(bias_E, counts_E, _BALANCE_SPEED * (1 - step / steps)))
     return Carving(*(tensor.detach() for tensor in carving))
 
 
-def relative_error(carving: Carving, weights: dict[str, Tensor], inputs_TD: Tensor, chosen: int) -> float:
-    """E|MoE(x) - MLP(x)|² / E|MLP(x)|² over a sample."""
-    target_TD = swiglu(weights, inputs_TD)
-    error_TD = apply_carving(carving, inputs_TD, chosen)[0] - target_TD
-    return float(error_TD.square().sum() / target_TD.square().sum().clamp(min=1e-30))
+def carving_loss(carving: Carving, weights: dict[str, Tensor], x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² of a batch, and the tokens (E,) that each expert received."""
+    target_ND = swiglu(weights, x_ND)
+    output_ND, counts_E = apply_carving(carving, x_ND, chosen)
+    return (output_ND - target_ND).square().mean() / target_ND.square().mean(), counts_E
+
+
+def relative_error(carving: Carving, weights: dict[str, Tensor], inputs_ND: Tensor, chosen: int) -> float:
+    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² over a sample."""
+    target_ND = swiglu(weights, inputs_ND)
+    error_ND = apply_carving(carving, inputs_ND, chosen)[0] - target_ND
+    return float(error_ND.square().sum() / target_ND.square().sum().clamp(min=1e-30))
 
 
 def swiglu(weights: dict[str, Tensor], x_ND: Tensor) -> Tensor:
-    """The dense MLP (N, D)."""
+    """Returns the dense MLP's output (N, D)."""
     return (F.silu(x_ND @ weights["gate_proj"].T) * (x_ND @ weights["up_proj"].T)) @ weights["down_proj"].T
 
 
 @torch.no_grad()
 def load_carving(block: MixtureOfExperts, carving: Carving) -> None:
-    """Put a carved MLP into the stock block."""
-    shared = len(carving.gate_PMD) - len(carving.rows_ED)
-    gate_PMD, up_PMD, down_PMD = carving[:3]
-    block.shared_experts.gate_proj.weight.copy_(gate_PMD[:shared].flatten(0, 1))
-    block.shared_experts.up_proj.weight.copy_(up_PMD[:shared].flatten(0, 1))
-    block.shared_experts.down_proj.weight.copy_(down_PMD[:shared].flatten(0, 1).T)
-    block.experts.gate_up_proj.copy_(torch.cat([gate_PMD[shared:], up_PMD[shared:]], dim=1))
-    block.experts.down_proj.copy_(down_PMD[shared:].mT)
+    """Copy a carved MLP into the stock block."""
+    shared = len(carving.gate_PiD) - len(carving.rows_ED)
+    gate_PiD, up_PiD, down_PiD = carving[:3]
+    block.shared_experts.gate_proj.weight.copy_(gate_PiD[:shared].flatten(0, 1))
+    block.shared_experts.up_proj.weight.copy_(up_PiD[:shared].flatten(0, 1))
+    block.shared_experts.down_proj.weight.copy_(down_PiD[:shared].flatten(0, 1).T)
+    block.experts.gate_up_proj.copy_(torch.cat([gate_PiD[shared:], up_PiD[shared:]], dim=1))
+    block.experts.down_proj.copy_(down_PiD[shared:].mT)
     block.gate.weight.copy_(carving.rows_ED)
     block.gate.e_score_correction_bias.copy_(carving.bias_E)
 
 
 def _routed_activations(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """Activations (N, P * M), each weighed as stock V3 weighs its expert (sigmoid scores, normalised over the chosen,
-    scaling K), and the tokens (E,) of each expert."""
+    """Returns activations (N, P * i) and the tokens (E,) of each expert.
+
+    An activation is weighed as stock V3 weighs its expert: sigmoid scores, normalised over the chosen, scaling K.
+    """
     scores_NE = (x_ND @ carving.rows_ED.T).sigmoid()
     indices_NK = (scores_NE.detach() + carving.bias_E).topk(chosen, dim=-1, sorted=False).indices
     mask_NE = torch.zeros_like(scores_NE).scatter_(1, indices_NK, 1.0)
     weights_NE = scores_NE * mask_NE
     weights_NE = chosen * weights_NE / weights_NE.sum(-1, keepdim=True)
-    shared = len(carving.gate_PMD) - len(carving.rows_ED)
+    shared = len(carving.gate_PiD) - len(carving.rows_ED)
     weights_NP1 = F.pad(weights_NE, (shared, 0), value=1.0).unsqueeze(-1)
-    hidden_NJ = F.silu(x_ND @ carving.gate_PMD.flatten(0, 1).T) * (x_ND @ carving.up_PMD.flatten(0, 1).T)
-    hidden_NPM = hidden_NJ.unflatten(-1, carving.gate_PMD.shape[:2]) * weights_NP1
-    return hidden_NPM.flatten(1), mask_NE.sum(0)
+    hidden_NJ = F.silu(x_ND @ carving.gate_PiD.flatten(0, 1).T) * (x_ND @ carving.up_PiD.flatten(0, 1).T)
+    hidden_NPi = hidden_NJ.unflatten(-1, carving.gate_PiD.shape[:2]) * weights_NP1
+    return hidden_NPi.flatten(1), mask_NE.sum(0)
 
 
-def _ridge(x_TF: Tensor, y_TO: Tensor, damping: float) -> Tensor:
-    """(XᵀX + λI)⁻¹ XᵀY (F, O) in float64, λ a share of the mean diagonal."""
-    x_TF, y_TO = x_TF.double(), y_TO.double()
-    moment_FF = x_TF.T @ x_TF
-    extra = damping * moment_FF.diagonal().mean() + 1e-300
-    return torch.linalg.solve(moment_FF + extra * torch.eye(len(moment_FF)), x_TF.T @ y_TO).float()
+def _ridge(x_NA: Tensor, y_NO: Tensor, damping: float) -> Tensor:
+    """Returns (XᵀX + λI)⁻¹ XᵀY (A, O) of float64 sums, λ a share of the mean diagonal."""
+    device = algebra_device(x_NA.device)
+    x_NA, y_NO = x_NA.to(device).double(), y_NO.to(device).double()
+    moment_AA = x_NA.T @ x_NA
+    extra = damping * moment_AA.diagonal().mean() + 1e-300
+    damped_AA = moment_AA + extra * torch.eye(len(moment_AA), device=device)
+    return torch.linalg.solve(damped_AA, x_NA.T @ y_NO).float()
 
 
-def _take(neurons_ID: Tensor, parts_PM: Tensor) -> Tensor:
-    """The parts' neurons (P, M, D), zero where there is none."""
-    return torch.cat([neurons_ID, torch.zeros_like(neurons_ID[:1])])[parts_PM]
+def _output_norms(activations_NI: Tensor, down_DI: Tensor, part: list[int]) -> Tensor:
+    """Returns ‖E(x)‖² (N,) of the expert that has these neurons."""
+    neurons = torch.tensor(part, device=down_DI.device)
+    return (activations_NI.index_select(1, neurons) @ down_DI.T.index_select(0, neurons)).square().sum(-1)
+
+
+def _take(neurons_ID: Tensor, parts: list[list[int]], width: int) -> Tensor:
+    """Returns the parts' neurons (P, i, D), zero where there is none."""
+    missing = len(neurons_ID)  # the number of a row of zeros
+    places = [part + [missing] * (width - len(part)) for part in parts]
+    rows = torch.cat([neurons_ID, torch.zeros_like(neurons_ID[:1])])
+    picked = torch.tensor(places, device=rows.device).flatten()
+    return rows.index_select(0, picked).view(len(parts), width, -1)

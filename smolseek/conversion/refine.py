@@ -1,216 +1,127 @@
-"""Refinement by gradient: each converted block learns the dense block's output, then the whole model the dense logits.
+"""Layer-wise refinement: each converted block learns to give the dense block's output on the dense model's stream.
 
-Shapes: N windows, T tokens, B windows in a batch, D hidden, V vocabulary.
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DeepseekV3Config
 
-from smolseek.conversion.attention import LATENT_RMS
-from smolseek.conversion.moments import fast_products
+from smolseek.conversion.calibrate import Calibration
+from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
+from smolseek.conversion.descent import Descent, scale_latents
+from smolseek.conversion.job import Job
+from smolseek.conversion.mla.latent import LATENT_RMS
+from smolseek.conversion.residual_stream import ResidualStream
+from smolseek.conversion.student import layers_of
+from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
-from smolseek.model.balance import take_expert_counts, update_biases
-from smolseek.numerics.loss import divergence
-from smolseek.numerics.muon import Muon
-from smolseek.numerics.schedule import warmed_cosine
+from smolseek.model.experts import MixtureOfExperts
+from smolseek.numerics.precision import autocast
 
-REFINE_BATCH_TOKENS, DISTILL_BATCH_TOKENS = 1024, 2048
-"""Tokens in a step, here as in the planning of its cost. Of the layers: half as many steps of twice as many tokens cost
-the same and end higher (LOG.md)."""
+_RATE = 0.015
+_CARVE_TOKENS = 16384
 
-_PROBE_TOKENS = 2048
-_REFINE_RATE = 0.015
-_DISTILL_RATE = 0.005
-_ROUTER_FACTOR = 5.0  # a fitted router starts small, and has to keep pace with its experts
-_MUON_RMS = 0.2  # root mean square of a Muon update at learning rate 1, as torch scales it to match AdamW's
-_BALANCE_SPEED = 1e-3
+Rope = tuple[Tensor, Tensor]
+"""cos and sin of the target, as its attention takes them."""
 
 
-class ResidualStream:
-    """The dense model's residual stream over all windows (N, T, D), moved on block by block; no other activations kept
-    but, while it stands before an attention block, that block's output.
+def refine_layers(
+    job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, work: WorkFolder
+) -> list[dict[str, float]]:
+    """Refine the student in place, layer by layer, and carve its MLPs if the job says so; returns errors by layer.
 
-    The first `probe` windows are not trained on, where there are others, so that errors are told on new text. `model`
-    is the body of a transformers Llama-like model with SDPA attention, causal where no mask is given.
+    Layers that the work folder holds are loaded from it.
     """
-
-    def __init__(self, model: Any, windows_NT: Tensor) -> None:
-        self.model = model
-        self.batch = max(1, REFINE_BATCH_TOKENS // windows_NT.shape[1])
-        probe = max(1, _PROBE_TOKENS // windows_NT.shape[1])
-        self.probe = probe if len(windows_NT) > probe else 0
-        with torch.no_grad():
-            self.hidden_NTD = model.embed_tokens(windows_NT)
-            positions_1T = torch.arange(windows_NT.shape[1])[None]
-            self.rope = model.rotary_emb(self.hidden_NTD[:1], positions_1T)
-        self.attended_NTD = torch.empty_like(self.hidden_NTD)
-        """Output of the dense attention block that the stream stands before."""
-
-    @torch.no_grad()
-    def enter(self, index: int) -> None:
-        """Stand before the attention block of that layer."""
-        self.layer = self.model.layers[index]
-        for part_BTD, out_BTD in zip(*(x.split(self.batch) for x in (self.hidden_NTD, self.attended_NTD)), strict=True):
-            x_BTD = self.layer.input_layernorm(part_BTD)
-            out_BTD.copy_(self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0])
-
-    @torch.no_grad()
-    def attention(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Input (normed) and output of the dense attention block, (B, T, D) each, for some windows."""
-        return self.layer.input_layernorm(self.hidden_NTD[rows]), self.attended_NTD[rows]
-
-    def pass_attention(self) -> None:
-        """Add the dense attention block's output to the stream."""
-        self.hidden_NTD += self.attended_NTD
-
-    @torch.no_grad()
-    def mlp_inputs(self) -> tuple[Tensor, Tensor]:
-        """Inputs of the dense MLP block, those of the probe (or all) and those to train on, (tokens, D) each.
-
-        To be asked for once the stream has passed the attention block before it.
-        """
-        norm = self.layer.post_attention_layernorm
-        inputs = torch.cat([norm(part_BTD) for part_BTD in self.hidden_NTD.split(self.batch)])
-        return inputs[: self.probe or None].flatten(0, 1), inputs[self.probe :].flatten(0, 1)
-
-    @torch.no_grad()
-    def pass_mlp(self) -> None:
-        """Add the dense MLP block's output to the stream."""
-        for part_BTD in self.hidden_NTD.split(self.batch):
-            part_BTD += self.layer.mlp(self.layer.post_attention_layernorm(part_BTD))
-
-    def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
-        """`steps` batches of window numbers, every window once before any comes again."""
-        count = len(self.hidden_NTD) - self.probe
-        return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
-
-
-def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` times the numbers of `batch` windows out of `count`, in an order drawn from `seed`, epoch after epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    left = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        while len(left) < min(batch, count):
-            left = torch.cat([left, torch.randperm(count, generator=generator)])
-        rows, left = left[:batch], left[batch:]
-        yield rows
-
-
-class Descent:
-    """An optimizer whose step moves each parameter by `rate` of its own root mean square, with its schedule.
-
-    Relative, because checkpoints differ in the scale of their weights and the matrices of one block do as well. Warm-up
-    over the first twentieth of the steps, then a cosine to zero. Adam, or for a number of heads Muon.
-    """
-
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int, muon_heads: int | None = None
-    ) -> None:
-        self.parameters = list(parameters.values())
-        groups = []
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            size = max(float(parameter.detach().square().mean().sqrt()), 1e-8)
-            factor = _ROUTER_FACTOR if name.endswith("mlp.gate.weight") else 1 / _MUON_RMS if muon_heads else 1.0
-            groups.append({"params": [(name, parameter) if muon_heads else parameter], "lr": rate * size * factor})
-        self.optimizer: torch.optim.Optimizer = (
-            Muon(groups, heads=muon_heads) if muon_heads else torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-        )
-        self.schedule = warmed_cosine(self.optimizer, steps)
-
-    def step(self, loss: Tensor) -> None:
-        """One step down."""
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def end(self) -> None:
-        """Freeze the parameters again."""
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
+    stream = ResidualStream(dense.model, calibration.refined_BT)
+    rope = student.model.rope(calibration.refined_BT.shape[1])
+    student.config = DeepseekV3Config(**job.target)
+    errors, layers = [], layers_of(student)
+    for index, layer in enumerate(layers):
+        job.on_progress("refine layers", index, len(layers))
+        kept = work.get(f"layer-{index}")
+        carves = job.carves and index >= job.target["first_k_dense_replace"]
+        if carves:
+            layer.mlp = MixtureOfExperts(student.config).requires_grad_(False).eval().to(dense.device)
+        facts = {} if kept is None else kept[1]
+        stream.enter(index)
+        if kept is None and job.refines_attention:
+            facts |= _refine_attention(job, layer.self_attn, rope, stream, index)
+        stream.pass_attention()
+        if kept is None and carves:
+            facts |= _carve_mlp(job, layer.mlp, dense.model.layers[index].mlp, stream, index)
+        stream.pass_mlp()
+        block = nn.ModuleDict({"self_attn": layer.self_attn} | ({"mlp": layer.mlp} if carves else {}))
+        if kept is None:
+            work.put(f"layer-{index}", block.state_dict(), facts)
+        else:
+            block.load_state_dict(kept[0])
+        errors.append(facts)
+    job.on_progress("refine layers", len(layers), len(layers))
+    return errors
 
 
 def refine_attention(
-    block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream, *, steps: int, seed: int
+    block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream, *, steps: int, seed: int
 ) -> None:
     """Train a converted attention block in place to give the output of the dense block that the stream stands before.
 
-    In stock form, norm and all (design §3, step 4); `rope` is cos and sin of the target, as the block takes them.
+    It trains in stock form, norm and all (docs/method.md, "Refinement").
     """
     scale_latents(block, 1 / LATENT_RMS)
-    matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # which can do all that norms could
-    descent = Descent(matrices, rate=_REFINE_RATE, steps=steps, muon_heads=block.num_heads)
+    matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # they can do all that norms could
+    descent = Descent(matrices, rate=_RATE, steps=steps, muon_heads=block.num_heads)
     for rows in stream.batches(steps, seed):
-        x_BTD, target_BTD = stream.attention(rows)
-        with fast_products():
-            out_BTD = block(x_BTD, rope)
-        descent.step((out_BTD - target_BTD).square().mean() / target_BTD.square().mean())
+        descent.step(attention_loss(block, rope, *stream.attention(rows)))
     descent.end()
     scale_latents(block, LATENT_RMS)
 
 
+def attention_loss(block: MultiheadLatentAttention, rope: Rope, x_BTD: Tensor, target_BTD: Tensor) -> Tensor:
+    """Returns E|converted - dense|² / E|dense|² of a batch."""
+    with autocast(x_BTD.device, "auto"):
+        out_BTD = block(x_BTD, rope)
+    return (out_BTD - target_BTD).square().mean() / target_BTD.square().mean()
+
+
 @torch.no_grad()
-def attention_error(block: MultiheadLatentAttention, rope: tuple[Tensor, Tensor], stream: ResidualStream) -> float:
-    """E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe (or all of it)."""
-    x_BTD, target_BTD = stream.attention(slice(stream.probe or None))
+def attention_error(block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream) -> float:
+    """Returns E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe."""
+    x_BTD, target_BTD = stream.probed_attention()
     error = (block(x_BTD, rope) - target_BTD).square().sum()
     return float(error / target_BTD.square().sum().clamp(min=1e-30))
 
 
-def distill(
-    student: DeepseekV3,
-    dense: Any,
-    windows_NT: Tensor,
-    parameters: dict[str, nn.Parameter],
-    *,
-    steps: int,
-    seed: int,
-    on_step: Callable[[int], None],
-) -> None:
-    """Train `parameters` of the converted model in place by KL(dense ‖ converted) of the next token, biases balancing.
-
-    `dense` is the transformers model that it came from; `on_step(done)` reports progress (design §3, step 5).
-    """
-    for layer in layers_of(student):
-        scale_latents(layer.self_attn, 1 / LATENT_RMS)
-    take_expert_counts(student)
-    descent = Descent(parameters, rate=_DISTILL_RATE, steps=steps)
-    batch = max(1, DISTILL_BATCH_TOKENS // windows_NT.shape[1])
-    for step, rows in enumerate(shuffled(len(windows_NT), batch, steps, seed)):
-        ids_BT = windows_NT[rows]
-        with fast_products():
-            with torch.no_grad():
-                target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
-            hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
-            loss = divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)
-        descent.step(loss)
-        update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
-        on_step(step + 1)
-    descent.end()
-    for layer in layers_of(student):
-        scale_latents(layer.self_attn, LATENT_RMS)
+def _refine_attention(
+    job: Job, block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream, index: int
+) -> dict[str, float]:
+    """Refine one attention block in place; returns its error before and after."""
+    before, start = attention_error(block, rope, stream), copy.deepcopy(block.state_dict())
+    refine_attention(block, rope, stream, steps=job.settings.refine_steps, seed=job.settings.seed + index)
+    after = attention_error(block, rope, stream)
+    if after > before:
+        block.load_state_dict(start)
+    return {"attention_error": before, "attention_error_refined": min(before, after)}
 
 
-def layers_of(model: DeepseekV3) -> list[Any]:
-    """The decoder layers, untyped: nn.ModuleList hides what they are."""
-    return list(model.model.layers)
-
-
-@torch.no_grad()
-def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
-    """Multiply what goes into the latent norms, which changes nothing behind them.
-
-    A latent at `LATENT_RMS` is safe from every eps, but its encoder would stand still beside other weights in training.
-    """
-    for name, tensor in block.named_parameters():
-        if name.startswith("kv_a_proj_with_mqa"):
-            tensor[: block.kv_lora_rank].mul_(factor)
-        elif name.startswith("q_a_proj"):
-            tensor.mul_(factor)
+def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStream, index: int) -> dict[str, float]:
+    """Carve and refine one dense MLP into `block`; returns its error relative to the dense output, before and after."""
+    chosen, steps = job.target["num_experts_per_tok"], job.settings.refine_steps
+    weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
+    probe_ND, inputs_ND = stream.mlp_inputs()
+    generator = torch.Generator().manual_seed(job.settings.seed + index)
+    carving = carve(weights, inputs_ND[:: max(1, len(inputs_ND) // _CARVE_TOKENS)], job.target)
+    facts = {"mlp_error": relative_error(carving, weights, probe_ND, chosen)}
+    if steps:
+        refined = refine_carving(carving, weights, inputs_ND, chosen, steps=steps, generator=generator)
+        after = relative_error(refined, weights, probe_ND, chosen)
+        carving = refined if after < facts["mlp_error"] else carving
+        facts["mlp_error_refined"] = min(after, facts["mlp_error"])
+    load_carving(block, carving)
+    return facts

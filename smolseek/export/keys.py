@@ -8,6 +8,8 @@ from typing import Any
 
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
+from smolseek.formats.rope import rope_parameters
+
 ARCHITECTURE = "deepseek2"
 
 
@@ -27,21 +29,13 @@ def query_scales(config: dict[str, Any]) -> QueryScales:
     scores by m(a)² and their rotated part by r² more. llama.cpp scales all scores by m(a')² for the a' in its key, and
     rotates with r = 1. So a' = a where there is one, else 1, and what is left goes into the queries.
     """
-    rope = rope_of(config)
+    rope = rope_parameters(config)
     if rope["rope_type"] != "yarn":
         return QueryScales()
     given, factor = rope.get("mscale_all_dim") or 0.0, rope["factor"]
     told = given or 1.0
     unrotated = (_mscale(factor, given) / _mscale(factor, told)) ** 2
     return QueryScales(unrotated, unrotated * _attention_factor(rope) ** 2, told)
-
-
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary parameters of a V3 config.json, old or new style, `rope_type` and `rope_theta` always there."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    return rope
 
 
 def add_keys(writer: GGUFWriter, config: dict[str, Any], name: str) -> None:
@@ -89,7 +83,7 @@ def _add_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    rope = rope_of(config)
+    rope = rope_parameters(config)
     writer.add_rope_dimension_count(config["qk_rope_head_dim"])
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] != "yarn":

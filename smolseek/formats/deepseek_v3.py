@@ -1,12 +1,13 @@
-"""The tensors that a DeepSeek-V3 config.json asks for, by name and shape; imports no torch.
-
-Symbols: D hidden, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank, E routed experts.
-"""
+"""DeepSeek-V3 folders: config.json fields, tensor names and shapes, and what follows from them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+"""Pairs of a tensor's name and shape."""
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 129280,
@@ -33,19 +34,86 @@ DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
 }
-"""What transformers takes for a field that config.json leaves out."""
+"""transformers' values for fields that config.json leaves out."""
+
+STOCK_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 0}
+"""Fields that transformers does not know. Without them llama.cpp and vLLM are silently wrong."""
+
+SOFTMAX_MODEL_TYPE = "smolseek_v3_softmax"
+"""`model_type` of folders with a softmax router. It is not stock V3's, so no other loader may take them for it."""
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A DeepSeek-V3 config.json with transformers' values for the fields that it leaves out."""
+    """Returns a config.json with transformers' values for the fields that it leaves out."""
     return {**DEFAULTS, **config}
 
 
+def is_latent(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json describes latent attention."""
+    return "kv_lora_rank" in config
+
+
+def has_stock_router(config: Mapping[str, Any]) -> bool:
+    """Returns whether experts are scored by sigmoid, which alone is stock V3."""
+    return (config.get("scoring_func") or "sigmoid") == "sigmoid"
+
+
+def disk_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config.json to write: stock fields added, or a model type of our own for a softmax router."""
+    tree = {**config, **STOCK_FIELDS, "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    if not has_stock_router(config):
+        tree |= {
+            "scoring_func": config["scoring_func"],
+            "model_type": SOFTMAX_MODEL_TYPE,
+            "architectures": ["SmolseekSoftmaxV3ForCausalLM"],
+        }
+    return tree
+
+
+def group_problem(config: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the groups of experts, or None.
+
+    A group is scored by its two best experts, so it needs two; the chosen groups must hold enough experts for a token.
+    """
+    names = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok")
+    experts, groups, chosen_groups, chosen = (1 if config.get(name) is None else config[name] for name in names)
+    if groups < 1 or experts % groups or experts // groups < 2:
+        return f"n_routed_experts {experts} do not make {groups} groups of two or more: change n_group"
+    if not 1 <= chosen_groups <= groups:
+        return f"topk_group {chosen_groups} is not between 1 and n_group {groups}"
+    most = chosen_groups * (experts // groups)
+    if not 1 <= chosen <= most:
+        return (
+            f"num_experts_per_tok {chosen} is not between 1 and the {most} experts of topk_group {chosen_groups} groups"
+        )
+    return None
+
+
+def cache_numbers(config: Mapping[str, Any]) -> int:
+    """Returns W = C + R, the numbers that a token leaves in one layer's cache."""
+    return config["kv_lora_rank"] + config["qk_rope_head_dim"]
+
+
+def count_parameters(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns the parameters of the model and those that one token meets; a routing bias is not a parameter."""
+    config = with_defaults(config)
+    sizes = {name: math.prod(shape) for name, shape in expected_tensors(config).items()}
+    total = sum(size for name, size in sizes.items() if not name.endswith("e_score_correction_bias"))
+    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+    met = routed * config["num_experts_per_tok"] // config["n_routed_experts"] if routed else 0
+    return total, total - routed + met
+
+
+def attention_parameters(config: Mapping[str, Any]) -> int:
+    """Returns the parameters of one attention block."""
+    return sum(math.prod(shape) for _, shape in _attention(with_defaults(config)))
+
+
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the folder, experts one by one, as `hub.save` and transformers write them.
+    """Returns name and shape of every tensor of the folder, one for each expert, as transformers writes them.
 
     Raises:
-        ValueError: a size in the config is no number.
+        ValueError: a size in the config is not a number.
     """
     config = with_defaults(config)
     _check_sizes(config)
@@ -74,7 +142,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config.json: {field} {value!r}: must be a whole number; fetch the file again")
 
 
-def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _attention(config: Mapping[str, Any]) -> Shapes:
     hidden, heads, rank, query_rank = (
         config[name] for name in ("hidden_size", "num_attention_heads", "kv_lora_rank", "q_lora_rank")
     )
@@ -95,14 +163,14 @@ def _attention(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]
         yield from ((f"self_attn.{name}.bias", (width,)) for name, width in biased.items())
 
 
-def _mlp(prefix: str, config: Mapping[str, Any], neurons: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _mlp(prefix: str, config: Mapping[str, Any], neurons: int) -> Shapes:
     hidden = config["hidden_size"]
     yield f"{prefix}.gate_proj.weight", (neurons, hidden)
     yield f"{prefix}.up_proj.weight", (neurons, hidden)
     yield f"{prefix}.down_proj.weight", (hidden, neurons)
 
 
-def _experts(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _experts(config: Mapping[str, Any]) -> Shapes:
     routed, width = config["n_routed_experts"], config["moe_intermediate_size"]
     yield "mlp.gate.weight", (routed, config["hidden_size"])
     yield "mlp.gate.e_score_correction_bias", (routed,)

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smolseek.formats.deepseek_v3 import expected_tensors, with_defaults
+from smolseek.formats.deepseek_v3 import expected_tensors, group_problem, has_stock_router, with_defaults
 from smolseek.formats.headers import Header
+from smolseek.formats.rope import rope_parameters
 
 RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
 
@@ -84,28 +85,10 @@ def _fill_in(finding: Finding, config: Config, names: list[str] | None = None) -
     return dataclasses.replace(finding, field=field, reason=reason)
 
 
-def _rope(config: Config) -> Config:
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
-
-
-def _rope_type(config: Config) -> str:
-    return _rope(config).get("rope_type") or _rope(config).get("type") or "default"
-
-
 def _yarn(config: Config) -> Config:
-    """YaRN's parameters; empty under another rope type."""
-    return _rope(config) if _rope_type(config) == "yarn" else {}
-
-
-def _groups_invalid(config: Config) -> bool:
-    """Experts are scored by the two best of their group, so every group needs two; K must fit the chosen groups."""
-    experts, groups, chosen = (config.get(name) or 1 for name in ("n_routed_experts", "n_group", "topk_group"))
-    return (
-        experts % groups != 0
-        or experts < 2 * groups
-        or chosen > groups
-        or (config.get("num_experts_per_tok") or 1) > chosen * (experts // groups)
-    )
+    """Returns YaRN's parameters; empty under another rope type."""
+    rope = rope_parameters(config)
+    return rope if rope["rope_type"] == "yarn" else {}
 
 
 def _heads(config: Config) -> tuple[Any, ...]:
@@ -159,12 +142,12 @@ RULES: tuple[Rule | TensorRule, ...] = (
     ),
     Rule(
         RUNTIMES,
-        lambda config: config.get("scoring_func", "sigmoid") != "sigmoid",
+        lambda config: not has_stock_router(config),
         Finding("scoring_func", "stock V3 scores experts by sigmoid, not {scoring_func}", "train with sigmoid", _PAPER),
     ),
     Rule(
         RUNTIMES,
-        _groups_invalid,
+        lambda config: group_problem(config) is not None,
         Finding(
             "n_group",
             "top {num_experts_per_tok} of {n_routed_experts} experts from {topk_group} of {n_group} groups: the groups "
@@ -221,7 +204,7 @@ RULES: tuple[Rule | TensorRule, ...] = (
     ),
     Rule(
         ("vllm", "sglang", "llama.cpp"),
-        lambda config: _rope_type(config) not in ("default", "yarn"),
+        lambda config: rope_parameters(config)["rope_type"] not in ("default", "yarn"),
         Finding(
             "rope_parameters",
             "of rope types only the default and yarn are read",

@@ -99,6 +99,11 @@ def proportional_bias(bias_E: Tensor, counts_E: Tensor, update_speed: float) -> 
     return bias_E + update_speed * (1 - load_E / load_E.mean().clamp(min=1e-9))
 
 
+def next_bias(bias_E: Tensor, counts_E: Tensor, update_speed: float) -> Tensor:
+    moved_E = signed_bias(bias_E, counts_E, update_speed)
+    return moved_E - moved_E.mean()
+
+
 @torch.no_grad()
 def update_biases(
     model: nn.Module, counts: Iterable[tuple[int, Tensor]], update_speed: float, rule: BalanceRule = "sign"

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
+from smolseek.formats.deepseek_v3 import group_problem
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.cache import LatentCache
 from smolseek.model.experts import MixtureOfExperts
@@ -205,13 +206,5 @@ def check_config(config: DeepseekV3Config) -> None:
     scoring_func = getattr(config, "scoring_func", "sigmoid")
     if scoring_func not in ("sigmoid", "softmax"):
         raise ValueError(f"scoring_func {scoring_func!r} is unknown: choose sigmoid or softmax")
-    experts, groups, chosen_groups = config.n_routed_experts, config.n_group, config.topk_group
-    if experts % groups or experts // groups < 2:
-        raise ValueError(f"n_routed_experts {experts} do not make {groups} groups of two or more: change n_group")
-    if not 1 <= chosen_groups <= groups:
-        raise ValueError(f"topk_group {chosen_groups} is not between 1 and n_group {groups}")
-    if not 1 <= config.num_experts_per_tok <= chosen_groups * (experts // groups):
-        raise ValueError(
-            f"num_experts_per_tok {config.num_experts_per_tok} is not between 1 and the "
-            f"{chosen_groups * (experts // groups)} experts of topk_group {chosen_groups} groups"
-        )
+    if problem := group_problem(config.to_dict()):
+        raise ValueError(problem)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""CUDA compute capabilities with full float64: P100, V100, A100, H100 and H200, B200."""
+
 
 def autocast(device: torch.device, precision: str) -> Any:
     """bf16 autocast when asked for, or when the hardware multiplies bf16 itself."""
@@ -35,3 +38,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on, else the tensor's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def has_float64(device: torch.device) -> bool:
+    """Returns whether the device computes in float64 at all."""
+    return device.type != "mps"
+
+
+def algebra_device(device: torch.device) -> torch.device:
+    """Returns where float64 decompositions run: on the device itself if it is good at them, else on the CPU.
+
+    Data-centre GPUs have a float64 unit for every second float32 one; other GPUs have one for every 32nd or 64th.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) in _FLOAT64_CAPABILITIES:
+        return device
+    return torch.device("cpu")

@@ -1,0 +1,155 @@
+"""What the calibration text makes the dense model do: one pass for the moments of every layer, one for MLP inputs.
+
+Shapes: B windows, T tokens in each, N tokens in one row, V vocab_size, D hidden_size, F rotary frequencies, k key (or
+value) channels.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolseek.conversion.moments import LayerMoments
+from smolseek.conversion.probe import Probe, probed_attention
+from smolseek.conversion.sizes import CALIBRATION_BATCH_TOKENS, SPILL_BYTES
+from smolseek.numerics.memory import release_memory
+from smolseek.numerics.precision import teacher_dtype
+
+_TOKENS_AT_ONCE = 2048
+_POSITIONS_AT_ONCE = 64  # whose logits are held
+
+
+def collect_moments(
+    model: Any, windows_BT: Tensor, slot_angles_F: Tensor, *, seed: int, folder: Path
+) -> list[Callable[[], LayerMoments]]:
+    """Returns one loader per layer for that layer's second moments, after one forward and backward pass.
+
+    The labels of the loss are sampled from the model itself: the true Fisher, not the empirical one (docs/method.md,
+    "Calibration"). `model` is a transformers Llama-like model. Sums are streamed in float64. Where those of all layers
+    are large they live as files in `folder`. The blocks' inputs are kept there too, so that no latent needs a pass of
+    its own.
+
+    Raises:
+        ValueError: `folder` has less free space than that takes.
+    """
+    device = model.device
+    generator = torch.Generator().manual_seed(seed)
+    layers = model.model.layers
+    width = layers[0].self_attn.k_proj.out_features
+    moment_bytes = 8 * len(layers) * (4 * width) ** 2
+    large = moment_bytes > SPILL_BYTES
+    angles_F = slot_angles_F.to(device)
+    probes = [
+        Probe(angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
+        for index, layer in enumerate(layers)
+    ]
+    _check_space(folder, 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes)
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
+    for layer, probe in zip(layers, probes, strict=True):
+        hooks += probe.hooks(layer.self_attn)
+    head_VD = model.get_output_embeddings().weight.to(teacher_dtype(device, "auto"))
+    with _frozen(model), hooked(hooks), probed_attention(model, probes):
+        for ids_BT in batches(windows_BT, CALIBRATION_BATCH_TOKENS[device.type]):
+            hidden_BTD = model.base_model(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
+            pull_BTD = _loss_gradient(hidden_BTD.detach(), head_VD, generator)
+            paths = [path for probe in probes for path in (probe.value_BTk, probe.key)]
+            gradients = torch.autograd.grad(hidden_BTD, paths, pull_BTD)
+            for index, probe in enumerate(probes):
+                probe.add(*gradients[2 * index : 2 * index + 2])
+            del hidden_BTD, gradients
+            release_memory()
+    for probe in probes:
+        probe.end()
+    return [probe.moments for probe in probes]
+
+
+def sample_labels(p_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns one label (N, 1) a row, drawn with its probability by the inverse of the distribution function.
+
+    It draws one random number a row. `torch.multinomial` draws one an entry, which for 49,152 entries takes 12 times as
+    long as the softmax.
+    """
+    below_NV = p_NV.cumsum(-1)
+    drawn_N1 = torch.rand(len(p_NV), 1, generator=generator).to(p_NV.device) * below_NV[:, -1:]
+    return torch.searchsorted(below_NV, drawn_N1, right=True).clamp_(max=p_NV.shape[1] - 1)
+
+
+def batches(windows_BT: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Returns batches of about so many tokens, but of one whole window at least."""
+    return iter(windows_BT.split(max(1, tokens // windows_BT.shape[1])))
+
+
+@contextmanager
+def hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """Registers forward hooks for the length of a block."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def collect_mlp_inputs(model: Any, windows_BT: Tensor, tokens: int) -> list[Tensor]:
+    """Returns for each layer the normed MLP inputs (B, T, D) of about `tokens` evenly spread tokens.
+
+    `model` is one of transformers' or ours.
+    """
+    device = next(model.parameters()).device
+    kept: list[list[Tensor]] = [[] for _ in model.model.layers]
+    stride = max(1, windows_BT.numel() // tokens)
+    hooks: list[tuple[nn.Module, Callable[..., None]]] = [
+        (layer.post_attention_layernorm, lambda _, args, out, k=k: k.append(out[:, ::stride].clone()))
+        for layer, k in zip(model.model.layers, kept, strict=True)
+    ]
+    with hooked(hooks):
+        for ids_BT in batches(windows_BT, _TOKENS_AT_ONCE):
+            model.model(ids_BT.to(device))
+    return [torch.cat(parts) for parts in kept]
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there "
+            "until the blocks are fitted; free some space or lower calibration_windows"
+        )
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def _loss_gradient(hidden_BTD: Tensor, head_VD: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns the gradient of the summed loss at the final hidden states, each label drawn from the model itself.
+
+    That is (p - onehot(label)) W, a few positions at a time: autograd would hold four copies of all logits.
+    """
+    pulls = []
+    with torch.no_grad():
+        for hidden_ND in hidden_BTD.flatten(0, 1).split(_POSITIONS_AT_ONCE):
+            p_NV = (hidden_ND.to(head_VD.dtype) @ head_VD.T).float().softmax(-1)
+            label_N1 = sample_labels(p_NV, generator)
+            p_NV.scatter_add_(1, label_N1, torch.full_like(label_N1, -1, dtype=p_NV.dtype))
+            pulls.append((p_NV.to(head_VD.dtype) @ head_VD).to(hidden_BTD.dtype))
+    return torch.cat(pulls).view_as(hidden_BTD)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Takes no gradients of parameters inside the block, only of activations."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

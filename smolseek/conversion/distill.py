@@ -1,0 +1,93 @@
+"""The end-to-end stage: the whole converted model learns the dense model's next-token distribution.
+
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smolseek.conversion.calibrate import Calibration
+from smolseek.conversion.descent import Descent, scale_latents
+from smolseek.conversion.job import Job
+from smolseek.conversion.mla.latent import LATENT_RMS
+from smolseek.conversion.residual_stream import shuffled
+from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS
+from smolseek.conversion.student import layers_of, mean_divergence, mean_loss, own_weights
+from smolseek.model import DeepseekV3
+from smolseek.model.balance import take_expert_counts, update_biases
+from smolseek.numerics.loss import divergence
+from smolseek.numerics.precision import autocast
+
+log = logging.getLogger(__name__)
+
+_RATE = 0.005
+_BALANCE_SPEED = 1e-3
+
+
+def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibration) -> float | None:
+    """Train the student in place and return its loss on the judged windows.
+
+    Returns None where the judged windows moved away from the dense model by it: then the training is undone.
+    """
+    before = mean_divergence(student, dense, calibration.judged_BT)
+    trained = own_weights(student, experts_only=job.settings.exact)
+    kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    distill(
+        student,
+        dense,
+        calibration.refined_BT,
+        trained,
+        steps=job.distill_steps,
+        seed=job.settings.seed,
+        on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
+    )
+    after = mean_divergence(student, dense, calibration.judged_BT)
+    if after < before:
+        return mean_loss(student, calibration.judged_BT)
+    log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
+    student.load_state_dict(kept)
+    return None
+
+
+def distill(
+    student: DeepseekV3,
+    dense: Any,
+    windows_BT: Tensor,
+    parameters: dict[str, nn.Parameter],
+    *,
+    steps: int,
+    seed: int,
+    on_step: Callable[[int], None],
+) -> None:
+    """Train `parameters` in place by KL(dense ‖ converted) of the next token; routing biases balance all along.
+
+    `dense` is the transformers model that the student came from; `on_step(done)` reports progress (docs/method.md,
+    "End-to-end KL").
+    """
+    for layer in layers_of(student):
+        scale_latents(layer.self_attn, 1 / LATENT_RMS)
+    take_expert_counts(student)
+    descent = Descent(parameters, rate=_RATE, steps=steps)
+    batch = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1])
+    for step, rows in enumerate(shuffled(len(windows_BT), batch, steps, seed)):
+        descent.step(distillation_loss(student, dense, windows_BT[rows].to(dense.device)))
+        update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
+        on_step(step + 1)
+    descent.end()
+    for layer in layers_of(student):
+        scale_latents(layer.self_attn, LATENT_RMS)
+
+
+def distillation_loss(student: DeepseekV3, dense: Any, ids_BT: Tensor) -> Tensor:
+    """Returns the mean KL(dense ‖ converted) of the next token over a batch, in nats."""
+    with autocast(ids_BT.device, "auto"):
+        with torch.no_grad():
+            target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
+        return divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)

@@ -1,0 +1,192 @@
+"""The fit: every attention block in closed form, under each plan of rope slots, and the best plan kept."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolseek.conversion.calibrate import Calibration
+from smolseek.conversion.collect import collect_moments
+from smolseek.conversion.job import Job
+from smolseek.conversion.mla.exact import exact_tensors
+from smolseek.conversion.mla.folding import fold_bias, fold_norms
+from smolseek.conversion.mla.heads import Heads, QueryLatent, exact_query, fit_heads, query_encoder
+from smolseek.conversion.mla.latent import Compression, compress, latent_errors, refit_decoder
+from smolseek.conversion.mla.layout import low_rank_tensors
+from smolseek.conversion.mla.rope_slots import RopePlan, rope_plans
+from smolseek.conversion.mla.weights import HeadSizes, Projections
+from smolseek.conversion.moments import LayerMoments, NormMoments, norm_moments
+from smolseek.conversion.source_weights import read_projections
+from smolseek.conversion.student import assemble, mean_divergence
+from smolseek.conversion.target import target_rope
+from smolseek.conversion.work_folder import WorkFolder
+from smolseek.formats.rope import inverse_frequencies
+from smolseek.numerics.memory import release_memory
+from smolseek.numerics.precision import algebra_device
+
+log = logging.getLogger(__name__)
+
+_LOSSES = (
+    ("qk_norm_energy_lost", "q and k norms", "refinement wins most of it back"),
+    ("bias_energy_lost", "q, k and v biases", "profile transformers keeps them"),
+)
+"""Facts of a layer about what was approximated because the target has no place for it, and what helps."""
+
+
+@dataclass(frozen=True)
+class FittedAttention:
+    """Converted attention blocks (tensors under `self_attn.`, fp32, on the CPU) and what they cost."""
+
+    layers: list[dict[str, Tensor]]
+    errors: list[dict[str, Any]]
+    rope_theta: float
+    """The rope base that the slots want."""
+    folds: tuple[tuple[int, ...], ...] | None
+    """Source frequencies in each rope slot; None in the exact form, whose slots are the source's own."""
+
+
+def exact_block(job: Job, index: int) -> dict[str, Tensor]:
+    """Returns one attention block in the exact form."""
+    weights = read_projections(job.tensors, job.source, index, torch.device("cpu"))
+    rotates = job.source.rope_layers[index]
+    return exact_tensors(weights, job.source.head_dim, job.target["qk_nope_head_dim"], rotates=rotates)
+
+
+def fit_attention(job: Job, dense: Any, calibration: Calibration, work: WorkFolder) -> FittedAttention:
+    """Returns every attention block in closed form, from the work folder if it is there.
+
+    `dense` is the transformers model. Errors are weighed by what it does on the calibration windows.
+
+    Raises:
+        ValueError: too little space for the moments.
+    """
+    if (kept := work.get("closed-form")) is not None:
+        return _unpack(*kept, layers=job.source.num_hidden_layers)
+    job.on_progress("closed form", 0, 1)
+    moments = work.path / "moments"
+    shutil.rmtree(moments, ignore_errors=True)  # of an interrupted conversion
+    moments.mkdir()
+    fitted = _fit_best_plan(job, dense, calibration, moments)
+    named = {f"{i}.{name}": tensor for i, layer in enumerate(fitted.layers) for name, tensor in layer.items()}
+    work.put("closed-form", named, {k: getattr(fitted, k) for k in ("errors", "rope_theta", "folds")})
+    shutil.rmtree(moments)
+    release_memory()
+    job.on_progress("closed form", 1, 1)
+    return fitted
+
+
+def _unpack(tensors: dict[str, Tensor], facts: dict[str, Any], *, layers: int) -> FittedAttention:
+    """Returns what the work folder kept."""
+    blocks: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+    for name, tensor in tensors.items():
+        index, _, rest = name.partition(".")
+        blocks[int(index)][rest] = tensor
+    return FittedAttention(blocks, facts["errors"], facts["rope_theta"], tuple(map(tuple, facts["folds"])))
+
+
+def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path) -> FittedAttention:
+    """Returns the fit under the plan of rope slots nearest to the dense model; the whole model has one rope_theta.
+
+    Plans are compared by KL(dense ‖ converted) of the whole model on the judged windows.
+    """
+    angles_F = torch.tensor(inverse_frequencies(target_rope(job.source, job.settings), job.source.head_dim))
+    best: tuple[float, FittedAttention] | None = None
+    stride, moments = 0, []
+    plans = rope_plans(job.source.head_dim, job.target["qk_rope_head_dim"])
+    for plan in plans:
+        if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
+            stride, slots = plan.stride, plan.slot_frequencies(job.source.head_dim)
+            windows_BT = calibration.moments_BT
+            moments = collect_moments(dense, windows_BT, angles_F[slots], seed=job.settings.seed, folder=folder)
+        fitted = _fit_plan(job, dense, plan, moments)
+        divergence = _divergence(job, dense, fitted, calibration.judged_BT) if len(plans) > 1 else 0.0
+        if best is None or divergence < best[0]:
+            best = divergence, fitted
+    assert best is not None
+    _warn_of_approximations(best[1].errors)
+    return best[1]
+
+
+def _divergence(job: Job, dense: Any, fitted: FittedAttention, judged_BT: Tensor) -> float:
+    """Returns the KL of the whole model under one plan."""
+    converted = assemble(dense, job.with_target(fitted.rope_theta).target, fitted.layers)
+    divergence = mean_divergence(converted, dense, judged_BT)
+    log.info("rope slots %s: KL %.4f", fitted.folds, divergence)
+    return divergence
+
+
+def _fit_plan(job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> FittedAttention:
+    """Returns all blocks under one plan, one after the other: all moments at once do not fit into memory."""
+    device = algebra_device(dense.device)
+    blocks = []
+    for index, read in enumerate(moments):
+        weights = read_projections(job.tensors, job.source, index, device)
+        gain_D = dense.model.layers[index].input_layernorm.weight.to(device).double()
+        used = plan if job.source.rope_layers[index] else plan.emptied()
+        blocks.append(fit_block(job, weights, read().to(device), gain_D, used))
+    layers, errors = zip(*blocks, strict=True)
+    theta = plan.rope_theta(job.source.rope["rope_theta"], job.source.head_dim)
+    return FittedAttention(list(layers), list(errors), theta, plan.folds)
+
+
+def fit_block(
+    job: Job, weights: Projections, moments: LayerMoments, gain_D: Tensor, plan: RopePlan
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns one block's tensors and what they lose; decoders are refitted behind the latent norms.
+
+    `gain_D` is the gain of the norm in front of the block.
+    """
+    target, head_dim = job.target, job.source.head_dim
+    weights, moments, lost = _fold(job, weights, moments)
+    compression = compress(weights, moments, plan, head_dim, target["kv_lora_rank"])
+    norm = norm_moments(moments, compression.encoder_CX)
+    decoder_YC = refit_decoder(compression.target_YX, norm)
+    sizes = HeadSizes(head_dim, target["qk_nope_head_dim"], target["v_head_dim"])
+    heads = fit_heads(weights, compression, decoder_YC, sizes, moments.input_XX, norm.latent_CC)
+    rank = target["q_lora_rank"]
+    query = _fit_query(heads, weights, compression, moments, norm, gain_D, rank) if rank else None
+    tensors = low_rank_tensors(weights, compression, heads, head_dim, query)
+    weighted, plain = latent_errors(compression, decoder_YC, moments, norm)
+    errors = {"latent_error_weighted": weighted, "latent_error": plain}
+    errors["rope_energy_kept"] = compression.rope_energy_kept
+    return {name: tensor.float().cpu() for name, tensor in tensors.items()}, errors | lost
+
+
+def _fold(job: Job, weights: Projections, moments: LayerMoments) -> tuple[Projections, LayerMoments, dict[str, float]]:
+    """Returns weights and moments without the parts that the target has no place for, and the energy lost by that."""
+    lost: dict[str, float] = {}
+    if job.source.qk_norms:
+        weights, moments, lost["qk_norm_energy_lost"] = fold_norms(weights, moments)
+    if job.source.biases and not job.target["attention_bias"]:
+        weights, moments, lost["bias_energy_lost"] = fold_bias(weights, moments)
+    return weights, moments, lost
+
+
+def _fit_query(
+    heads: Heads,
+    weights: Projections,
+    compression: Compression,
+    moments: LayerMoments,
+    norm: NormMoments,
+    gain_D: Tensor,
+    rank: int,
+) -> QueryLatent:
+    """Returns a query latent: exact at full rank, else with a decoder refitted behind its norm."""
+    if exact := exact_query(heads.query_HQX, gain_D, rank):
+        return exact
+    encoder_qX = query_encoder(heads, weights, compression, moments.input_XX, norm.latent_CC, rank)
+    return QueryLatent(encoder_qX, refit_decoder(heads.query_HQX.flatten(0, 1), norm_moments(moments, encoder_qX)))
+
+
+def _warn_of_approximations(errors: list[dict[str, Any]]) -> None:
+    for field, what, remedy in _LOSSES:
+        if field in errors[0]:
+            most = max(layer[field] for layer in errors)
+            log.warning("%s are approximated: up to %.2g of their energy is lost; %s", what, most, remedy)

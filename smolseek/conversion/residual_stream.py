@@ -1,0 +1,95 @@
+"""The dense model's residual stream, moved on block by block while converted blocks learn from it.
+
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
+
+_PROBE_TOKENS = 2048
+
+
+class ResidualStream:
+    """The stream (B, T, D) over all windows, and the output of the attention block that it stands before.
+
+    No other activations are kept. Errors are told on new text: the first `probe` windows are not trained on, where
+    there are others. `model` is the body of a transformers Llama-like model with SDPA attention, causal where no mask
+    is given; the stream lies where the model lies.
+    """
+
+    def __init__(self, model: Any, windows_BT: Tensor) -> None:
+        self.model = model
+        self.batch = max(1, REFINE_BATCH_TOKENS // windows_BT.shape[1])
+        probe = max(1, _PROBE_TOKENS // windows_BT.shape[1])
+        self.probe = probe if len(windows_BT) > probe else 0
+        with torch.no_grad():
+            self.hidden_BTD = model.embed_tokens(windows_BT.to(model.device))
+            positions_1T = torch.arange(windows_BT.shape[1], device=model.device)[None]
+            self.rope = model.rotary_emb(self.hidden_BTD[:1], positions_1T)
+        self.attended_BTD = torch.empty_like(self.hidden_BTD)
+        """Output of the dense attention block that the stream stands before."""
+
+    @torch.no_grad()
+    def enter(self, index: int) -> None:
+        """Stand before the attention block of that layer."""
+        self.layer = self.model.layers[index]
+        for part_BTD, out_BTD in zip(*(x.split(self.batch) for x in (self.hidden_BTD, self.attended_BTD)), strict=True):
+            x_BTD = self.layer.input_layernorm(part_BTD)
+            out_BTD.copy_(self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0])
+
+    @torch.no_grad()
+    def attention(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the normed input and the output of the dense attention block, (B, T, D) each, for some windows."""
+        rows = rows.to(self.hidden_BTD.device)
+        return self.layer.input_layernorm(self.hidden_BTD.index_select(0, rows)), self.attended_BTD.index_select(
+            0, rows
+        )
+
+    @torch.no_grad()
+    def probed_attention(self) -> tuple[Tensor, Tensor]:
+        """Returns the same for the windows that are not trained on, or for all where there are no others."""
+        rows = slice(self.probe or None)
+        return self.layer.input_layernorm(self.hidden_BTD[rows]), self.attended_BTD[rows]
+
+    def pass_attention(self) -> None:
+        """Add the dense attention block's output to the stream."""
+        self.hidden_BTD += self.attended_BTD
+
+    @torch.no_grad()
+    def mlp_inputs(self) -> tuple[Tensor, Tensor]:
+        """Returns the dense MLP's inputs (N, D): of the probe (or all), and those to train on.
+
+        The stream must have passed the attention block before it.
+        """
+        norm = self.layer.post_attention_layernorm
+        inputs_BTD = torch.cat([norm(part_BTD) for part_BTD in self.hidden_BTD.split(self.batch)])
+        return inputs_BTD[: self.probe or None].flatten(0, 1), inputs_BTD[self.probe :].flatten(0, 1)
+
+    @torch.no_grad()
+    def pass_mlp(self) -> None:
+        """Add the dense MLP's output to the stream."""
+        for part_BTD in self.hidden_BTD.split(self.batch):
+            part_BTD += self.layer.mlp(self.layer.post_attention_layernorm(part_BTD))
+
+    def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
+        """Returns `steps` batches of window numbers, every window once before any comes again."""
+        count = len(self.hidden_BTD) - self.probe
+        return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
+
+
+def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Returns `steps` times the numbers of `batch` windows out of `count`, in an order drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(left) < min(batch, count):
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        rows, left = left[:batch], left[batch:]
+        yield rows

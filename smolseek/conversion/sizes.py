@@ -1,0 +1,139 @@
+"""How wide converted attention is, how many windows and steps a conversion takes. No torch: `plan` reads it too."""
+
+from __future__ import annotations
+
+import math
+
+from smolseek.config import ConvertSettings
+from smolseek.formats.dense import DenseSource
+from smolseek.formats.runtimes import VLLM_HEADS
+
+CACHE_SHARE = 0.4
+"""Share of the source's cache that a conversion keeps when no sizes are given."""
+
+CALIBRATION_BATCH_TOKENS = {"cpu": 256, "cuda": 1024, "mps": 1024}
+"""Tokens in one backward pass of the calibration, whose activations in all layers are held, by device."""
+SPILL_BYTES = 2**30
+"""Second moments of all layers larger than this are kept in files."""
+REFINE_BATCH_TOKENS = 1024
+"""Tokens in a step of layer-wise refinement. Half as many steps of twice as many tokens cost the same and end higher
+(LOG.md)."""
+DISTILL_BATCH_TOKENS = 2048
+"""Tokens in a step of the end-to-end stage."""
+DISTILL_STEPS = 600
+"""Most steps of the end-to-end stage when their number is not given."""
+DISTILL_WORK = DISTILL_STEPS * 4_000_000
+"""Most steps times parameters of that stage: about ten minutes on 2 CPU cores."""
+_LEAST_DISTILL_STEPS = 100
+_WINDOW_TOKENS = 512
+"""Length at which blocks are refined and losses compared. Perplexity is measured at the same length."""
+_STREAM_NUMBERS = 2**25
+"""Most numbers of the residual stream while layers are refined, 128 MiB; twice as many for small sources, whose
+end-to-end stage meets the same windows again and again."""
+
+ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
+"""Fields that size latent attention, in the settings and in config.json."""
+
+
+def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
+    """Returns the steps of the end-to-end stage; those not given follow from the source's size, never the machine's.
+
+    Raises:
+        ValueError: a number of steps is negative.
+    """
+    for field in ("refine_steps", "distill_steps"):
+        if (getattr(settings, field) or 0) < 0:
+            raise ValueError(f"{field} {getattr(settings, field)}: must be 0 or more; 0 leaves the stage out")
+    if settings.distill_steps is not None:
+        return settings.distill_steps
+    hidden, neurons, layers = source.hidden_size, source.intermediate_size, source.num_hidden_layers
+    parameters = source.vocab_size * hidden + layers * hidden * (4 * hidden + 3 * neurons)
+    steps = min(DISTILL_STEPS, DISTILL_WORK // parameters)
+    return steps if settings.refine_steps and steps >= _LEAST_DISTILL_STEPS else 0
+
+
+def window_lengths(source: DenseSource, settings: ConvertSettings) -> tuple[int, int]:
+    """Returns the tokens of a window for the moments, and of a window for refinement (whole windows of the former)."""
+    limit = source.max_position_embeddings
+    tokens = min(settings.calibration_window_tokens, limit)
+    return tokens, max(1, min(_WINDOW_TOKENS, limit) // tokens) * tokens
+
+
+def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
+    """Returns how many refinement windows of text the calibration and the refinement want together."""
+    tokens, length = window_lengths(source, settings)
+    wanted = -(-settings.calibration_windows * tokens // length)
+    if settings.refine_steps:
+        numbers = _STREAM_NUMBERS * (2 if distill_steps(source, settings) else 1)
+        wanted = max(wanted, numbers // source.hidden_size // length)
+    return wanted
+
+
+def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:
+    """Returns (kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache.
+
+    The rotated key is as wide as vLLM's kernels want it under that profile. Otherwise it is as wide as a head of the
+    source where that takes at most half of what is kept, else the widest divisor that does (LOG.md). `rope_dim` fixes
+    it. The latent gets the rest, in whole 8s (4s in a small cache).
+    """
+    head_dim, numbers = source.head_dim, source.cache_numbers
+    if rope_dim is None and profile == "vllm":
+        rope_dim = VLLM_HEADS[0][1]
+    if rope_dim is None:
+        widest = min(head_dim, int(share * numbers / 2))
+        rope_dim = next((d for d in range(widest // 2 * 2, 0, -2) if head_dim % d == 0), 2)
+    unit = 8 if share * numbers >= 64 else 4
+    rank = unit * round((share * numbers - rope_dim) / unit)
+    return min(rank, source.hidden_size, numbers), rope_dim
+
+
+def latent_sizes(source: DenseSource, settings: ConvertSettings) -> tuple[int, int]:
+    """Returns (kv_lora_rank, qk_rope_head_dim), given or chosen for a share of the cache.
+
+    Raises:
+        ValueError: a size is impossible for this source, or both a size and a share are given.
+    """
+    share, rope_dim, rank = settings.cache, settings.qk_rope_head_dim, settings.kv_lora_rank
+    if rope_dim is not None and (rope_dim < 2 or rope_dim % 2):
+        raise ValueError(f"qk_rope_head_dim {rope_dim}: must be even, for it holds pairs; use 2, 4, 6 and so on")
+    if share is not None and rank is not None:
+        raise ValueError(f"cache {share}: it chooses the kv_lora_rank, which is given too; leave one of them out")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"cache {share}: is a share of the source's cache; use a number above 0 and up to 1")
+    numbers = source.cache_numbers
+    chosen, rope_dim = cache_sizes(source, share or CACHE_SHARE, settings.profile, rope_dim)
+    if share is not None and chosen < 1:
+        least = math.ceil(100 * (rope_dim + 8) / numbers) / 100
+        raise ValueError(
+            f"cache {share}: {share * numbers:.0f} numbers a token and layer, of which the rotated key takes "
+            f"{rope_dim}, leave no latent; use {least:g} or more, or a smaller qk_rope_head_dim"
+        )
+    largest = min(source.hidden_size, numbers)
+    if rank is None:
+        rank = chosen if share is not None else max(chosen, min(8, largest))
+    if not 1 <= rank <= largest:
+        raise ValueError(f"kv_lora_rank {rank}: this source has at most {largest} directions; use 1 to {largest}")
+    return rank, rope_dim
+
+
+def head_sizes(source: DenseSource, settings: ConvertSettings, rope_dim: int) -> tuple[int, int]:
+    """Returns (qk_nope_head_dim, v_head_dim): as given, the source's head_dim, or the smallest of vLLM's that hold it.
+
+    Raises:
+        ValueError: a size is not positive, or vLLM's kernels have none that fits.
+    """
+    head_dim, given = source.head_dim, (settings.qk_nope_head_dim, settings.v_head_dim)
+    for field, size in zip(("qk_nope_head_dim", "v_head_dim"), given, strict=True):
+        if size is not None and size < 1:
+            raise ValueError(f"{field} {size}: must be positive; use {head_dim}, or leave it out")
+    if settings.profile != "vllm":
+        nope_dim, v_dim = (head_dim if size is None else size for size in given)
+        return nope_dim, v_dim
+    for nope_dim, rope, v_dim in VLLM_HEADS:
+        fits = (given[0] or nope_dim, given[1] or v_dim, rope_dim) == (nope_dim, v_dim, rope)
+        if fits and (given[0] or nope_dim >= head_dim) and (given[1] or v_dim >= head_dim):
+            return nope_dim, v_dim
+    raise ValueError(
+        f"head sizes of head_dim {head_dim} with those given (nope {given[0]}, rope {rope_dim}, v {given[1]}): vLLM "
+        f"takes (nope, rope, v) of {', '.join(map(str, VLLM_HEADS))} only; leave them out, or choose another profile"
+    )
