@@ -227,12 +227,12 @@ def _routed_activations(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Te
 
 def _ridge(x_NA: Tensor, y_NO: Tensor, damping: float) -> Tensor:
     """Returns (XᵀX + λI)⁻¹ XᵀY (A, O) of float64 sums, λ a share of the mean diagonal."""
-    device = algebra_device(x_NA.device)
+    there, device = x_NA.device, algebra_device(x_NA.device)
     x_NA, y_NO = x_NA.to(device).double(), y_NO.to(device).double()
     moment_AA = x_NA.T @ x_NA
     extra = damping * moment_AA.diagonal().mean() + 1e-300
     damped_AA = moment_AA + extra * torch.eye(len(moment_AA), device=device)
-    return torch.linalg.solve(damped_AA, x_NA.T @ y_NO).float()
+    return torch.linalg.solve(damped_AA, x_NA.T @ y_NO).float().to(there)
 
 
 def _output_norms(activations_NI: Tensor, down_DI: Tensor, part: list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smolseek.conversion.clusters import cluster_centres
 from smolseek.model.balance import next_bias
+from smolseek.model.experts import count_experts
 
 _ROUTER_SPREAD = 1.0
 _CLUSTER_ROUNDS = 20
@@ -78,8 +79,8 @@ def balancing_bias(inputs_ND: Tensor, rows_ED: Tensor, chosen: int = 1) -> Tenso
     bias_E = scores_NE.new_zeros(experts)
     speed = float(scores_NE.std()) / 4
     for _ in range(_BALANCE_STEPS):
-        picks = (scores_NE + bias_E).topk(chosen, dim=-1, sorted=False).indices.flatten()
-        bias_E = next_bias(bias_E, torch.bincount(picks, minlength=experts), speed)
+        chosen_NK = (scores_NE + bias_E).topk(chosen, dim=-1, sorted=False).indices
+        bias_E = next_bias(bias_E, count_experts(chosen_NK, experts), speed)
         speed *= 0.98
     return bias_E
 
