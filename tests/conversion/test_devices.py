@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.rope_slots import rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments, norm_moments
-from smolseek.conversion.probe import Probe, probed_attention
+from smolseek.conversion.probe import Probe, ProbedAttention, probed_attention
 from smolseek.conversion.refine import attention_error, attention_loss
 from smolseek.conversion.residual_stream import ResidualStream
 from smolseek.conversion.running_sum import OuterSum
@@ -142,6 +143,15 @@ def test_probes(qk_norms: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with collect.hooked(hooks), probed_attention(model, probes):
         out = model.base_model(input_ids=no_ids(2, CUDA), use_cache=False).last_hidden_state
     assert devices(out, probes[0].inputs.read()) == {"cuda"}
+
+
+def test_the_probes_backward_pass() -> None:
+    """The backward pass is written by hand, so it can be called as a function."""
+    query, key = (numbers(2, heads, 16, HEAD_DIM, dtype=torch.float32) for heads in (HEADS, KV_HEADS))
+    probe = SimpleNamespace(slot_angles_F=numbers(HEAD_DIM // 2, dtype=torch.float32))
+    context = SimpleNamespace(saved_tensors=(query, key, key, query, query), scaling=1.0, probe=probe)
+    gradients = ProbedAttention.backward(context, query)[:3]
+    assert devices(*gradients, probe.unrotated_BGTd, probe.slot_BGTd) == {"cuda"}
 
 
 def assert_on_cpu(x: Tensor) -> None:
