@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from smolseek.config import ConvertSettings, TrainSettings
 from smolseek.conversion.sizes import (
@@ -29,6 +26,7 @@ from smolseek.conversion.target import target_config
 from smolseek.formats import deepseek_v3, dense
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.formats.runtimes import check, verdict
+from smolseek.machine import Machine
 
 CACHE_NUMBER_BYTES = 2
 """bf16, in which caches are counted."""
@@ -39,16 +37,6 @@ _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted o
 _LOGITS_AT_ONCE = 2**23  # held in training
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a device does at best: matrix products (of a GPU in the dtype that it trains in), and reading weights."""
-
-    flops_per_second: float
-    bytes_per_second: float
-    float64_share: float = 0.5
-    """Rate of float64 products, over that of the others."""
 
 
 @dataclass(frozen=True)
@@ -169,26 +157,6 @@ def payoff_context_tokens(source_config: dict[str, Any], target_config: dict[str
     return _payoff_context_tokens(_source_shape(read_source(source_config)), _target_shape(target_config), machine)
 
 
-def measure_machine(device: str = "cpu", seconds: float = 0.4) -> Machine:
-    """Returns a device's matrix-product rates and the rate at which it reads memory.
-
-    On the CPU these are fp32 products and matrix-vector products, the best of what fits in `seconds`. Products small
-    enough for one thread of the BLAS take turns with ones that use all threads: those wait for each other, so other
-    work on the machine can spoil the second kind a hundredfold.
-    """
-    if device != "cpu":
-        return _measure_accelerator(device)
-    squares = [np.ones((side, side), np.float32) for side in (*[64] * 20, 384)]
-    weights = np.ones((4096, 64, 64), np.float32)
-    readings = [(weights, np.ones(64, np.float32)), (weights.reshape(8192, 2048), np.ones(2048, np.float32))]
-    flops = read = 0.0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        flops = max(flops, *(2 * len(square) ** 3 / _seconds(np.matmul, square, square) for square in squares))
-        read = max(read, *(weights.nbytes / _seconds(np.matmul, *reading) for reading in readings))
-    return Machine(flops_per_second=flops, bytes_per_second=read)
-
-
 def render(plan: Plan) -> str:
     """The plan as text."""
     before, after, config = plan.source, plan.target, plan.config
@@ -205,7 +173,7 @@ def render(plan: Plan) -> str:
         ("cache per token", cache),
         (f"at {context:,}", f"{_gb(before.cache_bytes_at_max_context)} -> {_gb(after.cache_bytes_at_max_context)}"),
         ("smaller cache", f"{pays} (batch 1)"),
-        ("this machine", f"{plan.machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(plan.machine.bytes_per_second)}/s"),
+        ("this machine", _rates(plan.machine)),
         ("convert", _cost(plan.convert)),
         ("heal", f"{tokens}: {_cost(plan.heal)}"),
         ("profile", plan.profile),
@@ -306,7 +274,9 @@ def _convert_cost(
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
-    return Cost(seconds, _convert_bytes(source, target, min(tokens, max(window, CALIBRATION_BATCH_TOKENS["cpu"]))))
+    return Cost(
+        seconds, _convert_bytes(source, target, min(tokens, max(window, CALIBRATION_BATCH_TOKENS[machine.device])))
+    )
 
 
 def _convert_bytes(source: _Shape, target: _Shape, batch: int) -> int:
@@ -352,38 +322,9 @@ def _activation_bytes(shape: _Shape, tokens: int) -> int:
     return 4 * (tokens * shape.layers * per_layer + logits)
 
 
-def _measure_accelerator(device: str) -> Machine:
-    """Returns the rates of a GPU: products in the dtype that it trains in, a copy of memory, float64 products."""
-    import torch
-
-    from smolseek.numerics.precision import has_float64, teacher_dtype
-
-    place = torch.device(device)
-
-    def best_seconds(work: Callable[[], object], runs: int = 5) -> float:
-        times = []
-        for _ in range(runs):
-            torch.accelerator.synchronize()
-            start = time.perf_counter()
-            work()
-            torch.accelerator.synchronize()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    def product_rate(dtype: torch.dtype, side: int) -> float:
-        square = torch.ones(side, side, dtype=dtype, device=place)
-        return 2 * side**3 / best_seconds(lambda: square @ square)
-
-    numbers = torch.ones(2**26, device=place)
-    flops = product_rate(teacher_dtype(place, "auto"), 4096)
-    float64 = product_rate(torch.float64, 2048) if has_float64(place) else measure_machine().flops_per_second / 2
-    return Machine(flops, 2 * numbers.nbytes / best_seconds(numbers.clone), float64 / flops)
-
-
-def _seconds(function: Callable[..., object], *arguments: object) -> float:
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
+def _rates(machine: Machine) -> str:
+    place = "" if machine.device == "cpu" else f"{machine.device}, "
+    return f"{place}{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(machine.bytes_per_second)}/s"
 
 
 def _cost(cost: Cost) -> str:

@@ -40,7 +40,8 @@ class Convert:
 
 def run_plan(command: Plan) -> None:
     from smolseek.checkpoint.source import read_config_of
-    from smolseek.planning import measure_machine, plan, render
+    from smolseek.machine import measure_machine
+    from smolseek.planning import plan, render
 
     settings, source = command.settings, command.source
     if source.endswith((".yaml", ".yml")):
