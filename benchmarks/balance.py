@@ -38,7 +38,7 @@ from smolseek.evaluation import measure_quality
 from smolseek.model.balance import max_violation, take_expert_counts
 from smolseek.model.experts import TopkRouter
 from smolseek.reporting.figures import load_chart
-from smolseek.reporting.png import draw
+from smolseek.reporting.png import draw_png
 from smolseek.reporting.read import read_run
 from smolseek.training.loop import Trainer, Watcher
 
@@ -142,7 +142,8 @@ def compare(mine: Comparison) -> Rows:
                     rows.add(method=START, seed=seed, **measure(trainer))
                 row = {"method": method, "seed": seed, **_train(trainer)}
                 if method in mine.pictures and seed == mine.seeds[0]:
-                    draw(load_chart(read_run(run, method)), rows.path.with_name(f"{rows.path.stem}-load-{method}.png"))
+                    picture = rows.path.with_name(f"{rows.path.stem}-load-{method}.png")
+                    draw_png(load_chart(read_run(run, method)), picture)
                 rows.add(**row)
                 print(f"  {method:16} seed {seed}  loss {row['loss']:.4f}  MaxVio {row['maxvio']:.3f}", flush=True)
                 shutil.rmtree(run)

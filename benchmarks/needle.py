@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
 from smolseek.checkpoint.source import read_conversion
 from smolseek.config import DataSettings
 from smolseek.data.windows import held_out_documents, pack
-from smolseek.evaluation.needle import SPAN_TOKENS, Retrieval, measure_retrieval, pieces_of
+from smolseek.evaluation.needle import SPAN_TOKENS, Retrieval, measure_retrieval, text_pieces
 from smolseek.evaluation.paired import paired_difference
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +46,8 @@ def measure(needle: Needle) -> list[list[Retrieval]]:
     """By distance, of the dense model and of the converted one."""
     ids_T = pack(load_tokenizer(needle.dense), held_out_documents(DataSettings(held_out=needle.text))).ids_T
     models = [load_for_evaluation(folder) for folder in (needle.dense, needle.converted)]
-    draw = pieces_of(ids_T)
-    return [measure_retrieval(model, draw, trials=needle.trials, seed=needle.seed) for model in models]
+    source = text_pieces(ids_T)
+    return [measure_retrieval(model, source, trials=needle.trials, seed=needle.seed) for model in models]
 
 
 def report(needle: Needle, dense: list[Retrieval], converted: list[Retrieval]) -> str:

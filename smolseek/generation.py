@@ -1,6 +1,6 @@
-"""Text from a model: prefill in chunks, then one token at a time through the cache.
+"""Text generation: the prompt is read in chunks, then tokens are drawn one at a time through the cache.
 
-Shapes: B sequences, T tokens, V vocabulary.
+Shapes: B sequences, T tokens in each, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from smolseek.data.windows import encode_document
 from smolseek.model import DeepseekV3, StockModel
 
 _PREFILL_TOKENS = 2048
-"""Prompt tokens read at once, so that a long prompt needs bounded memory."""
+"""Most prompt tokens read at once, so that memory does not grow with the prompt."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn: temperature 0 is greedy; the filters apply in this order to the tempered scores."""
+    """How the next token is drawn.
+
+    Temperature 0 is greedy. The filters apply in this order (top_k, top_p, min_p), after division by the temperature.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -53,29 +56,31 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     **sampling: Any,
 ) -> Any:
-    """Prompts and their continuations.
+    """Returns the prompts with their continuations.
 
     Args:
         input_ids: prompts (B, T) as a tensor, or a list of B lists of unequal length.
-        max_new_tokens: tokens drawn per sequence at most.
-        eos_token_id: a sequence ends with one of these; None: only at its length.
+        max_new_tokens: most tokens drawn per sequence.
+        eos_token_id: a sequence ends when it draws one of these; with None it ends only at `max_new_tokens`.
         sampling: fields of `Sampling`.
 
     Returns:
-        A tensor (B, T + new), ended sequences filled up with their EOS; lists for lists, each ending with its EOS.
+        For a tensor: a tensor (B, T + new), in which ended sequences repeat their EOS. For lists: lists, each of which
+        ends with its EOS if it drew one.
 
     Raises:
-        ValueError: an empty prompt, or more tokens than the model has positions.
+        ValueError: a prompt is empty, there are more tokens than the model has positions, or a field of `Sampling` is
+            out of range.
     """
     prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(ids) for ids in input_ids]
     rows = [list(ids) for ids in prompts]
     ended = [False] * len(rows)
-    ends = _ends(eos_token_id)
-    for tokens in _steps(model, prompts, max_new_tokens, ends, Sampling(**sampling)):
+    end_ids = _end_ids(eos_token_id)
+    for tokens in _decode(model, prompts, max_new_tokens, end_ids, Sampling(**sampling)):
         for row, token in enumerate(tokens):
             if not ended[row] or isinstance(input_ids, Tensor):
                 rows[row].append(rows[row][-1] if ended[row] else token)
-            ended[row] = ended[row] or token in ends
+            ended[row] = ended[row] or token in end_ids
     return torch.tensor(rows, device=input_ids.device) if isinstance(input_ids, Tensor) else rows
 
 
@@ -87,10 +92,10 @@ def stream(
     eos_token_id: int | Sequence[int] | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
-    """The new tokens of one prompt (1, T) as they come, EOS left out; arguments and errors as `generate`."""
-    ends = _ends(eos_token_id)
-    for (token,) in _steps(model, input_ids.tolist(), max_new_tokens, ends, Sampling(**sampling)):
-        if token in ends:
+    """Yields the new tokens of one prompt (1, T) as they are drawn, without EOS; arguments and errors as `generate`."""
+    end_ids = _end_ids(eos_token_id)
+    for (token,) in _decode(model, input_ids.tolist(), max_new_tokens, end_ids, Sampling(**sampling)):
+        if token in end_ids:
             return
         yield token
 
@@ -104,10 +109,10 @@ def stream_text(
     on_token: Callable[[int], None] = lambda token: None,
     **options: Any,
 ) -> Iterator[str]:
-    """The text of the new tokens as it comes, up to the first of the `stop` strings, itself left out.
+    """Yields the text of the new tokens as they are drawn, up to the first of the `stop` strings and without it.
 
-    Half a character waits for its other half, and what may become a stop string for what follows. `on_token` is told
-    every token as it is drawn; `options` and errors as `stream`.
+    A token that ends inside a character, or in text that may become a stop string, is held back until the next tokens
+    decide. `on_token` is called with every token as it is drawn; `options` and errors as `stream`.
     """
     new: list[int] = []
     shown = 0
@@ -118,7 +123,7 @@ def stream_text(
         if text.endswith("�"):
             continue
         end = min((text.index(word) for word in stop if word in text), default=None)
-        safe = len(text) - _may_begin(text, stop) if end is None else end
+        safe = len(text) - _undecided_length(text, stop) if end is None else end
         if safe > shown:
             yield text[shown:safe]
             shown = safe
@@ -129,8 +134,8 @@ def stream_text(
         yield rest
 
 
-def _may_begin(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` are the beginning of a stop string."""
+def _undecided_length(text: str, stop: Sequence[str]) -> int:
+    """Returns how many characters at the end of `text` are the beginning of a stop string."""
     lengths = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
     return max(lengths, default=0)
 
@@ -138,7 +143,7 @@ def _may_begin(text: str, stop: Sequence[str]) -> int:
 def continue_text(
     model: DeepseekV3 | StockModel, tokenizer: Any, prompt: str, settings: SampleSettings
 ) -> tuple[str, list[int]]:
-    """A continuation of `prompt` as text, the prompt in front, and its new tokens."""
+    """Returns `prompt` with its continuation as text, and the new tokens."""
     ids = torch.tensor([encode_document(tokenizer, prompt)])
     new = stream(
         model,
@@ -155,16 +160,16 @@ def continue_text(
 
 
 def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of `tokens` that stood earlier in them."""
+    """Returns the share of n-grams in `tokens` that repeat an earlier one."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block, the former mode after it."""
+    """Puts the model into evaluation mode inside the block and restores its mode afterwards."""
     was_training = model.training
-    if was_training:  # walking every module costs as much as a small decode step
+    if was_training:  # visiting every module costs as much as a small decode step
         model.eval()
     try:
         yield
@@ -173,16 +178,20 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             model.train()
 
 
-def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+def _end_ids(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
     if eos_token_id is None:
         return frozenset()
     return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
 
 
-def _steps(
-    model: DeepseekV3 | StockModel, prompts: list[list[int]], max_new_tokens: int, ends: frozenset[int], how: Sampling
+def _decode(
+    model: DeepseekV3 | StockModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    end_ids: frozenset[int],
+    sampling: Sampling,
 ) -> Iterator[list[int]]:
-    """One token per sequence and step, until the length or until every sequence has ended."""
+    """Yields at each step one new token per sequence, until `max_new_tokens` or until every sequence has ended."""
     longest, limit = max(map(len, prompts), default=0), model.config.max_position_embeddings
     if not min(map(len, prompts), default=0):
         raise ValueError("prompt: empty; give at least one token to start from")
@@ -195,50 +204,55 @@ def _steps(
     padding_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     seen_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     generator = torch.Generator(device)
-    if how.seed is None:
+    if sampling.seed is None:
         generator.seed()
     else:
-        generator.manual_seed(how.seed)
+        generator.manual_seed(sampling.seed)
     cache: Any = model.new_cache(len(prompts), longest + max_new_tokens, padding_B if padding_B.any() else None)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    ends_E = torch.tensor(sorted(ends), device=device)
+    end_tokens = torch.tensor(sorted(end_ids), device=device)
     chunks = seen_BT.split(_PREFILL_TOKENS, dim=1)
     for _ in range(max_new_tokens):
         with evaluating(model), torch.inference_mode():
             for chunk_BT in chunks:
                 hidden_BTD = model.hidden_states(chunk_BT, cache=cache)
             logits_BV = model.lm_head(hidden_BTD[:, -1]).float()
-            token_B = _draw(logits_BV, seen_BT, padding_B, how, generator)
+            token_B = _sample(logits_BV, seen_BT, padding_B, sampling, generator)
         yield token_B.tolist()
-        ended_B = ended_B | torch.isin(token_B, ends_E)
+        ended_B = ended_B | torch.isin(token_B, end_tokens)
         if ended_B.all():
             return
         chunks = (token_B[:, None],)
         seen_BT = torch.cat([seen_BT, token_B[:, None]], dim=1)
 
 
-def _draw(logits_BV: Tensor, seen_BT: Tensor, padding_B: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each sequence, (B,)."""
-    if how.repetition_penalty != 1.0:
-        logits_BV = _penalise(logits_BV, seen_BT, padding_B, how.repetition_penalty)
-    if how.temperature == 0:
+def _sample(
+    logits_BV: Tensor, seen_BT: Tensor, padding_B: Tensor, sampling: Sampling, generator: torch.Generator
+) -> Tensor:
+    """Returns the next token of each sequence, (B,)."""
+    if sampling.repetition_penalty != 1.0:
+        logits_BV = _penalise(logits_BV, seen_BT, padding_B, sampling.repetition_penalty)
+    if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV / how.temperature
-    if how.top_k is not None and how.top_k < logits_BV.shape[-1]:
-        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(how.top_k).values[:, -1:], float("-inf"))
-    if how.top_p is not None and how.top_p < 1:
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(sampling.top_k).values[:, -1:], float("-inf"))
+    if sampling.top_p is not None and sampling.top_p < 1:
         ordered_BV, order_BV = logits_BV.softmax(-1).sort(descending=True)
-        beyond_BV = ordered_BV.cumsum(-1) - ordered_BV >= how.top_p  # the token that crosses the mass stays
+        beyond_BV = ordered_BV.cumsum(-1) - ordered_BV >= sampling.top_p  # the token that crosses the mass stays
         logits_BV = logits_BV.masked_fill(beyond_BV.scatter(1, order_BV, beyond_BV), float("-inf"))
-    if how.min_p:
+    if sampling.min_p:
         chances_BV = logits_BV.softmax(-1)
-        floor_B1 = how.min_p * chances_BV.amax(-1, keepdim=True)
+        floor_B1 = sampling.min_p * chances_BV.amax(-1, keepdim=True)
         logits_BV = logits_BV.masked_fill(chances_BV < floor_B1, float("-inf"))
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def _penalise(logits_BV: Tensor, seen_BT: Tensor, padding_B: Tensor, penalty: float) -> Tensor:
-    """Scores of tokens seen before made smaller (Keskar et al. 2019, section 4.1); padding is not text."""
+    """Returns logits in which tokens seen before are less likely (Keskar et al. 2019, section 4.1).
+
+    As in transformers, negative logits are multiplied by the penalty. Padding tokens do not count as seen.
+    """
     real_BT = torch.arange(seen_BT.shape[1], device=seen_BT.device) >= padding_B[:, None]
     seen_BV = torch.zeros_like(logits_BV).scatter_add_(1, seen_BT, real_BT.to(logits_BV)) > 0
     return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)

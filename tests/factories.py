@@ -1,6 +1,7 @@
-"""Tiny models at a lively initialisation: at the default one attention hardly matters and hides errors.
+"""Tiny models for tests, with large ("lively") weights.
 
-`liveliness(model)` says how far logits move when attention is zeroed; the tests demand at least 1.
+With the default initialisation attention hardly changes the logits, so errors in it would go unnoticed.
+`liveliness(model)` measures how far logits move when attention is zeroed; every model here reaches at least 1.
 """
 
 from typing import Any
@@ -35,11 +36,14 @@ LIVELY_ROPE: dict[str, dict[str, Any]] = {
         "long_factor": [1.0, 3.0, 5.0, 7.0],
     },
 }
-"""One of each rope type config can carry, for qk_rope_head_dim 8."""
+"""Parameters for each rope type that a config can have, for qk_rope_head_dim 8."""
 
 
 def tiny_v3_config(**overrides: Any) -> DeepseekV3Config:
-    """Three layers, the first dense; every head size differs, so that swapped dimensions cannot pass."""
+    """Returns the config of a model with three layers, the first of them dense.
+
+    No two head sizes are equal, so that tests notice swapped dimensions.
+    """
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 40,
@@ -66,15 +70,18 @@ def tiny_v3_config(**overrides: Any) -> DeepseekV3Config:
         "bos_token_id": 1,
         "eos_token_id": None,
         "attn_implementation": "eager",
-        "experts_implementation": "eager",  # a plain loop: the oracle shares no kernel with ours
+        "experts_implementation": "eager",  # a plain loop, so that transformers' model shares no kernel with ours
     }
     return DeepseekV3Config(**(settings | overrides))
 
 
 @torch.no_grad()
 def enliven(model: nn.Module, seed: int = 0) -> None:
-    """Weights large enough that every part is heard: normal(0, 1 / sqrt(fan in)), lively norms, biases and router;
-    smaller at both ends, which keeps logits of order 1."""
+    """Draws weights so large that every part of the model changes the logits.
+
+    Matrices get normal(0, 1 / sqrt(fan in)), and norms, biases and routing biases get noise too. Embedding and head are
+    half as large, which keeps logits of order 1.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -92,7 +99,7 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
 
 @torch.no_grad()
 def liveliness(model: nn.Module) -> float:
-    """The largest change of a logit when every `o_proj` is zeroed (weights are put back)."""
+    """Returns the largest change of a logit when every `o_proj` is zeroed; the weights are restored."""
     ids = random_ids(2, 12, seed=1)
     outputs = [parameter for name, parameter in model.named_parameters() if "o_proj" in name]
     kept, before = [parameter.clone() for parameter in outputs], logits_of(model, ids)
@@ -105,7 +112,7 @@ def liveliness(model: nn.Module) -> float:
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (B, T, V) of one of our models or of transformers'."""
+    """Returns the logits (B, T, V) of one of our models or of transformers' models."""
     out = model(ids)
     return out if isinstance(out, Tensor) else out.logits
 
@@ -115,12 +122,12 @@ def random_ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
 
 
 def layers_of(model: DeepseekV3) -> list[Any]:
-    """The decoder layers, untyped: nn.ModuleList hides what they are."""
+    """Returns the decoder layers, typed as Any because nn.ModuleList does not know their class."""
     return list(model.model.layers)
 
 
 def tiny_v3(**overrides: Any) -> DeepseekV3:
-    """Our model alone, lively, in eval mode."""
+    """Returns our model, lively, in eval mode."""
     model = DeepseekV3(tiny_v3_config(**overrides)).eval()
     enliven(model)
     assert liveliness(model) >= 1
@@ -128,7 +135,7 @@ def tiny_v3(**overrides: Any) -> DeepseekV3:
 
 
 def tiny_v3_pair(**overrides: Any) -> tuple[DeepseekV3, DeepseekV3ForCausalLM]:
-    """(ours, transformers') with equal weights, lively, in eval mode."""
+    """Returns (our model, transformers' model) with equal weights, lively, in eval mode."""
     stock = DeepseekV3ForCausalLM(tiny_v3_config(**overrides)).eval()
     enliven(stock)
     assert liveliness(stock) >= 1
@@ -138,12 +145,12 @@ def tiny_v3_pair(**overrides: Any) -> tuple[DeepseekV3, DeepseekV3ForCausalLM]:
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
-    """A lively dense Llama with grouped queries (4 heads, 2 KV heads), in eval mode."""
+    """Returns a lively dense Llama with grouped queries (4 heads, 2 KV heads), in eval mode."""
     return tiny_dense("llama", **overrides)
 
 
 def tiny_dense(model_type: str, **overrides: Any) -> Any:
-    """As `tiny_llama`, of another family by transformers' own classes."""
+    """Returns a model like `tiny_llama` of another family, built by transformers' classes."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""Generation against transformers' own, and the promises it makes: limits, seeds, modes, ends."""
+"""Generation gives what transformers' generation gives, and keeps its promises on limits, seeds, modes and EOS."""
 
 from typing import Any
 
@@ -73,24 +73,24 @@ def test_stream_gives_what_generate_gives_and_keeps_the_mode(kind: str) -> None:
 
 def test_a_sequence_ends_with_its_eos() -> None:
     model, prompts = MODELS["V3"], random_ids(2, 6, seed=5)
-    how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
-    free = generate(model, prompts.tolist(), **how)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
+    free = generate(model, prompts.tolist(), **options)
     end = free[0][8]  # the first row ends with its third new token, the second does not
     assert end not in free[0][6:8] + free[0][9:] + free[1][6:]
-    assert generate(model, prompts.tolist(), eos_token_id=end, **how) == [free[0][:9], free[1]]
-    filled = generate(model, prompts, eos_token_id=[end, VOCAB + 1], **how)
+    assert generate(model, prompts.tolist(), eos_token_id=end, **options) == [free[0][:9], free[1]]
+    filled = generate(model, prompts, eos_token_id=[end, VOCAB + 1], **options)
     assert filled.tolist() == [free[0][:9] + [end] * (NEW - 3), free[1]]
 
 
 def test_stream_leaves_the_eos_out() -> None:
     model, prompt = MODELS["V3"], random_ids(1, 6, seed=5)
-    how: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
-    free = list(stream(model, prompt, **how))
-    assert list(stream(model, prompt, eos_token_id=free[4], **how)) == free[: free.index(free[4])]
+    options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}
+    free = list(stream(model, prompt, **options))
+    assert list(stream(model, prompt, eos_token_id=free[4], **options)) == free[: free.index(free[4])]
 
 
 @pytest.mark.parametrize(
-    ("how", "warper"),
+    ("options", "warper"),
     [
         ({"top_k": 3}, TopKLogitsWarper(3)),
         ({"top_k": 500}, TopKLogitsWarper(500)),
@@ -99,12 +99,12 @@ def test_stream_leaves_the_eos_out() -> None:
         ({"min_p": 0.3}, MinPLogitsWarper(0.3)),
     ],
 )
-def test_filters_keep_what_transformers_keeps_and_draw_by_chance(how: dict[str, Any], warper: Any) -> None:
+def test_filters_keep_what_transformers_keeps_and_draw_by_chance(options: dict[str, Any], warper: Any) -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, 0.5, 1.5]])
     expected = warper(None, logits.clone() / 0.8).softmax(-1)[0]
     draws = 4000
-    sampling, generator = Sampling(temperature=0.8, **how), torch.Generator().manual_seed(0)
-    tokens = draw(logits.expand(draws, -1), sampling, generator)
+    sampling, generator = Sampling(temperature=0.8, **options), torch.Generator().manual_seed(0)
+    tokens = sample(logits.expand(draws, -1), sampling, generator)
     shares = torch.bincount(tokens, minlength=6) / draws
     assert ((shares > 0) == (expected > 0)).all()
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.03)
@@ -118,13 +118,13 @@ def test_penalty_is_transformers_and_spares_padding() -> None:
     torch.testing.assert_close(penalised, expected)
 
 
-def draw(logits_BV: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
+def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
     rows = len(logits_BV)
-    return generation._draw(logits_BV, torch.zeros(rows, 1).long(), torch.zeros(rows).long(), how, generator)
+    return generation._sample(logits_BV, torch.zeros(rows, 1).long(), torch.zeros(rows).long(), sampling, generator)
 
 
 class Letters:
-    """A tokenizer of one letter a token, two of them halves of a character."""
+    """A tokenizer whose tokens 0 to 4 are one letter each; any other token is half a character."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text = "".join("ab<>/"[i] if i < 5 else "?" for i in ids)
@@ -160,11 +160,11 @@ def test_empty_prompts_are_refused(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
+    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
 )
-def test_impossible_sampling_is_refused_by_name(how: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(how))):
-        generate(MODELS["V3"], random_ids(1, 3), **how)
+def test_impossible_sampling_is_refused_by_name(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        generate(MODELS["V3"], random_ids(1, 3), **options)
 
 
 def test_repetition_rate_is_the_share_of_n_grams_seen_before() -> None:

@@ -1,4 +1,4 @@
-"""docs/serving: its commands, its table, and its two scripts, against a fake server and llama.cpp's own."""
+"""docs/serving: its commands, its table, and its two scripts with a fake server and with llama.cpp's server."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ README = (SERVING / "README.md").read_text(encoding="utf-8")
 
 
 def script(name):
-    """A script of docs/serving as a module."""
+    """Returns a script of docs/serving as a module."""
     spec = importlib.util.spec_from_file_location(f"serving_{name}", SERVING / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -54,7 +54,7 @@ def test_commands_name_what_there_is(line):
 
 
 class FakeServer:
-    """An OpenAI-compatible server whose completions are `answer(ids, tokens)`, a (text, finish_reason)."""
+    """An OpenAI-compatible server that completes by `answer(ids, tokens)`, which returns (text, finish_reason)."""
 
     def __init__(self, answer):
         class Handler(BaseHTTPRequestHandler):
@@ -90,7 +90,7 @@ class FakeServer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model that says whole characters only: the rows of all other tokens are zero."""
+    """Returns the folder of a model that generates only whole characters: other tokens have zero rows in its head."""
     folder = tmp_path_factory.mktemp("serving") / "m"
     model, tokenizer = tiny_folder(folder), tiny_tokenizer()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def folder(tmp_path_factory):
 
 
 def greedy(folder, *, second_choice_at=None, stop_at=None):
-    """What an honest server says; or one that takes its second choice, or stops, at a token."""
+    """Returns the answers of an honest server, or of one that at some token takes its second choice or stops."""
     model, tokenizer = compare.load(folder), load_tokenizer(folder)
 
     def answer(ids, tokens):

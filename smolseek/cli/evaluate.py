@@ -135,7 +135,7 @@ def _dense(command: Eval) -> list[str]:
 
 def _text(command: Eval, models: list[Model], texts: dict[str, Packed], on_progress: OnProgress) -> Section:
     """Quality of each text and of all; with a dense model, where the two differ."""
-    from smolseek.evaluation import Quality, compare, measure_quality, together
+    from smolseek.evaluation import Quality, combine_qualities, compare, measure_quality
 
     windows: Any = {"window_tokens": command.window_tokens, "stride": command.stride}
     comparison: Comparison | None = None
@@ -151,8 +151,8 @@ def _text(command: Eval, models: list[Model], texts: dict[str, Packed], on_progr
             by_text[name] = measure_quality(models[0], ids_T, text_bytes, counts_T=counts_T, on_window=bar, **windows)
         else:
             part = comparison.by_text[name]
-            by_text[name] = Quality.of(part.loss, part.tokens, int(counts_T.sum()), text_bytes)
-    overall = together([(by_text[name], text.text_bytes) for name, text in texts.items()])
+            by_text[name] = Quality.from_loss(part.loss, part.tokens, int(counts_T.sum()), text_bytes)
+    overall = combine_qualities([(by_text[name], text.text_bytes) for name, text in texts.items()])
     tree: dict[str, Any] = overall.to_dict() | {"texts": {name: q.to_dict() for name, q in by_text.items()}}
     rows = [*by_text.items(), ("together", overall)] if len(texts) > 1 else by_text.items()
     shown = _qualities(rows)
@@ -201,17 +201,17 @@ def _needle(
     """The gain by distance, of both models on the same sequences."""
     import torch
 
-    from smolseek.evaluation.needle import measure_retrieval, pieces_of, random_tokens
+    from smolseek.evaluation.needle import measure_retrieval, random_tokens, text_pieces
 
     if texts:
-        draw = pieces_of(torch.cat([text.ids_T for text in texts.values()]))
+        source = text_pieces(torch.cat([text.ids_T for text in texts.values()]))
     else:
-        draw = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
+        source = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
     limit = command.needle_tokens or min(m.config.max_position_embeddings for m in models)
     options: Any = {"limit_tokens": limit, "trials": command.needle_trials, "seed": command.seed}
     names = ("needle", "needle_dense")[: len(models)]
     found = {
-        name: measure_retrieval(model, draw, **options, on_trial=partial(on_progress, name.replace("_", ", ")))
+        name: measure_retrieval(model, source, **options, on_trial=partial(on_progress, name.replace("_", ", ")))
         for name, model in zip(names, models, strict=True)
     }
     return {name: [r.to_dict() for r in by_distance] for name, by_distance in found.items()}, _gains(*found.values())

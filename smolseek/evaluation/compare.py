@@ -1,7 +1,8 @@
-"""A model against the one it was made from, token by token: distance, and where it is lost.
+"""Compares a model with its teacher (the model it was made from) token by token: how far apart they are, and where.
 
-Shapes: T tokens, N positions of one window, V vocabulary. The last dimension of size 4 holds, of one position,
-KL(teacher ‖ model), whether both hold the same next token likeliest, and both losses on the token that follows.
+Shapes: T tokens, N positions of one window, D hidden_size, V vocab_size. A last dimension of 4 holds for each position
+KL(teacher ‖ model), 1 if both models find the same next token likeliest (else 0), and the loss of the model and of the
+teacher on the token that follows.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smolseek.evaluation.quality import Model, OnWindow, check_counts, chunk_rows, cut, window_size
+from smolseek.evaluation.quality import Model, OnWindow, check_counted, cut_windows, positions_per_chunk, window_size
 from smolseek.generation import evaluating
 
-_CONTEXTS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
-"""Tokens before a predicted one, at which a bucket of positions begins."""
-_RANKS = (1, 11, 101, 1001, 10001)
-"""Ranks of a token by its frequency, at which a bucket of rarity begins."""
+_CONTEXT_STARTS = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
+"""A bucket of positions begins at each of these numbers of tokens before the predicted one."""
+_RANK_STARTS = (1, 11, 101, 1001, 10001)
+"""A bucket of tokens begins at each of these ranks by frequency."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a model's next-token distributions are from a teacher's: KL(teacher ‖ model) in nats per token, and the
-    share of tokens after which both hold the same next token likeliest."""
+    """How far a model's next-token distributions are from a teacher's.
+
+    `kl` is KL(teacher ‖ model) in nats per token; `agreement` is the share of tokens after which both models find the
+    same next token likeliest; `tokens` counts the tokens.
+    """
 
     kl: float
     agreement: float
@@ -40,7 +44,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Difference(Divergence):
-    """A divergence over predicted tokens, and the loss of both models on them in nats per token."""
+    """A divergence over predicted tokens, with the loss of both models on them in nats per token."""
 
     loss: float
     teacher_loss: float
@@ -48,7 +52,7 @@ class Difference(Divergence):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Where a model differs from its teacher: over all, and divided by text, tokens of context, and token frequency."""
+    """Differences from a teacher: over all tokens, and split by text, by length of context and by token frequency."""
 
     overall: Difference
     by_text: dict[str, Difference]
@@ -61,20 +65,21 @@ class Comparison:
 
 
 def measure_divergence(model: Model, teacher: Model, ids_T: Tensor, *, window_tokens: int | None = None) -> Divergence:
-    """KL to `teacher` and agreement with it over windows as `window_size` says, every token counted.
+    """Returns the divergence from `teacher` over all tokens, in non-overlapping windows of `window_size` tokens.
 
-    On text of a domain that no training saw, it tells keeping the teacher from learning the training text.
+    On text unlike all training text it shows whether the model kept the teacher's knowledge, apart from what the model
+    learnt in training.
 
     Raises:
-        ValueError: no tokens, vocabularies of different sizes, or windows that a model does not read.
+        ValueError: no tokens, vocabularies of different sizes, or windows longer than a model's limit.
     """
     if not len(ids_T):
         raise ValueError("text of 0 tokens: at least 1 is needed to compare two models; name more text")
-    size = _common_size(model, teacher, window_tokens)
+    size = _common_window_size(model, teacher, window_tokens)
     total_4 = torch.zeros(4, dtype=torch.float64)
     with evaluating(model), evaluating(teacher), torch.inference_mode():
         for window_T in ids_T.split(size):
-            total_4 += _apart(model, teacher, window_T, slice(None)).sum(0)
+            total_4 += _measure_positions(model, teacher, window_T, slice(None)).sum(0)
     kl, agreement = (total_4[:2] / len(ids_T)).tolist()
     return Divergence(kl, agreement, len(ids_T))
 
@@ -89,40 +94,47 @@ def compare(
     stride: int | None = None,
     on_window: OnWindow = lambda done, count: None,
 ) -> Comparison:
-    """Both models on the same predictions of `texts`, streams of tokens (T,) by name, windows as in `measure_quality`,
-    and of each the tokens that count (T,).
+    """Compares both models on the same predictions.
 
-    A token's frequency is its rank in the texts themselves, the commonest first.
+    Args:
+        texts: a stream of tokens (T,) for each name.
+        counts: for each name a mask (T,), True for the tokens that count; None: all tokens count.
+        window_tokens, stride: windows, as in `measure_quality`.
+
+    Returns:
+        A comparison whose frequencies are ranks within `texts`; rank 1 is the commonest token.
 
     Raises:
-        ValueError: vocabularies of different sizes, as `window_size` and `cut` do, or a text of which no token counts.
+        ValueError: vocabularies of different sizes, a text in which no predicted token counts, or as `window_size` and
+            `cut_windows` do.
     """
-    size = _common_size(model, teacher, window_tokens)
+    size = _common_window_size(model, teacher, window_tokens)
     windows = []
     for index, (name, ids_T) in enumerate(texts.items()):
         counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts is None else counts[name]
-        pairs = zip(cut(ids_T, size, stride), cut(counts_T, size, stride), strict=True)
-        here = [(index, window, counted.predicted_N) for window, counted in pairs]
-        check_counts(name, sum(int(counts_N.sum()) for _, _, counts_N in here))
-        windows += here
+        pairs = zip(cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride), strict=True)
+        text_windows = [(index, window, counted.predicted_N) for window, counted in pairs]
+        check_counted(name, sum(int(counts_N.sum()) for _, _, counts_N in text_windows))
+        windows += text_windows
     measured, keys = [], []
     with evaluating(model), evaluating(teacher), torch.inference_mode():
         for number, (text, window, counts_N) in enumerate(windows, start=1):
-            measured.append(_apart(model, teacher, window.ids_T, window.rows)[counts_N])
+            measured.append(_measure_positions(model, teacher, window.ids_T, window.positions)[counts_N])
             contexts_N = torch.arange(window.first, len(window.ids_T))
             key_3N = torch.stack([torch.full_like(contexts_N, text), contexts_N, window.predicted_N])
             keys.append(key_3N[:, counts_N])
             on_window(number, len(windows))
     measured_N4, (text_N, context_N, target_N) = torch.cat(measured), torch.cat(keys, dim=1)
     return Comparison(
-        _mean(measured_N4),
-        _by(measured_N4, text_N, list(texts)),
-        _by(measured_N4, _bucket(context_N, _CONTEXTS), _ranges(_CONTEXTS)),
-        _by(measured_N4, _bucket(_ranks(target_N), _RANKS), _ranges(_RANKS)),
+        _mean_difference(measured_N4),
+        _group_means(measured_N4, text_N, list(texts)),
+        _group_means(measured_N4, _bucket_index(context_N, _CONTEXT_STARTS), _bucket_names(_CONTEXT_STARTS)),
+        _group_means(measured_N4, _bucket_index(_frequency_ranks(target_N), _RANK_STARTS), _bucket_names(_RANK_STARTS)),
     )
 
 
-def _common_size(model: Model, teacher: Model, window_tokens: int | None) -> int:
+def _common_window_size(model: Model, teacher: Model, window_tokens: int | None) -> int:
+    """Returns the window size for both models; raises ValueError if their vocabularies differ in size."""
     vocabularies = [m.config.vocab_size for m in (model, teacher)]
     if len(set(vocabularies)) > 1:
         raise ValueError(
@@ -132,11 +144,15 @@ def _common_size(model: Model, teacher: Model, window_tokens: int | None) -> int
     return window_size([model, teacher], window_tokens)
 
 
-def _apart(model: Model, teacher: Model, ids_T: Tensor, rows: slice) -> Tensor:
-    """The positions `rows` of one window, (N, 4); behind the window's last token no loss means anything."""
-    hidden = [m.hidden_states(ids_T[None].to(next(m.parameters()).device))[0, rows] for m in (model, teacher)]
-    count, parts = chunk_rows(model), []
-    for ours_ND, theirs_ND, target_N in zip(*(t.split(count) for t in (*hidden, ids_T.roll(-1)[rows])), strict=True):
+def _measure_positions(model: Model, teacher: Model, ids_T: Tensor, positions: slice) -> Tensor:
+    """Returns the four numbers of each of the `positions` of one window, (N, 4).
+
+    No token follows the last position of the window, so its losses are meaningless.
+    """
+    hidden = [m.hidden_states(ids_T[None].to(next(m.parameters()).device))[0, positions] for m in (model, teacher)]
+    streams = [stream.split(positions_per_chunk(model)) for stream in (*hidden, ids_T.roll(-1)[positions])]
+    parts = []
+    for ours_ND, theirs_ND, target_N in zip(*streams, strict=True):
         ours_NV = model.lm_head(ours_ND).float().log_softmax(-1)
         theirs_NV = teacher.lm_head(theirs_ND).float().log_softmax(-1).to(ours_NV.device)
         kl_N = F.kl_div(ours_NV, theirs_NV, reduction="none", log_target=True).sum(-1)
@@ -147,28 +163,28 @@ def _apart(model: Model, teacher: Model, ids_T: Tensor, rows: slice) -> Tensor:
     return torch.cat(parts)
 
 
-def _mean(measured_N4: Tensor) -> Difference:
+def _mean_difference(measured_N4: Tensor) -> Difference:
     kl, agreement, loss, teacher_loss = measured_N4.mean(0).tolist()
     return Difference(kl, agreement, len(measured_N4), loss, teacher_loss)
 
 
-def _by(measured_N4: Tensor, key_N: Tensor, names: Sequence[str]) -> dict[str, Difference]:
-    """The means of the positions of each key that is there."""
-    return {names[key]: _mean(measured_N4[key_N == key]) for key in key_N.unique().tolist()}
+def _group_means(measured_N4: Tensor, key_N: Tensor, names: Sequence[str]) -> dict[str, Difference]:
+    """Returns for each key in `key_N` the mean over its positions, under the key's name."""
+    return {names[key]: _mean_difference(measured_N4[key_N == key]) for key in key_N.unique().tolist()}
 
 
-def _bucket(value_N: Tensor, beginnings: Sequence[int]) -> Tensor:
-    """The index of the bucket that each value falls into."""
-    return torch.bucketize(value_N, torch.tensor(beginnings), right=True) - 1
+def _bucket_index(value_N: Tensor, starts: Sequence[int]) -> Tensor:
+    """Returns the index of the bucket that each value falls into."""
+    return torch.bucketize(value_N, torch.tensor(starts), right=True) - 1
 
 
-def _ranges(beginnings: Sequence[int]) -> list[str]:
-    pairs = itertools.pairwise(beginnings)
-    return [f"{begin:,} to {end - 1:,}" for begin, end in pairs] + [f"{beginnings[-1]:,} and more"]
+def _bucket_names(starts: Sequence[int]) -> list[str]:
+    pairs = itertools.pairwise(starts)
+    return [f"{start:,} to {end - 1:,}" for start, end in pairs] + [f"{starts[-1]:,} and more"]
 
 
-def _ranks(target_N: Tensor) -> Tensor:
-    """Of each token its place when all that are there are sorted by how often, from 1."""
+def _frequency_ranks(target_N: Tensor) -> Tensor:
+    """Returns each token's rank by its frequency in `target_N`; the most frequent token has rank 1."""
     counts_V = target_N.bincount()
     ranks_V = torch.empty_like(counts_V)
     ranks_V[counts_V.argsort(descending=True, stable=True)] = torch.arange(1, len(counts_V) + 1)

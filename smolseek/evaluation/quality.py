@@ -1,6 +1,6 @@
-"""Held-out loss: one definition of perplexity everywhere.
+"""Held-out loss and perplexity, defined once for the whole package.
 
-Shapes: T tokens, N positions of one window, D hidden.
+Shapes: T tokens, N positions of one window, D hidden_size.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from smolseek.model import DeepseekV3, StockModel
 
 WINDOW_TOKENS = 512
 _CHUNK_LOGITS = 2**22
-"""Logits made at once, 16 MiB, however long the window and large the vocabulary."""
+"""Most logits computed at once: 16 MiB in fp32, for any window and vocabulary."""
 
 Model = DeepseekV3 | StockModel
 OnWindow = Callable[[int, int], None]
-"""Told (windows done, windows in all)."""
+"""Called with (windows done, windows in all)."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Held-out loss in nats per token and what follows from it."""
+    """Held-out loss in nats per token, and perplexity and bits per byte, which follow from it."""
 
     loss: float
     perplexity: float
@@ -36,8 +36,10 @@ class Quality:
     tokens: int
 
     @classmethod
-    def of(cls, loss: float, tokens: int, text_tokens: int, text_bytes: int) -> Quality:
-        """From the mean loss of `tokens` predicted tokens of a text of `text_tokens` tokens and `text_bytes` bytes.
+    def from_loss(cls, loss: float, tokens: int, text_tokens: int, text_bytes: int) -> Quality:
+        """Returns the quality for a mean loss over `tokens` predicted tokens.
+
+        The text they are from has `text_tokens` tokens and `text_bytes` bytes.
 
         Raises:
             ValueError: a loss that is not finite.
@@ -45,7 +47,7 @@ class Quality:
         if not math.isfinite(loss):
             raise ValueError(f"held-out loss is {loss}: the weights hold NaN or overflow; try --dtype float32")
         bits_per_byte = loss * text_tokens / (math.log(2) * max(1, text_bytes))
-        return cls(loss, math.exp(min(loss, 700.0)), bits_per_byte, tokens)
+        return cls(loss, _perplexity(loss), bits_per_byte, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -53,27 +55,27 @@ class Quality:
 
 
 class Window(NamedTuple):
-    """Tokens that are read at once, and the first of them that is predicted here; all after it are."""
+    """Tokens that are read at once; those from index `first` on are predicted in this window."""
 
     ids_T: Tensor
     first: int
 
     @property
     def predicted_N(self) -> Tensor:
-        """The tokens that are predicted here."""
+        """The tokens that are predicted in this window."""
         return self.ids_T[self.first :]
 
     @property
-    def rows(self) -> slice:
-        """The positions at which its predictions are made."""
+    def positions(self) -> slice:
+        """The positions whose outputs predict them: each is one before the predicted token."""
         return slice(self.first - 1, len(self.ids_T) - 1)
 
 
 def window_size(models: Sequence[Model], wanted: int | None = None) -> int:
-    """Tokens of a window: what is wanted, or 512 (or the least limit of the models).
+    """Returns the tokens of a window: `wanted`, or by default 512, or the models' lowest limit if that is less.
 
     Raises:
-        ValueError: less than two tokens, or more than a model reads.
+        ValueError: fewer than two tokens, or more than a model's limit.
     """
     limit = min(model.config.max_position_embeddings for model in models)
     if wanted is not None and not 2 <= wanted <= limit:
@@ -81,14 +83,15 @@ def window_size(models: Sequence[Model], wanted: int | None = None) -> int:
     return min(WINDOW_TOKENS, limit) if wanted is None else wanted
 
 
-def cut(ids_T: Tensor, size: int, stride: int | None = None) -> list[Window]:
-    """Windows of `size` side by side, or one every `stride` tokens that predicts what no window before it did.
+def cut_windows(ids_T: Tensor, size: int, stride: int | None = None) -> list[Window]:
+    """Returns windows of `size` tokens: side by side, or one every `stride` tokens.
 
-    Side by side, each token but a window's first is predicted; strided, each but the text's first is, once, with
-    `size - stride` tokens or more before it (fewer at the text's beginning).
+    Side by side, every token but the first of each window is predicted. With a stride, a window predicts the tokens
+    that no earlier window did. So every token but the text's first is predicted once, with at least `size - stride`
+    tokens before it (fewer at the text's beginning).
 
     Raises:
-        ValueError: less than two tokens, or a stride that does not overlap.
+        ValueError: fewer than two tokens, or a stride at which windows do not overlap.
     """
     if len(ids_T) < 2:
         raise ValueError(f"held-out text of {len(ids_T)} tokens: at least 2 are needed; name more text")
@@ -100,8 +103,8 @@ def cut(ids_T: Tensor, size: int, stride: int | None = None) -> list[Window]:
     return [Window(ids_T[start : start + size], size - stride if start else 1) for start in starts]
 
 
-def chunk_rows(model: Model) -> int:
-    """Positions whose logits are made at once."""
+def positions_per_chunk(model: Model) -> int:
+    """Returns for how many positions logits are computed at once."""
     return max(1, _CHUNK_LOGITS // model.config.vocab_size)
 
 
@@ -115,46 +118,56 @@ def measure_quality(
     stride: int | None = None,
     on_window: OnWindow = lambda done, count: None,
 ) -> Quality:
-    """Perplexity over non-overlapping windows of 512 (or the model's limit), each token but a window's first predicted;
-    other windows as `window_size` and `cut` say.
+    """Returns the held-out quality of a model.
 
-    `ids_T` is one stream of packed documents. The loss is of the tokens that count, all where nothing says which;
-    `text_bytes` is their UTF-8 size.
+    By default windows do not overlap and have 512 tokens (or the model's limit); see `window_size` and `cut_windows`.
+
+    Args:
+        ids_T: one stream of packed documents.
+        text_bytes: UTF-8 size of the tokens that count.
+        counts_T: True for the tokens that count in the loss; None: all tokens count.
 
     Raises:
-        ValueError: as `window_size` and `cut` do, no token that counts, or a loss that is not finite.
+        ValueError: no predicted token counts, the loss is not finite, or as `window_size` and `cut_windows` do.
     """
     counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts_T is None else counts_T
     size = window_size([model], window_tokens)
-    windows, counted = cut(ids_T, size, stride), cut(counts_T, size, stride)
+    windows, counted = cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride)
     total, count = 0.0, 0
     with evaluating(model), torch.inference_mode():
         for number, (window, counting) in enumerate(zip(windows, counted, strict=True), start=1):
             total += _window_loss(model, window, counting.predicted_N)
             count += int(counting.predicted_N.sum())
             on_window(number, len(windows))
-    check_counts("held-out text", count)
-    return Quality.of(total / count, count, int(counts_T.sum()), text_bytes)
+    check_counted("held-out text", count)
+    return Quality.from_loss(total / count, count, int(counts_T.sum()), text_bytes)
 
 
-def check_counts(text: str, count: int) -> None:
-    """Raises ValueError for a text of which no predicted token counts."""
+def check_counted(text: str, count: int) -> None:
+    """Raises ValueError if `count`, the number of predicted tokens of a text that count, is 0."""
     if not count:
         raise ValueError(f"{text}: the assistant says nothing in it; name conversations in which it does")
 
 
 def _window_loss(model: Model, window: Window, counts_N: Tensor) -> float:
-    """Sum over what the window predicts and counts."""
-    device, rows = next(model.parameters()).device, chunk_rows(model)
-    hidden_ND = model.hidden_states(window.ids_T[None].to(device))[0, window.rows][counts_N.to(device)]
+    """Returns the sum of the losses on the window's predicted tokens that count."""
+    device, size = next(model.parameters()).device, positions_per_chunk(model)
+    hidden_ND = model.hidden_states(window.ids_T[None].to(device))[0, window.positions][counts_N.to(device)]
     targets_N = window.predicted_N[counts_N].to(device)
-    parts = zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
+    parts = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
     return sum(F.cross_entropy(model.lm_head(h).float(), t, reduction="sum").item() for h, t in parts)
 
 
-def together(parts: Sequence[tuple[Quality, int]]) -> Quality:
-    """Several texts as one, each with its UTF-8 bytes: the mean over their predicted tokens, and over their bytes."""
+def combine_qualities(parts: Sequence[tuple[Quality, int]]) -> Quality:
+    """Returns the quality over several texts together, each given with its UTF-8 bytes.
+
+    The loss is the mean over all predicted tokens, and bits per byte the mean over all bytes.
+    """
     tokens = sum(quality.tokens for quality, _ in parts)
     loss = sum(quality.loss * quality.tokens for quality, _ in parts) / tokens
     bits = sum(quality.bits_per_byte * text_bytes for quality, text_bytes in parts)
-    return Quality(loss, math.exp(min(loss, 700.0)), bits / max(1, sum(size for _, size in parts)), tokens)
+    return Quality(loss, _perplexity(loss), bits / max(1, sum(size for _, size in parts)), tokens)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # exp overflows above 709

@@ -1,4 +1,4 @@
-"""How fast a model decodes."""
+"""Decoding speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smolseek.model import DeepseekV3, StockModel
 def measure_decode_speed(
     model: DeepseekV3 | StockModel, ids_T: Tensor, *, new_tokens: int = 64, runs: int = 3
 ) -> float:
-    """Greedy tokens per second of one sequence after the prompt `ids_T`: the median run, prefill left out."""
+    """Returns tokens per second of greedy decoding after the prompt `ids_T` (T,), without prefill: the median run."""
     room = model.config.max_position_embeddings - len(ids_T)
     speeds = []
     for _ in range(runs):

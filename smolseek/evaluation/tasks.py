@@ -1,4 +1,4 @@
-"""Scores on the tasks that everyone quotes, by lm-eval: a model's, and another's on the same questions beside them."""
+"""Scores on public tasks by lm-eval, and the difference between two models' scores on the same documents."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from smolseek.evaluation.quality import Model
 from smolseek.model import StockModel
 
 _BOOTSTRAP_SAMPLES = 1000
-"""Draws for the standard error of metrics that are no means of the documents' own."""
+"""Draws for the standard error of metrics that are not a mean over documents."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task, and where it is a mean over documents each document's own value, by its number."""
+    """One metric of one task.
+
+    `by_document` holds each document's value by the document's number; it is None if the metric is no mean of them.
+    """
 
     task: str
     metric: str
@@ -30,7 +33,7 @@ class Score:
     by_document: Mapping[int, float] | None
 
     def minus(self, other: Score) -> Estimate:
-        """The difference to another model's score; document by document where both have the same ones."""
+        """Returns self - other; the difference is paired by document if both have values for the same documents."""
         ours, theirs = self.by_document, other.by_document
         if ours and theirs and ours.keys() == theirs.keys():
             return paired_difference([ours[n] for n in ours], [theirs[n] for n in ours])
@@ -38,10 +41,10 @@ class Score:
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Any:
-    """lm-eval's TaskManager, which knows all of `names`: its own tasks, and the YAML files of `include_path`.
+    """Returns lm-eval's TaskManager for all of `names`: lm-eval's own tasks, and those in YAML files of `include_path`.
 
     Raises:
-        ValueError: lm-eval is not installed, there is no such folder, or a task that nobody knows.
+        ValueError: lm-eval is not installed, `include_path` is no folder, or a task is unknown.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--tasks: lm_eval is not installed; run pip install 'smolseek[eval]'")
@@ -49,11 +52,11 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Any:
         raise ValueError(f"--include-path {include_path}: no such folder; name one with lm-eval's task files (.yaml)")
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it advises on options that are ours to choose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about options that we set ourselves
     if include_path is not None:
         manager = TaskManager(include_path=include_path, include_defaults=False)
         if set(names) <= set(manager.all_tasks):
-            return manager  # without reading the thousands of files that come with lm-eval
+            return manager  # this way lm-eval's own task files, thousands of them, are not read
     manager = TaskManager(include_path=include_path)
     for name in names:
         if name not in manager.all_tasks:
@@ -66,10 +69,12 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Any:
 def score_tasks(
     model: Model, tokenizer: Any, names: Sequence[str], manager: Any, *, limit: int | None = None, batch_size: int = 8
 ) -> list[Score]:
-    """What `model` scores on tasks of `find_tasks`, on the first `limit` documents of each.
+    """Returns the scores of `model` on the tasks `names`, on the first `limit` documents of each.
+
+    `manager` comes from `find_tasks`.
 
     Raises:
-        ValueError: a model that unmodified transformers does not run.
+        ValueError: a model that unmodified transformers cannot run.
         OSError: a task's documents cannot be fetched.
     """
     if not isinstance(model, StockModel):
@@ -93,7 +98,10 @@ def score_tasks(
 
 
 def _score(task: str, key: str, values: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> Score:
-    """One `metric,filter` of lm-eval's results; its standard error as lm-eval has it, or from the documents."""
+    """Returns the score for one `metric,filter` key of lm-eval's results.
+
+    The standard error comes from the documents' values if the metric is their mean, else from lm-eval.
+    """
     metric, _, filtered = key.partition(",")
     own = {s["doc_id"]: s[metric] for s in samples if s["filter"] == filtered and metric in s}
     is_mean = bool(own) and all(isinstance(v, int | float) for v in own.values())

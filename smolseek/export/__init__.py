@@ -1,1 +1,1 @@
-"""DeepSeek-V3 folders in other programs' formats."""
+"""Writes DeepSeek-V3 folders in the formats of other programs."""

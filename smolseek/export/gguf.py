@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 folder as one GGUF file, which llama.cpp and Ollama run."""
+"""Writes a DeepSeek-V3 folder as one GGUF file, which llama.cpp and Ollama run."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A written file; `fallbacks` are the tensors whose rows the type's blocks do not divide, written as f16."""
+class GgufExport:
+    """A written GGUF file.
+
+    `fallbacks` names the tensors written as f16 because their row length is no multiple of the type's block size.
+    """
 
     path: Path
     size_bytes: int
@@ -54,14 +57,18 @@ def export_gguf(
     pre: str | None = None,
     force: bool = False,
     on_tensor: Callable[[int, int], None] = lambda done, count: None,
-) -> Exported:
-    """Write a folder as a GGUF file, a tensor (or one projection of a layer's experts) in memory at a time.
+) -> GgufExport:
+    """Writes a folder as a GGUF file.
 
-    `pre` is llama.cpp's name of how the tokenizer cuts text, for tokenizers that are not known here.
-    `on_tensor(done, all)` reports progress. The file is complete or absent.
+    Only one tensor (or one projection of a layer's experts) is in memory at a time. An interrupted or failed export
+    leaves no file.
+
+    Args:
+        pre: llama.cpp's name for the tokenizer's pre-tokenization; needed only if it is not recognised.
+        on_tensor: called with (tensors done, tensors in all).
 
     Raises:
-        ValueError: the folder is no checkpoint, or one that llama.cpp refuses by `runtimes.check`; its tokenizer is of
+        ValueError: the folder is no checkpoint, or `runtimes.check` says that llama.cpp refuses it; its tokenizer is of
             no known kind; a number does not fit `type`; `out` exists and `force` is not set.
     """
     source, out = resolve_folder(folder), Path(out)
@@ -79,29 +86,30 @@ def export_gguf(
             writer.add_file_type(_FILE_TYPES[type])
             writer.add_quantization_version(_QUANTISATION_VERSION)
             has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
-            _write(writer, planned, on_tensor)
+            _write_tensors(writer, planned, on_tensor)
         finally:
             writer.close()
     fallbacks = tuple(tensor.name for tensor, encoding in planned if encoding != wanted_encoding(tensor, type))
-    return Exported(out, out.stat().st_size, len(planned), fallbacks, has_chat_template)
+    return GgufExport(out, out.stat().st_size, len(planned), fallbacks, has_chat_template)
 
 
 def wanted_encoding(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
-    """How a tensor is stored where blocks divide its rows."""
+    """Returns the encoding that `type` asks for, whatever the length of the tensor's rows."""
     return GGMLQuantizationType.F32 if tensor.keeps_fp32 else GGMLQuantizationType[type.upper()]
 
 
 def encoding_of(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
-    """How a tensor is stored: as wanted, or as f16 where the blocks of the type do not divide its rows."""
+    """Returns the wanted encoding, or f16 if the tensor's row length is no multiple of the encoding's block size."""
     wanted = wanted_encoding(tensor, type)
     return wanted if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _FALLBACK
 
 
-def _write(
+def _write_tensors(
     writer: GGUFWriter,
     planned: list[tuple[ExportTensor, GGMLQuantizationType]],
     on_tensor: Callable[[int, int], None],
 ) -> None:
+    """Writes the header, the keys, the list of tensors and then the tensors one by one."""
     for tensor, encoding in planned:
         block, block_bytes = GGML_QUANT_SIZES[encoding]
         size = int(np.prod(tensor.shape)) // block * block_bytes
@@ -115,7 +123,7 @@ def _write(
 
 
 def _encode(tensor: ExportTensor, encoding: GGMLQuantizationType) -> np.ndarray:
-    """The bytes of one tensor."""
+    """Returns the encoded bytes of one tensor; raises ValueError if a number is too large for f16."""
     numbers = np.ascontiguousarray(tensor.read().numpy())
     largest = float(np.abs(numbers).max(initial=0))
     if encoding == GGMLQuantizationType.F16 and largest > _LARGEST_F16:

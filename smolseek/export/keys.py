@@ -1,4 +1,4 @@
-"""What a GGUF file of architecture deepseek2 says about the model, from config.json."""
+"""The keys of a GGUF file of architecture deepseek2, made from config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ARCHITECTURE = "deepseek2"
 
 @dataclass(frozen=True)
 class QueryScales:
-    """Factors on the unrotated and rotated rows of the queries, and the mscale that llama.cpp is told."""
+    """Factors for the unrotated and the rotated rows of the query projection, and the mscale for the GGUF key."""
 
     unrotated: float = 1.0
     rotated: float = 1.0
@@ -23,23 +23,24 @@ class QueryScales:
 
 
 def query_scales(config: dict[str, Any]) -> QueryScales:
-    """How YaRN's attention scale is split between the GGUF file's key and its weights.
+    """Returns how YaRN's attention scale is split between a key of the GGUF file and the query weights.
 
-    With m(a) = 1 + 0.1 a ln(factor), a = mscale_all_dim and r the attention factor on cos and sin, transformers scales
-    scores by m(a)² and their rotated part by r² more. llama.cpp scales all scores by m(a')² for the a' in its key, and
-    rotates with r = 1. So a' = a where there is one, else 1, and what is left goes into the queries.
+    With m(a) = 1 + 0.1 a ln(factor), a = mscale_all_dim and r the attention factor on cos and sin, transformers
+    multiplies scores by m(a)² and their rotated part by r² besides. llama.cpp multiplies all scores by m(a')², where a'
+    comes from the key, and rotates with r = 1. So a' is a, or 1 if the config has none, and the query weights take the
+    remaining factors.
     """
     rope = rope_parameters(config)
     if rope["rope_type"] != "yarn":
         return QueryScales()
     given, factor = rope.get("mscale_all_dim") or 0.0, rope["factor"]
-    told = given or 1.0
-    unrotated = (_mscale(factor, given) / _mscale(factor, told)) ** 2
-    return QueryScales(unrotated, unrotated * _attention_factor(rope) ** 2, told)
+    key_mscale = given or 1.0
+    unrotated = (_mscale(factor, given) / _mscale(factor, key_mscale)) ** 2
+    return QueryScales(unrotated, unrotated * _attention_factor(rope) ** 2, key_mscale)
 
 
 def add_keys(writer: GGUFWriter, config: dict[str, Any], name: str) -> None:
-    """Write the architecture's keys; `config` has transformers' defaults filled in."""
+    """Writes the architecture's keys; `config` must have transformers' defaults filled in."""
     writer.add_type("model")
     writer.add_name(name)
     writer.add_block_count(config["num_hidden_layers"])
@@ -54,11 +55,15 @@ def add_keys(writer: GGUFWriter, config: dict[str, Any], name: str) -> None:
 
 
 def _add_attention(writer: GGUFWriter, config: dict[str, Any]) -> None:
-    """llama.cpp runs MLA absorbed: one KV head as wide as a cache entry; the sizes before absorption are `_mla`."""
+    """Writes head counts and sizes.
+
+    llama.cpp runs MLA in its absorbed form, with one KV head as wide as a cache entry; the keys that end in `_mla` hold
+    the head sizes before absorption.
+    """
     rank, rope_dim = config["kv_lora_rank"], config["qk_rope_head_dim"]
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(1)
-    writer.add_q_lora_rank(config["q_lora_rank"] or 0)  # the key must be there, also where there is no query rank
+    writer.add_q_lora_rank(config["q_lora_rank"] or 0)  # llama.cpp needs the key even without a query rank
     writer.add_kv_lora_rank(rank)
     writer.add_key_length(rank + rope_dim)
     writer.add_value_length(rank)
@@ -68,7 +73,7 @@ def _add_attention(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 def _add_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
     groups, chosen = config["n_group"] or 1, config["topk_group"] or 1
-    if chosen == groups:  # all of them: no limit, which llama.cpp knows as one group
+    if chosen == groups:  # every group is chosen: llama.cpp expresses this as one group
         groups = chosen = 1
     writer.add_leading_dense_block_count(min(config["first_k_dense_replace"], config["num_hidden_layers"]))
     writer.add_expert_count(config["n_routed_experts"])
@@ -91,7 +96,7 @@ def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_log_mul(0.1 * query_scales(config).mscale)  # deepseek2's is a tenth of the mscale
+    writer.add_rope_scaling_yarn_log_mul(0.1 * query_scales(config).mscale)  # deepseek2 stores a tenth of the mscale
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -99,7 +104,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _attention_factor(rope: dict[str, Any]) -> float:
-    """What transformers multiplies cos and sin with, under YaRN."""
+    """Returns the factor by which transformers multiplies cos and sin under YaRN."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     if rope.get("mscale") and rope.get("mscale_all_dim"):

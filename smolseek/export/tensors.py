@@ -1,7 +1,8 @@
-"""The tensors of a DeepSeek-V3 folder as a GGUF file of architecture deepseek2 holds them, read one at a time.
+"""The tensors of a GGUF file of architecture deepseek2, read one at a time from a DeepSeek-V3 folder.
 
-Shapes: D hidden, H heads, N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank, E routed experts,
-I moe_intermediate_size; ggml lists dimensions in the reverse order.
+Shapes: D hidden_size, H num_attention_heads, U qk_nope_head_dim, R qk_rope_head_dim, Q = U + R, v v_head_dim,
+C kv_lora_rank, E n_routed_experts, i moe_intermediate_size, O outputs and A inputs of a linear map; ggml lists
+dimensions in the reverse order.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from smolseek.formats.deepseek_v3 import expected_tensors
 
 @dataclass(frozen=True)
 class ExportTensor:
-    """A tensor of the GGUF file: its name there, its shape, and how to read it in fp32."""
+    """A tensor of the GGUF file: its name there, its shape, and a function that reads it in fp32."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,35 +32,45 @@ class ExportTensor:
 
     @property
     def keeps_fp32(self) -> bool:
-        """Norms, the balancing bias and the router: small, and llama.cpp computes with them in fp32."""
+        """Whether the tensor is always stored in fp32: norms, routing biases and routers.
+
+        They are small, and llama.cpp computes with them in fp32.
+        """
         return len(self.shape) == 1 or "ffn_gate_inp." in self.name
 
 
 def export_tensors(tensors: TensorFolder, config: dict[str, Any]) -> Iterator[ExportTensor]:
-    """All tensors of the GGUF file, experts stacked and `kv_b_proj` split in two; `config` has its defaults filled in,
-    and the tensors fit it (`runtimes.check`)."""
+    """Yields all tensors of the GGUF file, with each layer's experts stacked and `kv_b_proj` split in two.
+
+    `config` must have its defaults filled in, and the tensors must fit it (`runtimes.check`).
+    """
     names = get_tensor_name_map(MODEL_ARCH.DEEPSEEK2, config["num_hidden_layers"])
     for name, shape in expected_tensors(config).items():
-        for part in _parts(tensors, config, name, shape):
-            known = part.name.replace("e_score_correction_bias", "e_score_correction.bias")
-            gguf_name = names.get_name(known, (".weight", ".bias"))
-            assert gguf_name is not None, known
-            yield dataclasses.replace(part, name=gguf_name)
+        for converted in _convert(tensors, config, name, shape):
+            mapped_name = converted.name.replace("e_score_correction_bias", "e_score_correction.bias")
+            gguf_name = names.get_name(mapped_name, (".weight", ".bias"))
+            assert gguf_name is not None, mapped_name
+            yield dataclasses.replace(converted, name=gguf_name)
 
 
-def _parts(tensors: TensorFolder, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> Iterator[ExportTensor]:
-    """What one tensor of the folder becomes, not yet renamed: itself, two halves, or a stack at its first expert."""
+def _convert(
+    tensors: TensorFolder, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> Iterator[ExportTensor]:
+    """Yields the tensors that one tensor of the folder becomes, under the folder's names.
+
+    `kv_b_proj` becomes two tensors. The first expert becomes the stack of all experts, and the other experts nothing.
+    """
     prefix, _, kind = name.removesuffix(".weight").rpartition(".")
     read = partial(_read, tensors, name)
     heads, nope, value = (config[field] for field in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim"))
     if ".mlp.experts." in name:
         experts, _, number = prefix.rpartition(".")
         if number == "0":
-            stack = partial(_stack, tensors, config, experts, kind)
+            stack = partial(_stack_experts, tensors, config, experts, kind)
             yield ExportTensor(f"{experts}.{kind}.weight", (config["n_routed_experts"], *shape), stack)
     elif kind == "kv_b_proj":
-        yield ExportTensor(f"{prefix}.k_b_proj.weight", (heads, shape[1], nope), partial(_split, read, config, 0))
-        yield ExportTensor(f"{prefix}.v_b_proj.weight", (heads, value, shape[1]), partial(_split, read, config, 1))
+        yield ExportTensor(f"{prefix}.k_b_proj.weight", (heads, shape[1], nope), partial(_split_kv_b, read, config, 0))
+        yield ExportTensor(f"{prefix}.v_b_proj.weight", (heads, value, shape[1]), partial(_split_kv_b, read, config, 1))
     elif kind in ("q_proj", "q_b_proj"):
         yield ExportTensor(name, shape, partial(_scaled_queries, read, config))
     else:
@@ -67,29 +78,32 @@ def _parts(tensors: TensorFolder, config: dict[str, Any], name: str, shape: tupl
 
 
 def _read(tensors: TensorFolder, name: str) -> Tensor:
-    """One tensor in fp32."""
+    """Returns one tensor in fp32; raises ValueError if it holds NaN or infinity."""
     tensor = tensors.get(name).float()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"tensor {name}: holds NaN or infinity; fetch the checkpoint again or name another")
     return tensor
 
 
-def _stack(tensors: TensorFolder, config: dict[str, Any], experts: str, part: str) -> Tensor:
-    """One projection of all routed experts of a layer: (E, I, D) or (E, D, I)."""
-    return torch.stack([_read(tensors, f"{experts}.{i}.{part}.weight") for i in range(config["n_routed_experts"])])
+def _stack_experts(tensors: TensorFolder, config: dict[str, Any], experts: str, kind: str) -> Tensor:
+    """Returns one projection of all routed experts of a layer: (E, i, D) or (E, D, i)."""
+    return torch.stack([_read(tensors, f"{experts}.{e}.{kind}.weight") for e in range(config["n_routed_experts"])])
 
 
-def _split(read: Callable[[], Tensor], config: dict[str, Any], half: int) -> Tensor:
-    """Half of `kv_b_proj`: the key's, transposed as the absorbed query needs it (H, C, N), or the value's (H, V, C)."""
-    up_HXC = read().unflatten(0, (config["num_attention_heads"], -1))
-    up_k_HNC, up_v_HVC = up_HXC.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
-    return up_v_HVC if half else up_k_HNC.transpose(1, 2)
+def _split_kv_b(read: Callable[[], Tensor], config: dict[str, Any], half: int) -> Tensor:
+    """Returns one half of `kv_b_proj`.
+
+    Half 0 makes keys and is transposed, (H, C, U), as the absorbed query needs it; half 1 makes values, (H, v, C).
+    """
+    up_HOC = read().unflatten(0, (config["num_attention_heads"], -1))
+    up_k_HUC, up_v_HvC = up_HOC.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+    return up_v_HvC if half else up_k_HUC.transpose(1, 2)
 
 
 def _scaled_queries(read: Callable[[], Tensor], config: dict[str, Any]) -> Tensor:
-    """Query rows, with what of YaRN's attention scale no key can say."""
+    """Returns a query projection times the factors of YaRN's attention scale that no GGUF key can hold."""
     scales, nope = query_scales(config), config["qk_nope_head_dim"]
-    rows_HQX = read().unflatten(0, (config["num_attention_heads"], -1)).clone()
-    rows_HQX[:, :nope] *= scales.unrotated
-    rows_HQX[:, nope:] *= scales.rotated
-    return rows_HQX.flatten(0, 1)
+    weight_HQA = read().unflatten(0, (config["num_attention_heads"], -1)).clone()
+    weight_HQA[:, :nope] *= scales.unrotated
+    weight_HQA[:, nope:] *= scales.rotated
+    return weight_HQA.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""A folder's tokenizer as GGUF keys, from tokenizer.json."""
+"""The GGUF keys of a folder's tokenizer, made from tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _split(digits: str) -> dict[str, Any]:
-    """The step of tokenizer.json that cuts text as Llama 3 and Qwen 2 publish it; they differ in `digits`."""
+def _split_step(digits: str) -> dict[str, Any]:
+    """Returns the step of tokenizer.json that splits text in Llama 3 and Qwen 2, which differ only in `digits`."""
     regex = f"{_CONTRACTIONS}{_WORDS}|{digits}{_REST}"
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
@@ -22,22 +22,25 @@ def _split(digits: str) -> dict[str, Any]:
 PRE_TYPES: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "gpt-2": ([], True),
     "smollm": ([{"type": "Digits", "individual_digits": True}], True),
-    "llama-bpe": ([_split(r"\p{N}{1,3}")], False),
-    "qwen2": ([_split(r"\p{N}")], False),
+    "llama-bpe": ([_split_step(r"\p{N}{1,3}")], False),
+    "qwen2": ([_split_step(r"\p{N}")], False),
 }
-"""llama.cpp's names of the ways to cut text before byte-level BPE: the steps of tokenizer.json's `pre_tokenizer` before
-ByteLevel, and whether ByteLevel cuts too."""
+"""llama.cpp's names for pre-tokenizations of byte-level BPE. For each: the steps before ByteLevel in tokenizer.json's
+`pre_tokenizer`, and whether ByteLevel splits text too."""
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: str | None = None) -> bool:
-    """Write tokens, types, merges or scores, special tokens and the chat template; whether there is a template.
+    """Writes tokens, types, merges or scores, special tokens and the chat template.
 
     Args:
-        pre: llama.cpp's name of how text is cut before byte-level BPE; by default found from the tokenizer's own cut.
+        pre: llama.cpp's name for the pre-tokenization of byte-level BPE; None: it is found from tokenizer.json.
+
+    Returns:
+        Whether there is a chat template.
 
     Raises:
-        ValueError: no tokenizer.json, a kind of tokenizer that is neither byte-level BPE nor SentencePiece's BPE, an
-            unknown way to cut text, or more tokens than the model has.
+        ValueError: no tokenizer.json, a tokenizer that is neither byte-level BPE nor SentencePiece's BPE, an unknown
+            pre-tokenization, or more tokens than the model has.
     """
     tree = _read(folder)
     model = tree["model"]
@@ -54,23 +57,23 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special = SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=vocab_size)
-    for kind in ("bos", "eos"):  # said either way: llama.cpp's own guess depends on the kind of tokenizer
+    for kind in ("bos", "eos"):  # always written, because llama.cpp's default depends on the kind of tokenizer
         special.add_special_token.setdefault(kind, False)
     special.add_to_gguf(writer, quiet=True)
     return special.chat_template is not None
 
 
 def pre_type(tree: dict[str, Any]) -> str:
-    """llama.cpp's name of how a byte-level BPE tokenizer cuts text, by tokenizer.json's `pre_tokenizer`.
+    """Returns llama.cpp's name for the `pre_tokenizer` of a tokenizer.json with byte-level BPE.
 
     Raises:
-        ValueError: none that is known here.
+        ValueError: it is none of `PRE_TYPES`.
     """
     steps = tree.get("pre_tokenizer") or {}
-    *cuts, last = steps.get("pretokenizers", [steps])
+    *before, last = steps.get("pretokenizers", [steps])
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
-        for name, way in PRE_TYPES.items():
-            if (cuts, last.get("use_regex", True)) == way:
+        for name, known in PRE_TYPES.items():
+            if (before, last.get("use_regex", True)) == known:
                 return name
     raise ValueError(
         f"tokenizer.json: pre_tokenizer {json.dumps(steps)[:200]} is none of {', '.join(PRE_TYPES)}, and llama.cpp "
@@ -79,6 +82,7 @@ def pre_type(tree: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    """Returns tokenizer.json as a dict; raises ValueError if it is missing, not JSON or of an unknown kind."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"checkpoint {folder}: no tokenizer.json; save the tokenizer into it with transformers")
@@ -95,7 +99,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _tokens(tree: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Texts and types of all ids; ids that the model has and the tokenizer has not are unused."""
+    """Returns text and type of each id below `vocab_size`; ids without a token get the type UNUSED."""
     vocabulary: dict[str, int] = tree["model"]["vocab"]
     added = {token["id"]: token for token in tree.get("added_tokens") or []}
     texts = {number: text for text, number in vocabulary.items()} | {i: t["content"] for i, t in added.items()}
@@ -125,7 +129,10 @@ def _type(text: str, number: int, added: dict[int, Any], unknown: str | None, is
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """SentencePiece merges the pair whose token has the highest score; here the one whose merge comes first."""
+    """Returns a score for each token: minus the rank of the merge that makes it.
+
+    SentencePiece merges the pair whose token has the highest score, so the earliest merge gets the highest score.
+    """
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
@@ -133,7 +140,7 @@ def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
 
 
 def _prepends_space(tree: dict[str, Any]) -> bool:
-    """Whether text gets a space in front, said by the normalizer (older files) or a Metaspace step."""
+    """Returns whether text gets a space in front: by the normalizer (in older files) or by a Metaspace step."""
     steps = [tree.get("normalizer") or {}, tree.get("pre_tokenizer") or {}]
     steps += [part for step in steps for part in step.get("normalizers", []) + step.get("pretokenizers", [])]
     return any(

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 in plain PyTorch, and stock transformers models behind the same four methods."""
+"""DeepSeek-V3 in plain PyTorch, and an adapter that gives stock transformers models the same interface."""
 
 from smolseek.model.cache import LatentCache
 from smolseek.model.stock import StockModel

@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1; DeepSeek-V3, section 2.1.1), expanded and absorbed.
 
-Shapes: B batch, T new tokens, S tokens attended to (prefix + new), D hidden, H heads, N qk_nope_head_dim,
-R qk_rope_head_dim, Q = N + R, V v_head_dim, C kv_lora_rank, W = C + R (a cache entry).
+Shapes: B sequences, T new tokens in each, S tokens attended to (cached and new), N = B × T tokens; D hidden_size,
+H num_attention_heads, U qk_nope_head_dim, R qk_rope_head_dim, s = R / 2 rope slots, Q = U + R, v v_head_dim,
+C kv_lora_rank, W = C + R, a cache entry; P parts of the cache, O outputs and A inputs of a linear map.
 """
 
 import torch
@@ -14,20 +15,24 @@ from smolseek.model.cache import LatentCache
 from smolseek.model.layers import RMSNorm
 
 _SPLIT_TOKENS = 1024
-"""From how many cached tokens on the CPU reads one sequence's cache in parts."""
+"""A CPU reads the cache of one sequence in parts when it holds at least this many tokens."""
 LATENT_NORM_EPS = 1e-6  # transformers hard-codes it in both latent norms, whatever rms_norm_eps says
 
 
-def rotate(x_BTHR: Tensor, cos_BT1P: Tensor, sin_BT1P: Tensor, interleaved: bool) -> Tensor:
-    """RoPE over P = R / 2 pairs, (2i, 2i + 1) when interleaved, else (i, i + P); the result is in the second
-    order, which no score can see because queries and keys share it."""
-    first, second = (x_BTHR[..., 0::2], x_BTHR[..., 1::2]) if interleaved else x_BTHR.chunk(2, dim=-1)
-    rotated = (first * cos_BT1P - second * sin_BT1P, second * cos_BT1P + first * sin_BT1P)
-    return torch.cat(rotated, dim=-1).to(x_BTHR.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Returns `x`, (..., n), with its n / 2 pairs rotated (RoPE: Su et al. 2021, section 3.2), in the dtype of `x`.
+
+    `cos` and `sin` are (..., n / 2) and broadcast against `x`. Pair i holds the entries i and i + n / 2 (Llama's
+    layout), or 2i and 2i + 1 when `interleaved`. The result is in Llama's layout in both cases: queries and keys share
+    the order, so scores do not depend on it.
+    """
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 class MultiheadLatentAttention(nn.Module):
-    """Causal MLA with an optional query rank (`q_lora_rank: null` for none)."""
+    """Causal MLA; queries have a low-rank form too unless `q_lora_rank` is null."""
 
     def __init__(self, config: DeepseekV3Config, layer_index: int) -> None:
         super().__init__()
@@ -52,9 +57,9 @@ class MultiheadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * (self.nope_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
         self.fused_a_proj: nn.Module | None = None
-        """What `inference.prepare_for_generation` puts in place of both projections of the hidden state."""
+        """Computes query and latent in one product; set by `inference.prepare_for_generation` and None before."""
         self.absorbed: tuple[Tensor, Tensor] | None = None
-        """W_UK and W_UV as it laid them out, else taken from `kv_b_proj`."""
+        """Copies of `up_projections()` for decoding; set by `inference.prepare_for_generation` and None before."""
 
     def forward(
         self,
@@ -63,22 +68,22 @@ class MultiheadLatentAttention(nn.Module):
         mask_B1TS: Tensor | None = None,
         cache: LatentCache | None = None,
     ) -> Tensor:
-        """Attention output (B, T, D).
+        """Returns the attention output, (B, T, D).
 
-        `rope` holds cos and sin, (B or 1, T, 1, R / 2). Without a mask: causal over the tokens given, or, when the
-        cache holds a prefix, one token that sees all of it.
+        `rope` holds cos and sin, (B or 1, T, 1, s). Without a mask attention is causal over the given tokens; if the
+        cache holds a prefix, only one token may be given without a mask, and it sees the whole prefix.
         """
-        q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR = self._project(x_BTD, rope)
+        q_nope_BTHU, q_rope_BTHR, latent_BTC, k_rope_BTR = self._project(x_BTD, rope)
         entries_BSW = None if cache is None else cache.write(self.layer_index, latent_BTC, k_rope_BTR)
         if cache is None or entries_BSW is None or cache.length == 0:
-            out_BTHV = self._attend_expanded(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR, mask_B1TS)
+            out_BTHv = self._attend_expanded(q_nope_BTHU, q_rope_BTHR, latent_BTC, k_rope_BTR, mask_B1TS)
         else:
-            out_BTHV = self._attend_absorbed(q_nope_BTHN, q_rope_BTHR, entries_BSW, mask_B1TS)
-        return self.o_proj(out_BTHV.flatten(2))
+            out_BTHv = self._attend_absorbed(q_nope_BTHU, q_rope_BTHR, entries_BSW, mask_B1TS)
+        return self.o_proj(out_BTHv.flatten(2))
 
     def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The unrotated (B, T, H, N) and rotated (B, T, H, R) queries, and what a token leaves behind: its normalised
-        latent (B, T, C) and its one rotated key (B, T, R)."""
+        """Returns the unrotated queries (B, T, H, U), the rotated queries (B, T, H, R), and what the cache keeps of
+        each token: the normalised latent (B, T, C) and the rotated key that all heads share (B, T, R)."""
         if self.fused_a_proj is not None:
             q, kv_BTW = self.fused_a_proj(x_BTD).tensor_split([-self.kv_lora_rank - self.rope_dim], dim=-1)
         else:
@@ -93,20 +98,20 @@ class MultiheadLatentAttention(nn.Module):
 
     def _attend_expanded(
         self,
-        q_nope_BTHN: Tensor,
+        q_nope_BTHU: Tensor,
         q_rope_BTHR: Tensor,
         latent_BTC: Tensor,
         k_rope_BTR: Tensor,
         mask_B1TS: Tensor | None,
     ) -> Tensor:
-        """Attention within a window, every head's keys and values expanded from the latents: (B, T, H, V)."""
+        """Returns attention within a window, (B, T, H, v); keys and values of every head are expanded from latents."""
         kv = self.kv_b_proj(latent_BTC).unflatten(-1, (self.num_heads, -1))
-        k_nope_BTHN, v_BTHV = kv.split([self.nope_dim, self.v_head_dim], dim=-1)
+        k_nope_BTHU, v_BTHv = kv.split([self.nope_dim, self.v_head_dim], dim=-1)
         k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand_as(q_rope_BTHR)
-        q_BTHQ = torch.cat((q_nope_BTHN, q_rope_BTHR), dim=-1)
-        k_BTHQ = torch.cat((k_nope_BTHN, k_rope_BTHR), dim=-1)
-        # The fused CPU and CUDA kernels want equal head sizes; zero columns are cheaper than falling back.
-        v_BTHQ = F.pad(v_BTHV, (0, max(0, q_BTHQ.shape[-1] - self.v_head_dim)))
+        q_BTHQ = torch.cat((q_nope_BTHU, q_rope_BTHR), dim=-1)
+        k_BTHQ = torch.cat((k_nope_BTHU, k_rope_BTHR), dim=-1)
+        # The fused CPU and CUDA kernels need equal head sizes; adding zero columns is cheaper than the unfused kernel.
+        v_BTHQ = F.pad(v_BTHv, (0, max(0, q_BTHQ.shape[-1] - self.v_head_dim)))
         out_BHTQ = F.scaled_dot_product_attention(
             q_BTHQ.transpose(1, 2),
             k_BTHQ.transpose(1, 2),
@@ -119,15 +124,17 @@ class MultiheadLatentAttention(nn.Module):
         return out_BHTQ[..., : self.v_head_dim].transpose(1, 2)
 
     def _attend_absorbed(
-        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, entries_BSW: Tensor, mask_B1TS: Tensor | None
+        self, q_nope_BTHU: Tensor, q_rope_BTHR: Tensor, entries_BSW: Tensor, mask_B1TS: Tensor | None
     ) -> Tensor:
-        """Attention to the cache itself, W_UK absorbed into the query and W_UV into the output: (B, T, H, V).
+        """Returns attention to the cache entries, (B, T, H, v), with W_UK absorbed into the query and W_UV into the
+        output.
 
         q (W_UK c) = (q W_UK) c (DeepSeek-V2, section 2.1.2), so all heads share one key, the cache entry, and one
-        value, its latent; the value keeps the key's R columns, to be dropped after, for the fused kernels' sake.
+        value, its latent. The fused kernels need key and value of one width, so the value keeps the key's R columns
+        and the result drops them.
         """
-        up_k_HNC, up_v_HCV = self.absorbed or self.up_projections()
-        q_latent_BTHC = _per_head(q_nope_BTHN, up_k_HNC)
+        up_k_HUC, up_v_HCv = self.absorbed or self.up_projections()
+        q_latent_BTHC = _per_head(q_nope_BTHU, up_k_HUC)
         q_BTHW = torch.cat((q_latent_BTHC, q_rope_BTHR), dim=-1)
         entries_BSW = entries_BSW.to(q_BTHW.dtype)
         if q_BTHW.shape[1] == 1:
@@ -142,26 +149,30 @@ class MultiheadLatentAttention(nn.Module):
                 scale=self.scaling,
                 enable_gqa=True,
             ).transpose(1, 2)
-        return _per_head(out_BTHW[..., : self.kv_lora_rank], up_v_HCV)
+        return _per_head(out_BTHW[..., : self.kv_lora_rank], up_v_HCv)
 
     def up_projections(self) -> tuple[Tensor, Tensor]:
-        """W_UK (H, N, C) and the transpose of W_UV (H, C, V), views of `kv_b_proj`."""
-        up_HXC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
-        up_k_HNC, up_v_HVC = up_HXC.split([self.nope_dim, self.v_head_dim], dim=1)
-        return up_k_HNC, up_v_HVC.transpose(1, 2)
+        """Returns W_UK (H, U, C) and the transpose of W_UV (H, C, v) as views of `kv_b_proj`."""
+        up_HOC = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1))
+        up_k_HUC, up_v_HvC = up_HOC.split([self.nope_dim, self.v_head_dim], dim=1)
+        return up_k_HUC, up_v_HvC.transpose(1, 2)
 
 
-def _per_head(x_BTHI: Tensor, weight_HIO: Tensor) -> Tensor:
-    """Each head's vectors through its own matrix, (B, T, H, O), in the matrices' dtype and back."""
-    x_HMI = x_BTHI.flatten(0, 1).transpose(0, 1).to(weight_HIO.dtype)
-    return torch.bmm(x_HMI, weight_HIO).transpose(0, 1).unflatten(0, x_BTHI.shape[:2]).to(x_BTHI.dtype)
+def _per_head(x_BTHA: Tensor, weight_HAO: Tensor) -> Tensor:
+    """Returns each head's vectors times that head's matrix, (B, T, H, O).
+
+    The product is computed in the dtype of the matrices and returned in the dtype of `x_BTHA`.
+    """
+    x_HNA = x_BTHA.flatten(0, 1).transpose(0, 1).to(weight_HAO.dtype)
+    return torch.bmm(x_HNA, weight_HAO).transpose(0, 1).unflatten(0, x_BTHA.shape[:2]).to(x_BTHA.dtype)
 
 
 def _attend_one_token(q_B1HW: Tensor, entries_B1SW: Tensor, mask_B1TS: Tensor | None, scaling: float) -> Tensor:
-    """One token's heads, whose keys are the same: as the rows of one attention twice as fast as broadcast heads.
+    """Returns the attention of one new token per sequence, (B, 1, H, W).
 
-    The CPU's kernel gives a sequence one thread, so a long cache of one sequence is read in parts, put together by
-    their log-sum-exp (flash-decoding).
+    All heads share their keys, so they are passed to the kernel as the rows of a single head: this is twice as fast as
+    broadcasting the keys to the heads. The CPU kernel uses one thread per sequence, so a long cache of a single
+    sequence is read in parts, one per thread, and the parts are merged by their log-sum-exp (flash-decoding).
     """
     threads = torch.get_num_threads()
     batch, _, tokens, _ = entries_B1SW.shape
@@ -178,5 +189,6 @@ def _attend_one_token(q_B1HW: Tensor, entries_B1SW: Tensor, mask_B1TS: Tensor | 
 
 
 def _with_log_sum_exp(q_BPHW: Tensor, entries_BPSW: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns the attention to each part, (B, P, H, W), and the log-sum-exp of its scores, (B, P, H)."""
     out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BPHW, entries_BPSW, entries_BPSW, scale=scaling)
     return out[0], out[1]

@@ -1,6 +1,7 @@
-"""What attention keeps of past tokens: one normalised latent and one rotated key per token and layer.
+"""The latent cache: it keeps one normalised latent and one rotated key per token and layer.
 
-Shapes: L layers, B batch, T new tokens, S capacity or held tokens, C kv_lora_rank, R qk_rope_head_dim, W = C + R.
+Shapes: L num_hidden_layers, B sequences, T new tokens in each, S tokens attended to (cached and new; the cache's
+capacity in its own tensor), C kv_lora_rank, R qk_rope_head_dim, W = C + R, a cache entry.
 """
 
 import torch
@@ -9,11 +10,11 @@ from transformers import DeepseekV3Config
 
 
 class LatentCache:
-    """Preallocated latent cache (DeepSeek-V2, section 2.1: c_KV and k_R are all that is kept); for inference.
+    """Preallocated cache for inference of c_KV and k_R (DeepSeek-V2, section 2.1), the only state MLA needs.
 
-    `padding_B` counts the left-padding tokens of each row, `length` the columns filled so far, padding included.
-    As in transformers, keys stay as they were rotated: a longrope model whose short and long factors differ decodes
-    other numbers than one full forward once it passes `original_max_position_embeddings`.
+    `padding_B` counts the left-padding tokens of each row; `length` counts the columns filled so far, padding included.
+    As in transformers, a key is rotated once and never again. So a longrope model whose short and long factors differ
+    gives other numbers when it decodes past `original_max_position_embeddings` than in one full forward.
     """
 
     def __init__(
@@ -29,14 +30,14 @@ class LatentCache:
         self.kv_lora_rank = config.kv_lora_rank
         width = config.kv_lora_rank + config.qk_rope_head_dim
         shape = (config.num_hidden_layers, batch_size, capacity_tokens, width)
-        # Latent and key lie side by side: absorbed attention reads both as one key, and the latent again as the value.
+        # Latent and key lie side by side: absorbed attention uses both as its key, and the latent alone as its value.
         self.entries_LBSW = torch.zeros(shape, dtype=dtype, device=device)
         self.padding_B = None if padding_B is None else padding_B.to(device)
         self.length = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: layers * batch * capacity * (kv_lora_rank + qk_rope_head_dim) * itemsize."""
+        """Allocated bytes: layers * batch * capacity * (kv_lora_rank + qk_rope_head_dim) * itemsize."""
         return self.entries_LBSW.nbytes
 
     @property
@@ -44,7 +45,7 @@ class LatentCache:
         return self.entries_LBSW.shape[2]
 
     def reserve(self, new_tokens: int) -> None:
-        """Raises ValueError when `new_tokens` more do not fit."""
+        """Checks that `new_tokens` more tokens fit; raises ValueError if they do not."""
         if self.length + new_tokens > self.capacity_tokens:
             raise ValueError(
                 f"{self.length} tokens held + {new_tokens} new exceed the cache's capacity of {self.capacity_tokens}: "
@@ -52,8 +53,10 @@ class LatentCache:
             )
 
     def write(self, layer_index: int, latent_BTC: Tensor, rope_key_BTR: Tensor) -> Tensor:
-        """Stores one layer's new tokens after `length` (which the model advances once all layers have written)
-        and returns the layer's entries so far, (B, length + T, W)."""
+        """Stores one layer's new tokens behind the first `length` and returns the layer's entries, (B, S, W).
+
+        S = length + T. The model advances `length` when all layers have written.
+        """
         end = self.length + latent_BTC.shape[1]
         entries_BSW = self.entries_LBSW[layer_index, :, :end]
         entries_BSW[:, self.length :, : self.kv_lora_rank] = latent_BTC

@@ -1,6 +1,7 @@
-"""Parts of a layer with backward passes written by hand: fewer passes over memory than autograd makes of them.
+"""Parts of a layer with hand-written backward passes, which read and write memory less often than autograd's.
 
-Shapes: N tokens, D hidden, E experts, K experts per token, M = N * K rows sorted by expert, I moe_intermediate_size.
+Shapes: N tokens, D hidden_size, E n_routed_experts, K num_experts_per_tok, M rows sorted by expert (N × K and padding),
+i moe_intermediate_size, J = 2 i, gate and up rows stacked.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNormOfRows(torch.autograd.Function):
-    """x / sqrt(mean(x²) + eps) · gain over the last dimension (Zhang & Sennrich 2019, equation 4), in fp32."""
+    """RMSNorm in fp32: x / sqrt(mean(x²) + eps) · gain over the last dimension (Zhang & Sennrich 2019, equation 4)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
@@ -35,7 +36,7 @@ class RMSNormOfRows(torch.autograd.Function):
 
 
 class Dispatch(torch.autograd.Function):
-    """Tokens (N, D) as rows (M, D): row m is a copy of token `token_M[m]`, and token n's rows are `rows_NK[n]`."""
+    """Copies tokens (N, D) into rows (M, D): row m holds token `token_M[m]`, so token n has the rows `rows_NK[n]`."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, token_M: Tensor, rows_NK: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Rows (M, D) back as the sum of each token's (N, D): the adjoint of `Dispatch`."""
+    """Adds up the rows (M, D) of each token, giving (N, D): the adjoint of `Dispatch`."""
 
     @staticmethod
     def forward(ctx: Any, row_MD: Tensor, token_M: Tensor, rows_NK: Tensor) -> Tensor:
@@ -63,38 +64,39 @@ class Combine(torch.autograd.Function):
 
 
 class SwiGLUExperts(torch.autograd.Function):
-    """w · W_down (silu(W_gate x) * W_up x) of each row by its expert (M, D); expert e's rows end at `ends_E[e]`.
+    """Computes w · W_down (silu(W_gate x) * W_up x) for each row, with the weights of the row's expert: (M, D).
 
-    The weight w is multiplied into the I hidden values, which are fewer than the D outputs.
+    Rows are sorted by expert, and `ends_E[e]` is the end of expert e's rows. The weight w is multiplied into the i
+    hidden values, which are fewer than the D outputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, weights_M1: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, ends_E: Tensor
+        ctx: Any, x_MD: Tensor, weights_M1: Tensor, gate_up_EJD: Tensor, down_EDi: Tensor, ends_E: Tensor
     ) -> Tensor:
         gate_up_MJ = F.grouped_mm(x_MD, gate_up_EJD.transpose(1, 2), offs=ends_E)
-        gate_MI, up_MI = gate_up_MJ.chunk(2, dim=-1)
-        ctx.save_for_backward(x_MD, weights_M1, gate_up_EJD, down_EDI, ends_E, gate_up_MJ)
-        return F.grouped_mm(F.silu(gate_MI).mul_(up_MI).mul_(weights_M1), down_EDI.transpose(1, 2), offs=ends_E)
+        gate_Mi, up_Mi = gate_up_MJ.chunk(2, dim=-1)
+        ctx.save_for_backward(x_MD, weights_M1, gate_up_EJD, down_EDi, ends_E, gate_up_MJ)
+        return F.grouped_mm(F.silu(gate_Mi).mul_(up_Mi).mul_(weights_M1), down_EDi.transpose(1, 2), offs=ends_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_grad_MD: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, weights_M1, gate_up_EJD, down_EDI, ends_E, gate_up_MJ = ctx.saved_tensors
+        x_MD, weights_M1, gate_up_EJD, down_EDi, ends_E, gate_up_MJ = ctx.saved_tensors
         wants_x, wants_weights, wants_gate_up, wants_down, _ = ctx.needs_input_grad
         out_grad_MD = out_grad_MD.contiguous()
-        gate_MI, up_MI = gate_up_MJ.chunk(2, dim=-1)
-        active_MI = F.silu(gate_MI)
-        gated_MI = active_MI * up_MI
-        inner_grad_MI = F.grouped_mm(out_grad_MD, down_EDI, offs=ends_E)
-        weights_grad_M1 = (inner_grad_MI * gated_MI).sum(-1, keepdim=True) if wants_weights else None
-        inner_grad_MI.mul_(weights_M1)
-        down_grad_EDI = None
+        gate_Mi, up_Mi = gate_up_MJ.chunk(2, dim=-1)
+        active_Mi = F.silu(gate_Mi)
+        gated_Mi = active_Mi * up_Mi
+        inner_grad_Mi = F.grouped_mm(out_grad_MD, down_EDi, offs=ends_E)
+        weights_grad_M1 = (inner_grad_Mi * gated_Mi).sum(-1, keepdim=True) if wants_weights else None
+        inner_grad_Mi.mul_(weights_M1)
+        down_grad_EDi = None
         if wants_down:
-            down_grad_EDI = F.grouped_mm(out_grad_MD.t(), gated_MI.mul_(weights_M1), offs=ends_E)
-        up_grad_MI = inner_grad_MI * active_MI
-        gate_grad_MI = torch.ops.aten.silu_backward(inner_grad_MI.mul_(up_MI), gate_MI)
-        gate_up_grad_MJ = torch.cat((gate_grad_MI, up_grad_MI), dim=-1)
+            down_grad_EDi = F.grouped_mm(out_grad_MD.t(), gated_Mi.mul_(weights_M1), offs=ends_E)
+        up_grad_Mi = inner_grad_Mi * active_Mi
+        gate_grad_Mi = torch.ops.aten.silu_backward(inner_grad_Mi.mul_(up_Mi), gate_Mi)
+        gate_up_grad_MJ = torch.cat((gate_grad_Mi, up_grad_Mi), dim=-1)
         gate_up_grad_EJD = F.grouped_mm(gate_up_grad_MJ.t(), x_MD, offs=ends_E) if wants_gate_up else None
         x_grad_MD = F.grouped_mm(gate_up_grad_MJ, gate_up_EJD, offs=ends_E) if wants_x else None
-        return x_grad_MD, weights_grad_M1, gate_up_grad_EJD, down_grad_EDI, None
+        return x_grad_MD, weights_grad_M1, gate_up_grad_EJD, down_grad_EDi, None

@@ -1,9 +1,11 @@
-"""Weights laid out for generating: fewer and faster matrix products, the same function; not to be trained or saved.
+"""A faster layout of a model's weights for generation. A prepared model can be neither trained nor saved.
 
-A token at a time, a matrix product is as fast as its weights are read. On a CPU bf16 weights are reordered for oneDNN,
-which reads them 1.3 to 1.6 times as fast; int8 halves what there is to read. Projections of one input become one.
+When one token is decoded at a time, reading the weights takes most of the time of a matrix product. So on a CPU bf16
+weights are reordered for oneDNN, which reads them 1.3 to 1.6 times as fast; int8 halves the bytes to read; and
+projections that share an input become one product.
 
-Shapes: I inputs, O outputs, M rows sorted by expert, E experts.
+Shapes: A inputs and O outputs of a linear map, M rows sorted by expert, D hidden_size, E n_routed_experts,
+H num_attention_heads, U qk_nope_head_dim, C kv_lora_rank, v v_head_dim.
 """
 
 import torch
@@ -15,18 +17,19 @@ from smolseek.model.experts import Experts
 from smolseek.model.layers import MLP
 
 _INT8_ROWS = 4
-"""Up to so many rows the int8 kernel is ahead of the plain product with weights made bf16 first (3,072 x 576)."""
+"""The int8 kernel is used up to this many rows; beyond it, casting the weights to bf16 first is faster (measured on a
+3,072 x 576 weight)."""
 
 
 class PackedLinear(nn.Module):
-    """A bf16 linear layer whose weight is in oneDNN's own order (CPU)."""
+    """A bf16 linear layer with its weight in oneDNN's own memory order (CPU only)."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight_OA: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight_OI, None))
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight_OA, None))
         self.register_buffer("bias", bias_O)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,20 +37,20 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 weights and a scale for each row of them (symmetric, rounded to nearest)."""
+    """A linear layer with int8 weights and one scale per output (symmetric, rounded to nearest)."""
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight_OA: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        scale_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight_OI.float() / scale_O1).round().to(torch.int8))
-        self.register_buffer("scale", scale_O1[:, 0].to(weight_OI.dtype))
+        scale_O1 = weight_OA.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight_OA.float() / scale_O1).round().to(torch.int8))
+        self.register_buffer("scale", scale_O1[:, 0].to(weight_OA.dtype))
         self.register_buffer("bias", bias_O)
-        # The kernel reads 16 columns at a time and past the end of what does not divide.
-        self.has_kernel = weight_OI.device.type == "cpu" and weight_OI.shape[1] % 16 == 0
+        # The kernel reads 16 columns at a time, and past the end of a weight whose columns are no multiple of 16.
+        self.has_kernel = weight_OA.device.type == "cpu" and weight_OA.shape[1] % 16 == 0
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
@@ -59,29 +62,30 @@ class Int8Linear(nn.Module):
 
 
 class PlainLinear(nn.Module):
-    """A linear layer of weights as they are."""
+    """A linear layer with unchanged weights."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    def __init__(self, weight_OA: Tensor, bias_O: Tensor | None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight_OI)
+        self.register_buffer("weight", weight_OA)
         self.register_buffer("bias", bias_O)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-Laid = type[PackedLinear] | type[Int8Linear] | type[PlainLinear]
+LinearLayout = type[PackedLinear] | type[Int8Linear] | type[PlainLinear]
+"""The class that every linear layer of a prepared model becomes."""
 
 
 class FusedMLP(nn.Module):
-    """SwiGLU whose gate and up projection are one product."""
+    """SwiGLU MLP with gate and up projection in one product."""
 
-    def __init__(self, gate_up_OI: Tensor, down_OI: Tensor, act_fn: nn.Module, laid: Laid) -> None:
+    def __init__(self, gate_up_OA: Tensor, down_OA: Tensor, act_fn: nn.Module, layout: LinearLayout) -> None:
         super().__init__()
-        self.gate_up_proj, self.down_proj = laid(gate_up_OI, None), laid(down_OI, None)
+        self.gate_up_proj, self.down_proj = layout(gate_up_OA, None), layout(down_OA, None)
         self.act_fn = act_fn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,15 +94,15 @@ class FusedMLP(nn.Module):
 
 
 class LoopedExperts(nn.Module):
-    """Routed experts one after the other, those that got no row left out: what few tokens need."""
+    """Routed experts that run one after the other, and only those that have rows: faster for few tokens."""
 
-    def __init__(self, experts: Experts, laid: Laid) -> None:
+    def __init__(self, experts: Experts, layout: LinearLayout) -> None:
         super().__init__()
         pairs = zip(experts.gate_up_proj, experts.down_proj, strict=True)
-        self.experts = nn.ModuleList(FusedMLP(gate_up, down, experts.act_fn, laid) for gate_up, down in pairs)
+        self.experts = nn.ModuleList(FusedMLP(gate_up, down, experts.act_fn, layout) for gate_up, down in pairs)
 
     def forward(self, x_MD: Tensor, ends_E: Tensor, weights_M1: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Returns weighted outputs (M, D); arguments as in `Experts.forward`."""
         out, start = [], 0
         for expert, end in zip(self.experts, ends_E.tolist(), strict=True):
             if end > start:
@@ -107,52 +111,54 @@ class LoopedExperts(nn.Module):
         return torch.cat(out) * weights_M1
 
     def one(self, index: int, x_MD: Tensor) -> Tensor:
-        """Outputs (M, D) of one expert."""
+        """Returns the outputs (M, D) of expert `index`."""
         return self.experts[index](x_MD)
 
 
 @torch.no_grad()
 def prepare_for_generation(model: nn.Module, *, int8: bool = False) -> None:
-    """Lay `model`'s weights out anew, in place: its linear layers, and our own MLPs, experts and attentions as a whole.
+    """Replaces the linear layers of `model` in place, and our own MLPs, experts and attentions as a whole.
 
-    In fp32 and on a GPU the products are fused and the weights stay as they are. The head is laid out apart from the
-    embedding that it may be tied to. `int8` changes the function: 8 bits a weight, in bf16 activations where the model
-    is bf16.
+    In fp32 and on a GPU products are fused and the weights keep their values and order. A head that is tied to the
+    embedding gets a weight of its own. With `int8` the outputs change: each weight is rounded to 8 bits; activations
+    keep the model's dtype.
     """
     weight = next(model.parameters())
     packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    laid: Laid = Int8Linear if int8 else PackedLinear if packs else PlainLinear
+    layout: LinearLayout = Int8Linear if int8 else PackedLinear if packs else PlainLinear
     for module in model.modules():
         if isinstance(module, MultiheadLatentAttention):
-            up_k_HNC, up_v_HCV = module.up_projections()
-            kept = torch.float32 if weight.device.type == "cpu" else weight.dtype  # a CPU multiplies small fp32 faster
-            module.absorbed = up_k_HNC.to(kept).contiguous(), up_v_HCV.to(kept).contiguous()
-            _fuse_down_projections(module, laid)
-    _replace(model, laid)
+            up_k_HUC, up_v_HCv = module.up_projections()
+            # A CPU multiplies small fp32 matrices faster than bf16 ones.
+            dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+            module.absorbed = up_k_HUC.to(dtype).contiguous(), up_v_HCv.to(dtype).contiguous()
+            _fuse_down_projections(module, layout)
+    _replace_children(model, layout)
 
 
-def _replace(module: nn.Module, laid: Laid) -> None:
+def _replace_children(module: nn.Module, layout: LinearLayout) -> None:
+    """Replaces the linear layers, MLPs and experts below `module`."""
     for name, child in module.named_children():
         if isinstance(child, MLP) and not child.gate_proj.weight.numel():
             continue  # no shared experts
         if isinstance(child, MLP):
             gate_up = torch.cat((child.gate_proj.weight, child.up_proj.weight))
-            setattr(module, name, FusedMLP(gate_up, child.down_proj.weight, child.act_fn, laid))
+            setattr(module, name, FusedMLP(gate_up, child.down_proj.weight, child.act_fn, layout))
         elif isinstance(child, Experts):
-            if child.gate_up_proj.device.type == "cpu":  # a GPU would wait for the loop's bounds
-                setattr(module, name, LoopedExperts(child, laid))
+            if child.gate_up_proj.device.type == "cpu":  # the loop's bounds are read on the CPU; a GPU would wait
+                setattr(module, name, LoopedExperts(child, layout))
         elif isinstance(child, nn.Linear):
-            setattr(module, name, laid(child.weight.detach(), child.bias))
+            setattr(module, name, layout(child.weight.detach(), child.bias))
         else:
-            _replace(child, laid)
+            _replace_children(child, layout)
 
 
-def _fuse_down_projections(attention: MultiheadLatentAttention, laid: Laid) -> None:
-    """Both projections of the hidden state as one."""
+def _fuse_down_projections(attention: MultiheadLatentAttention, layout: LinearLayout) -> None:
+    """Replaces the two projections of the hidden state, to queries and to the latent, by one."""
     query = "q_proj" if attention.q_lora_rank is None else "q_a_proj"
     parts = [getattr(attention, name) for name in (query, "kv_a_proj_with_mqa")]
     biases = [torch.zeros_like(p.weight[:, 0]) if p.bias is None else p.bias for p in parts]
     bias_O = None if all(part.bias is None for part in parts) else torch.cat(biases)
-    attention.fused_a_proj = laid(torch.cat([part.weight for part in parts]), bias_O)
+    attention.fused_a_proj = layout(torch.cat([part.weight for part in parts]), bias_O)
     for name in (query, "kv_a_proj_with_mqa"):
         delattr(attention, name)

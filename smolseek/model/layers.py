@@ -1,4 +1,4 @@
-"""The small things that every part of the model shares."""
+"""RMSNorm and the SwiGLU MLP."""
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +10,16 @@ from smolseek.model.fused import RMSNormOfRows
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm whose gain follows the dtype of its input, so that autocast needs no mixed kernel."""
+    """RMSNorm that casts its gain to the input's dtype, so that autocast needs no kernel for mixed dtypes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled():  # where torch makes six operations of it
+        if x.device.type == "cpu" and torch.is_grad_enabled():  # torch would run six operations here
             return RMSNormOfRows.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(act(gate(x)) * up(x)); width 0 gives zeros, as in transformers (`n_shared_experts: 0`)."""
+    """SwiGLU MLP: down(act(gate(x)) * up(x)). As in transformers, width 0 gives zeros (`n_shared_experts: 0`)."""
 
     def __init__(self, config: DeepseekV3Config, intermediate_size: int) -> None:
         super().__init__()

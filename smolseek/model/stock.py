@@ -1,6 +1,7 @@
-"""Any transformers causal LM behind the interface of our own model.
+"""An adapter that gives any transformers causal LM the interface of our own model.
 
-Shapes: B batch, T tokens of this call, S tokens seen, D hidden, V vocabulary.
+Shapes: B sequences, T new tokens in each, S tokens attended to (cached and new), D hidden_size, V vocab_size; input_ids
+and segment_ids are (B, T).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 
 class StockCache:
-    """transformers' own key-value cache with the left padding of its rows."""
+    """transformers' key-value cache, and how many left-padding tokens each of its rows has."""
 
     def __init__(self, config: Any, padding_B: Tensor | None) -> None:
         from transformers import DynamicCache
@@ -22,12 +23,12 @@ class StockCache:
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Tokens held in each row, padding included."""
         return self.inner.get_seq_length()
 
 
 class StockModel(nn.Module):
-    """A transformers causal LM with `hidden_states`, `forward`, `new_cache` and `lm_head` as `DeepseekV3` has them."""
+    """A transformers causal LM with the `hidden_states`, `forward`, `new_cache` and `lm_head` of `DeepseekV3`."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -40,13 +41,13 @@ class StockModel(nn.Module):
         return self.model.get_output_embeddings()
 
     def new_cache(self, batch_size: int, capacity_tokens: int, padding_B: Tensor | None = None) -> StockCache:
-        """An empty cache; it grows by itself."""
+        """Returns an empty cache, which grows as needed: `capacity_tokens` is ignored."""
         return StockCache(self.config, padding_B)
 
     def hidden_states(
         self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: StockCache | None = None
     ) -> Tensor:
-        """States after the final norm, (B, T, D)."""
+        """Returns the hidden states after the final norm, (B, T, D); arguments as in `DeepseekV3.hidden_states`."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
         if segment_ids is not None:
             inputs["attention_mask"] = _packed_mask(segment_ids, self.lm_head.weight.dtype)
@@ -65,12 +66,12 @@ class StockModel(nn.Module):
     def forward(
         self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: StockCache | None = None
     ) -> Tensor:
-        """Logits, (B, T, V)."""
+        """Returns logits, (B, T, V); arguments as in `DeepseekV3.hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
 
 
 def _packed_mask(segment_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, T, T): causal, and closed between documents."""
+    """Returns an additive mask (B, 1, T, T): causal, and between two documents the dtype's lowest number."""
     tokens = segment_ids_BT.shape[1]
     causal_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=segment_ids_BT.device).tril()
     same_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]

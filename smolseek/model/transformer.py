@@ -1,7 +1,7 @@
 """DeepSeek-V3 with the parameter tree of transformers' DeepseekV3ForCausalLM.
 
-Shapes: B batch, T tokens, S prefix + new tokens, D hidden, V vocabulary, R qk_rope_head_dim; input_ids and segment_ids
-are (B, T).
+Shapes: B sequences, T new tokens in each, S tokens attended to (cached and new), D hidden_size, V vocab_size,
+R qk_rope_head_dim, s = R / 2 rope slots, E n_routed_experts; input_ids and segment_ids are (B, T).
 """
 
 import contextlib
@@ -41,18 +41,18 @@ class DecoderLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding, decoder layers and final norm: everything under `model.` in the parameter tree."""
+    """Embedding, decoder layers and final norm: all parameters whose names begin with `model.`."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        # transformers' own: default, linear, dynamic, yarn and longrope stay identical to it.
+        # transformers' own class, so that every rope type (default, linear, dynamic, yarn, longrope) gives its numbers.
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
         self.activation_checkpointing = False
         self.compiled_layers: list[Any] = []
-        """The layers for forwards with gradients where `compile_for_training` was called."""
+        """Compiled layers for forwards with gradients; empty until `compile_for_training` is called."""
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
         tokens = input_ids.shape[1]
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
         for layer in self.compiled_layers if torch.is_grad_enabled() and self.compiled_layers else self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h_BTD = _recomputed(layer, h_BTD, rope, mask_B1TS)
+                h_BTD = _checkpointed(layer, h_BTD, rope, mask_B1TS)
             else:
                 h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
         if cache is not None:
@@ -71,24 +71,24 @@ class Transformer(nn.Module):
         return self.norm(h_BTD)
 
     def compile_for_training(self) -> None:
-        """Compile the layers at their next forward with gradients; what cannot be compiled runs as it is."""
-        torch._dynamo.config.suppress_errors = True  # a machine without a compiler, say: a warning and the plain layer
+        """Makes each layer compile at its next forward with gradients; one that cannot be compiled runs as before."""
+        torch._dynamo.config.suppress_errors = True  # without a compiler, for example: warn and run the plain layer
         self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
 
     def rope(self, tokens: int, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
-        """fp32 cos and sin, (B or 1, T, 1, R / 2); positions count from each row's first real token."""
+        """Returns cos and sin in fp32, (B or 1, T, 1, s); positions count from each row's first token after padding."""
         start, device = 0 if cache is None else cache.length, self.embed_tokens.weight.device
         positions_BT = torch.arange(start, start + tokens, device=device).unsqueeze(0)
         if cache is not None and cache.padding_B is not None:
-            positions_BT = positions_BT - cache.padding_B.unsqueeze(1)  # nobody sees the negative ones
+            positions_BT = positions_BT - cache.padding_B.unsqueeze(1)  # padding gets negative ones, which are masked
         like = torch.empty((), dtype=torch.float32, device=device)
-        cos, sin = self.rotary_emb(like, positions_BT)  # each angle twice, (..., R)
-        pairs = cos.shape[-1] // 2
-        return cos[..., :pairs].unsqueeze(2), sin[..., :pairs].unsqueeze(2)
+        cos, sin = self.rotary_emb(like, positions_BT)  # (..., R): each angle stands there twice
+        slots = cos.shape[-1] // 2
+        return cos[..., :slots].unsqueeze(2), sin[..., :slots].unsqueeze(2)
 
 
-def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
-    """The layer's output, what is inside it computed again in the backward pass and its tokens not counted again."""
+def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
+    """Returns the layer's output; the backward pass recomputes its activations and leaves the expert counts alone."""
 
     @contextlib.contextmanager
     def counts_kept() -> Iterator[None]:
@@ -113,9 +113,9 @@ def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
 def attention_mask(
     tokens: int, segment_ids: Tensor | None, cache: LatentCache | None, device: torch.device
 ) -> Tensor | None:
-    """True where a token may look, (B or 1, 1, T, S), or None where attention's own default says the same.
+    """Returns a mask (B or 1, 1, T, S), True where a token may attend; None if it equals attention's default.
 
-    Raises ValueError for segments together with a cache.
+    Raises ValueError when both segments and a cache are given.
     """
     if segment_ids is not None:
         if cache is not None:
@@ -127,7 +127,7 @@ def attention_mask(
     rows_T1 = columns_S[cache.length :, None]
     mask_B1TS = (columns_S <= rows_T1)[None, None]
     if cache.padding_B is not None:
-        # A padding token still sees itself: a row that sees nothing would be NaN in some kernels.
+        # A padding token sees itself, because a row that sees nothing gives NaN in some kernels.
         mask_B1TS = mask_B1TS & (columns_S >= cache.padding_B[:, None, None, None]) | (columns_S == rows_T1)
     return mask_B1TS
 
@@ -135,8 +135,8 @@ def attention_mask(
 class DeepseekV3(nn.Module):
     """DeepSeek-V3 for causal language modelling (DeepSeek-V3, section 2.1; no multi-token prediction).
 
-    Its state dict equals that of transformers' DeepseekV3ForCausalLM(config) in keys and shapes. Initialised as there:
-    normal(0, initializer_range), norms 1, biases 0. Raises ValueError for a config that no such model can have.
+    Its state dict has the keys and shapes of transformers' DeepseekV3ForCausalLM(config), and its initial values are
+    drawn as there: normal(0, initializer_range), norms 1, biases 0. Raises ValueError as `check_config` does.
     """
 
     def __init__(self, config: DeepseekV3Config) -> None:
@@ -152,21 +152,21 @@ class DeepseekV3(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D).
+        """Returns the hidden states after the final norm, (B, T, D).
 
-        `segment_ids` numbers the documents of a packed window, which then do not see each other. With a `cache` the
-        tokens follow those it holds; ValueError when they do not fit.
+        `segment_ids` numbers the documents of a packed window: a token attends only to its own document. With a `cache`
+        the tokens follow the cached ones; ValueError if they do not fit into it.
         """
         return self.model(input_ids, segment_ids, cache)
 
     def forward(
         self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V); arguments as `hidden_states`."""
+        """Returns logits (B, T, V); arguments as in `hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
 
     def new_cache(self, batch_size: int, capacity_tokens: int, padding_B: Tensor | None = None) -> LatentCache:
-        """An empty cache; `padding_B` gives each row's number of left-padding tokens."""
+        """Returns an empty cache; `padding_B` gives each row's number of left-padding tokens."""
         weight = self.model.embed_tokens.weight
         return LatentCache(
             self.config, batch_size, capacity_tokens, padding_B, dtype=weight.dtype, device=weight.device
@@ -183,7 +183,8 @@ class DeepseekV3(nn.Module):
             self.model.embed_tokens.weight[self.config.pad_token_id].zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Routing biases and rope frequencies stay fp32 when the weights are cast: rounding would reroute and misplace.
+        # Casting the weights keeps routing biases and rope frequencies in fp32: rounding a bias would change the chosen
+        # experts, and rounding a frequency would shift positions.
         kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
@@ -195,7 +196,7 @@ class DeepseekV3(nn.Module):
 
 
 def check_config(config: DeepseekV3Config) -> None:
-    """Raises ValueError for what DeepseekV3Config lets through and no model can be built from."""
+    """Raises ValueError for a config that DeepseekV3Config accepts but no model can be built from."""
     if config.num_key_value_heads != config.num_attention_heads:
         raise ValueError(
             f"num_key_value_heads {config.num_key_value_heads} differs from num_attention_heads "

@@ -1,1 +1,1 @@
-"""Runs and conversions as a page and as pictures; reads what they left and imports no torch."""
+"""Reports on runs and conversions as an HTML page and PNGs, made from their files. Imports no torch."""

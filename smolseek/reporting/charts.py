@@ -1,4 +1,4 @@
-"""Charts as data, and the scales they are drawn to: what the page and the PNGs share."""
+"""Charts as data, and their scales; shared by the page and the PNGs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 MAX_POINTS = 240
-"""Most points drawn of one line; longer ones are means over as many stretches."""
+"""Most points drawn of one line; a longer line is drawn as the means of this many segments."""
 HEAT_EDGES = (0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2.0)
-"""Where the colours of an expert's load change, in fair shares."""
+"""Loads at which the colour of an expert's load changes, in fair shares."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line, or with `marked` points joined by one.
+    """A line; with `marked` its points are drawn too.
 
-    Its colour says which of a few things it is (`hue`), or where it stands in an order, 0 to 1 (`rank`); grey without.
+    Its colour is a number of the palette (`hue`), or a place between 0 and 1 on the colour ramp (`rank`), or grey if
+    both are None.
     """
 
     name: str
@@ -31,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """Lines over one axis."""
+    """Lines over a common x axis."""
 
     title: str
     note: str
@@ -42,12 +43,12 @@ class LineChart:
     x_format: str = ",.0f"
     y_format: str = ",.4g"
     each_x: bool = False
-    """A tick at each of the few positions."""
+    """Whether each x gets a tick, if there are at most 8 of them."""
 
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """Rows by columns of numbers."""
+    """A named matrix of numbers."""
 
     name: str
     rows: list[list[float]]
@@ -55,7 +56,7 @@ class HeatPanel:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Panels over the same columns: experts by steps, in fair shares."""
+    """Panels with common columns: each cell is the load of an expert (row) at a step (column), in fair shares."""
 
     title: str
     note: str
@@ -68,7 +69,7 @@ Chart = LineChart | HeatMap
 
 @dataclass(frozen=True)
 class Scale:
-    """Positions between 0 and 1 of the numbers between two ends, and where ticks stand."""
+    """Maps numbers from `low` to `high` to positions from 0 to 1, and holds the ticks."""
 
     low: float
     high: float
@@ -82,7 +83,10 @@ class Scale:
 
 
 def y_scale(chart: LineChart) -> Scale:
-    """Round numbers around all that is drawn; logarithmic where the chart asks for it and the numbers allow it."""
+    """Returns a scale between round numbers that holds all values.
+
+    It is logarithmic if the chart asks for it, all values are positive, and the largest is over 3 times the smallest.
+    """
     values = [y for line in chart.lines for y in line.ys]
     low, high = min(values, default=0.0), max(values, default=1.0)
     if chart.log and low > 0 and high / low > 3:
@@ -94,23 +98,24 @@ def y_scale(chart: LineChart) -> Scale:
 
 
 def x_scale(chart: LineChart) -> Scale:
-    """From the first to the last position, ticks at round numbers between them."""
-    return column_scale([x for line in chart.lines for x in line.xs], each=chart.each_x)
+    """Returns a scale from the smallest to the largest x, with ticks at round numbers between them."""
+    return position_scale([x for line in chart.lines for x in line.xs], each=chart.each_x)
 
 
-def column_scale(xs: Sequence[float], *, each: bool = False) -> Scale:
-    """As `x_scale`, of positions themselves."""
+def position_scale(xs: Sequence[float], *, each: bool = False) -> Scale:
+    """Returns what `x_scale` returns, for a list of x; with `each` every x gets a tick if there are at most 8."""
     low, high = min(xs, default=0.0), max(xs, default=1.0)
     if low == high:
         return Scale(low - 1, high + 1, [low])
-    named = sorted(set(xs))
-    if each and len(named) <= 8:
-        return Scale(low, high, named)
+    distinct = sorted(set(xs))
+    if each and len(distinct) <= 8:
+        return Scale(low, high, distinct)
     return Scale(low, high, [tick for tick in round_ticks(low, high, 4) if low <= tick <= high])
 
 
 def round_ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` steps of 1, 2, 2.5 or 5 times a power of ten, from below `low` to above `high`."""
+    """Returns ticks from at most `low` to at least `high`, about `count` steps of 1, 2, 2.5 or 5 times a power of ten
+    apart."""
     span = high - low or abs(high) or 1.0
     size = 10 ** math.floor(math.log10(span / count))
     step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size * count >= span * 0.999)
@@ -119,7 +124,7 @@ def round_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten around two positive numbers; fewer of them over many powers."""
+    """Returns ticks around two positive numbers: 1, 2 and 5 times powers of ten, or only powers for a wide range."""
     factors = (1, 2, 5) if high / low < 200 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -128,19 +133,19 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [round(tick, 12) for tick in ticks[first : last + 1]]
 
 
-def thin(line: Line) -> Line:
-    """The line with at most `MAX_POINTS` points, each the mean of a stretch."""
-    return replace(line, xs=stretch_means(line.xs, MAX_POINTS), ys=stretch_means(line.ys, MAX_POINTS))
+def downsample(line: Line) -> Line:
+    """Returns the line with at most `MAX_POINTS` points, each the mean of a segment."""
+    return replace(line, xs=segment_means(line.xs, MAX_POINTS), ys=segment_means(line.ys, MAX_POINTS))
 
 
-def thin_columns(chart: HeatMap, columns: int) -> HeatMap:
-    """The heat map with at most so many columns, each the mean of a stretch."""
-    panels = [HeatPanel(panel.name, [stretch_means(row, columns) for row in panel.rows]) for panel in chart.panels]
-    return replace(chart, xs=stretch_means(chart.xs, columns), panels=panels)
+def downsample_columns(chart: HeatMap, columns: int) -> HeatMap:
+    """Returns the heat map with at most `columns` columns, each the mean of a segment."""
+    panels = [HeatPanel(panel.name, [segment_means(row, columns) for row in panel.rows]) for panel in chart.panels]
+    return replace(chart, xs=segment_means(chart.xs, columns), panels=panels)
 
 
-def stretch_means(values: Sequence[float], count: int) -> list[float]:
-    """The values, or of more than `count` the means of as many stretches."""
+def segment_means(values: Sequence[float], count: int) -> list[float]:
+    """Returns the values, or the means of `count` segments if there are more values than that."""
     if len(values) <= count:
         return list(values)
     edges = pairwise(len(values) * number // count for number in range(count + 1))
@@ -148,5 +153,5 @@ def stretch_means(values: Sequence[float], count: int) -> list[float]:
 
 
 def heat_level(value: float) -> int:
-    """Which of the colours a load has: 0 for the least, 4 about a fair share, 8 for the most."""
+    """Returns the number of a load's colour: 0 for the lowest loads, 4 around a fair share, 8 for the highest."""
     return sum(value > edge for edge in HEAT_EDGES)

@@ -1,4 +1,4 @@
-"""Which charts there are of runs and conversions."""
+"""Makes the charts of runs and conversions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from smolseek.reporting.charts import Chart, HeatMap, HeatPanel, Line, LineChart
 from smolseek.reporting.read import Conversion, Run, fair_shares, perplexities
 
 STAGES = ("closed_form", "refined", "distilled", "healed")
-"""Of a conversion, in their order; healing comes after it."""
+"""The stages of a conversion in order, and healing, which comes after them."""
 ERRORS = {
     "attention": {"closed_form": "attention_error", "refined": "attention_error_refined"},
     "MLP": {"closed_form": "mlp_error", "refined": "mlp_error_refined"},
 }
-"""What conversion.json calls the error of a block's output relative to the dense block's, by stage."""
+"""The keys of conversion.json for the error of a block's output relative to the dense block's, by stage."""
 
 BY_LAYER = (
     ("MaxVio", "(largest load − mean load) / mean load over each logged batch; 0 is balanced.", ("maxvio",)),
@@ -26,18 +26,19 @@ BY_LAYER = (
     ),
     ("Routing by the token", "Share of the choice that the token's identity explains.", ("experts", "routing")),
 )
-"""Title, note and place in metrics.jsonl of what is told for every expert layer."""
+"""Title, note and path in metrics.jsonl of the numbers that are logged for every expert layer."""
 
 
 def training_charts(runs: Sequence[Run]) -> list[Chart]:
-    """Loss, held-out loss, learning rate and speed of all runs over one another, and of several their balance."""
+    """Returns charts of loss, held-out loss, learning rate and speed, and for several runs of MaxVio; each shows all
+    runs."""
     charts: list[Chart | None] = [
-        _over_steps(runs, "Training loss", "Nats per token of each logged batch.", "loss"),
+        _step_chart(runs, "Training loss", "Nats per token of each logged batch.", "loss"),
         held_out_chart(runs),
-        _over_steps(
+        _step_chart(
             runs, "Learning rate", "Of weights without a factor of their own.", "learning_rate", y_format=".3g"
         ),
-        _over_steps(
+        _step_chart(
             runs,
             "Tokens per second",
             "Of each logged step, without evaluation, samples and checkpoints.",
@@ -46,12 +47,15 @@ def training_charts(runs: Sequence[Run]) -> list[Chart]:
     ]
     if len(runs) > 1:
         worst = "(largest load − mean load) / mean load over a batch, of the run's worst layer."
-        charts.append(_over_steps(runs, "MaxVio", worst, "maxvio", value=lambda by: max(by.values())))
+        charts.append(_step_chart(runs, "MaxVio", worst, "maxvio", value=lambda by: max(by.values())))
     return [chart for chart in charts if chart is not None]
 
 
 def held_out_chart(runs: Sequence[Run]) -> LineChart | None:
-    """Held-out loss at every evaluation, with the controls dashed, between the models that the runs start from."""
+    """Returns the held-out loss at every evaluation; None if there is none.
+
+    Dense controls are dashed, and level lines show the models that the runs start from.
+    """
     lines = []
     for hue, run in enumerate(runs):
         xs, ys = run.series("held_out", "loss")
@@ -62,23 +66,23 @@ def held_out_chart(runs: Sequence[Run]) -> LineChart | None:
     lines = [line for line in lines if line.xs]
     if not lines:
         return None
-    lines += _levels(runs, max(line.xs[-1] for line in lines))
+    lines += _reference_lines(runs, max(line.xs[-1] for line in lines))
     return LineChart("Held-out loss", "Nats per token of text that no run trains on.", "step", lines)
 
 
-def _levels(runs: Sequence[Run], last: float) -> list[Line]:
-    """Where the dense and the converted model stand, if that is one loss for all runs."""
+def _reference_lines(runs: Sequence[Run], last_step: float) -> list[Line]:
+    """Returns level lines at the loss of the dense and of the converted model, for each if all runs share it."""
     lines = []
     for model, name in (("dense", "dense source"), ("converted", "as converted")):
         losses = {run.models.get(model, {}).get("loss") for run in runs}
         loss = losses.pop()
         if not losses and loss is not None:
-            lines.append(Line(name, [0, last], [loss, loss], dashed=model == "converted"))
+            lines.append(Line(name, [0, last_step], [loss, loss], dashed=model == "converted"))
     return lines
 
 
 def expert_charts(run: Run) -> list[Chart]:
-    """Balance and specialisation of one run, a line or a panel per layer; none without expert layers."""
+    """Returns charts of one run's balance and specialisation, a line or a panel per layer; none without experts."""
     if not run.layers:
         return []
     charts: list[Chart] = [load_chart(run)]
@@ -94,10 +98,10 @@ def expert_charts(run: Run) -> list[Chart]:
 
 
 def load_chart(run: Run) -> HeatMap:
-    """Each expert's load over the run, a panel a layer.
+    """Returns each expert's load over the run, one panel per layer.
 
     Raises:
-        ValueError: a run without expert layers.
+        ValueError: the run has no expert layers.
     """
     if not run.layers:
         raise ValueError(f"{run.name}: no load of experts in its metrics; it trained a model without expert layers")
@@ -113,7 +117,7 @@ def load_chart(run: Run) -> HeatMap:
 
 
 def conversion_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list[Chart]:
-    """Perplexity against cache kept, and the error that each layer was left with by stage."""
+    """Returns charts of perplexity against the cache kept, and of each layer's error after each stage."""
     charts = cache_charts(runs, conversions)
     for conversion in conversions:
         for chart in error_charts(conversion):
@@ -127,14 +131,14 @@ def conversion_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) ->
 
 
 def error_charts(conversion: Conversion) -> list[LineChart]:
-    """The error of each layer's attention and MLP by stage; none of an exact conversion."""
+    """Returns charts of the error of each layer's attention and MLP by stage; none for an exact conversion."""
     charts = []
     for part, keys in ERRORS.items():
-        lines = [_by_layer(conversion, stage, key) for stage, key in keys.items()]
+        lines = [_layer_line(conversion, stage, key) for stage, key in keys.items()]
         note = "Of the block's output relative to the dense block's, after each stage that works by layers."
         if any(line.xs for line in lines):
             charts.append(_layer_chart(f"{part} error by layer", note, lines))
-    line = _by_layer(conversion, "closed_form", "latent_error_weighted")
+    line = _layer_line(conversion, "closed_form", "latent_error_weighted")
     if not charts and line.xs:
         note = "Share of keys and values lost, by what it does to the loss."
         charts.append(_layer_chart("latent cut by layer", note, [line]))
@@ -142,7 +146,10 @@ def error_charts(conversion: Conversion) -> list[LineChart]:
 
 
 def cache_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list[Chart]:
-    """Perplexity over the dense model's against the cache kept, by stage; a chart for each source in several sizes."""
+    """Returns charts of perplexity, as a multiple of the dense model's, against the cache kept, one line per stage.
+
+    A source gets a chart if its conversions keep different shares of the cache.
+    """
     healed = {run.name: run.models for run in runs if {"dense", "healed"} <= set(run.models)}
     by_source: dict[str, list[Conversion]] = {}
     for conversion in conversions:
@@ -152,13 +159,14 @@ def cache_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list
     for source, group in by_source.items():
         points: dict[str, list[tuple[float, float]]] = {}
         for conversion in group:
-            told = perplexities(conversion.losses)
-            ratios = {stage: told[stage] / told["dense"] for stage in STAGES if stage in told and "dense" in told}
+            by_stage = perplexities(conversion.losses)
+            shown = [stage for stage in STAGES if stage in by_stage and "dense" in by_stage]
+            ratios = {stage: by_stage[stage] / by_stage["dense"] for stage in shown}
             if models := healed.get(conversion.name):
                 ratios["healed"] = models["healed"]["perplexity"] / models["dense"]["perplexity"]
             for stage, ratio in ratios.items():
                 points.setdefault(stage, []).append((100 * conversion.cache_share, ratio))
-        lines = [_by_place(stage, sorted(points[stage])) for stage in STAGES if stage in points]
+        lines = [_stage_line(stage, sorted(points[stage])) for stage in STAGES if stage in points]
         if len({x for line in lines for x in line.xs}) > 1:
             charts.append(_cache_chart(source, lines))
     return charts
@@ -170,12 +178,12 @@ def _cache_chart(source: str, lines: list[Line]) -> LineChart:
     return LineChart(title, note, x_name, lines, log=True, each_x=True, x_format=".3g")
 
 
-def _by_layer(conversion: Conversion, stage: str, key: str) -> Line:
-    return _by_place(stage, [(layer["layer"], layer[key]) for layer in conversion.layers if key in layer])
+def _layer_line(conversion: Conversion, stage: str, key: str) -> Line:
+    return _stage_line(stage, [(layer["layer"], layer[key]) for layer in conversion.layers if key in layer])
 
 
-def _by_place(stage: str, points: list[tuple[float, float]]) -> Line:
-    return Line(spoken(stage), [x for x, _ in points], [y for _, y in points], hue=STAGES.index(stage), marked=True)
+def _stage_line(stage: str, points: list[tuple[float, float]]) -> Line:
+    return Line(in_words(stage), [x for x, _ in points], [y for _, y in points], hue=STAGES.index(stage), marked=True)
 
 
 def _layer_chart(title: str, note: str, lines: list[Line]) -> LineChart:
@@ -183,10 +191,10 @@ def _layer_chart(title: str, note: str, lines: list[Line]) -> LineChart:
     return LineChart(title, note, "layer", shown, from_zero=True, each_x=True, y_format=",.3g")
 
 
-def _over_steps(
+def _step_chart(
     runs: Iterable[Run], title: str, note: str, key: str, *, value: Callable[[Any], float] = float, **how: Any
 ) -> LineChart | None:
-    """A line a run; none when no run says anything."""
+    """Returns a chart of the numbers under `key` by step, one line per run; None if no run has any."""
     lines = []
     for hue, run in enumerate(runs):
         xs, values = run.series(key)
@@ -195,6 +203,6 @@ def _over_steps(
     return LineChart(title, note, "step", lines, from_zero=key != "loss", **how) if lines else None
 
 
-def spoken(name: str) -> str:
-    """A key of summary.json or conversion.json in words."""
+def in_words(name: str) -> str:
+    """Returns a key of summary.json or conversion.json as words."""
     return name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The report: one HTML file that loads nothing."""
+"""The report page: one HTML file that loads no other file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from smolseek.reporting.charts import Chart, HeatMap
-from smolseek.reporting.draw import figure, folded, table
-from smolseek.reporting.figures import conversion_charts, expert_charts, spoken, training_charts
+from smolseek.reporting.draw import collapsible, figure, table
+from smolseek.reporting.figures import STAGES, conversion_charts, expert_charts, in_words, training_charts
 from smolseek.reporting.read import Conversion, Run, perplexities
 
 HEAT_CELLS = 40000
-"""Most cells of all heat maps together: what keeps a page of any runs below a megabyte."""
+"""Most cells of all heat maps together; this keeps every page below a megabyte."""
 COLUMNS = {
     "loss": ("held-out loss", ".4f"),
     "perplexity": ("perplexity", ".2f"),
@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 def sections(runs: Sequence[Run], conversions: Sequence[Conversion]) -> dict[str, list[Chart]]:
-    """The charts of a report by their heading."""
+    """Returns the charts of a report by heading."""
     by_heading = {"Training": training_charts(runs)}
     for run in runs:
         by_heading[f"Experts of {run.name}"] = expert_charts(run)
@@ -38,7 +38,7 @@ def sections(runs: Sequence[Run], conversions: Sequence[Conversion]) -> dict[str
 
 
 def render(runs: Sequence[Run], conversions: Sequence[Conversion]) -> str:
-    """The page."""
+    """Returns the page as HTML."""
     here = Path(__file__)
     style, script = (here.with_name(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -74,16 +74,16 @@ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{dige
 
 
 def _charts(charts: Iterable[Chart], runs: int) -> str:
-    """Heat maps take the whole width, so they stand before the charts in columns."""
+    """Returns the drawn charts. Heat maps take the whole width, so they come before the charts in columns."""
     ordered = sorted(charts, key=lambda chart: not isinstance(chart, HeatMap))
     return f'<div class="charts">{"".join(figure(chart, HEAT_CELLS // max(1, runs)) for chart in ordered)}</div>'
 
 
 def _results(runs: Sequence[Run]) -> str:
-    """Where each run is, and the models of those that have ended."""
+    """Returns the state of each run, and a table of the models of the runs that have ended."""
     states = "".join(f"<p><strong>{escape(run.name)}</strong>: {escape(_state(run))}</p>" for run in runs)
     rows = [
-        [f"{run.name}: {spoken(name)}" if len(runs) > 1 else spoken(name), *(_cell(row, key) for key in COLUMNS)]
+        [f"{run.name}: {in_words(name)}" if len(runs) > 1 else in_words(name), *(_cell(row, key) for key in COLUMNS)]
         for run in runs
         for name, row in run.models.items()
     ]
@@ -96,6 +96,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
 
 
 def _state(run: Run) -> str:
+    """Returns a sentence on how far the run is and its last held-out loss."""
     steps, losses = run.series("held_out", "loss")
     held_out = f"held-out loss {losses[-1]:.4f} after step {steps[-1]:,}" if steps else "no held-out loss yet"
     if not run.summary:
@@ -109,30 +110,33 @@ def _state(run: Run) -> str:
 
 
 def _stages(conversions: Sequence[Conversion]) -> str:
-    """Perplexity of each conversion by stage."""
+    """Returns a table of each conversion's perplexity by stage."""
     stages = list(dict.fromkeys(stage for conversion in conversions for stage in conversion.losses))
-    order = [stage for stage in ("dense", "closed_form", "refined", "distilled") if stage in stages]
+    order = [stage for stage in ("dense", *STAGES) if stage in stages]
     rows = [
         [conversion.name, conversion.source, f"{conversion.cache_share:.1%}"]
-        + [f"{told[stage]:.3f}" if stage in told else "" for stage in order]
+        + [f"{by_stage[stage]:.3f}" if stage in by_stage else "" for stage in order]
         for conversion in conversions
-        for told in [perplexities(conversion.losses)]
+        for by_stage in [perplexities(conversion.losses)]
     ]
-    heads = ["", "source", "cache kept", *map(spoken, order)]
+    heads = ["", "source", "cache kept", *map(in_words, order)]
     note = '<p class="note">Perplexity by stage, on text that the conversion kept aside.</p>'
     return f'{note}<div class="scroll">{table(heads, rows)}</div>' if rows else ""
 
 
 def _samples(run: Run) -> str:
-    """The models' texts side by side, or of a run that has not ended its newest; the others of the training folded."""
+    """Returns for each prompt the models' texts side by side, and the texts drawn in training as a collapsible part.
+
+    A run that has not ended shows its newest text in place of the models' texts.
+    """
     drawn, parts = run.samples, []
     shown = {name: row["samples"] for name, row in run.models.items() if "samples" in row}
     for prompt in dict.fromkeys([*(p for texts in shown.values() for p in texts), *drawn]):
-        texts = {spoken(name): by_prompt[prompt] for name, by_prompt in shown.items() if prompt in by_prompt}
+        texts = {in_words(name): by_prompt[prompt] for name, by_prompt in shown.items() if prompt in by_prompt}
         steps = {f"step {step:,}": text for step, text in drawn.get(prompt, [])}
         texts = texts or dict(list(steps.items())[-1:])
         parts.append(f"<h4>{escape(run.name)}: {escape(prompt)}</h4>{_side_by_side(texts)}")
-        parts.append(folded("While training", _side_by_side(steps)) if steps else "")
+        parts.append(collapsible("While training", _side_by_side(steps)) if steps else "")
     return "".join(parts)
 
 
@@ -142,31 +146,31 @@ def _side_by_side(texts: dict[str, str]) -> str:
 
 
 def _settings(runs: Sequence[Run], conversions: Sequence[Conversion]) -> str:
-    """Versions, what differs between the runs, and everything, folded."""
+    """Returns tables of versions and of settings that differ between runs, and all settings as collapsible parts."""
     versions = {run.name: run.versions for run in runs if run.versions}
     versions |= {f"{c.name}, conversion": c.versions for c in conversions}
-    names = _keys(versions.values())
+    names = _all_keys(versions.values())
     rows = [[name, *(by_name.get(n, "") for n in names)] for name, by_name in versions.items()]
     parts = [f'<div class="scroll">{table(["", *names], rows, "Versions", text=True)}</div>' if rows else ""]
-    settings = {run.name: _flat(run.recipe) for run in runs if run.recipe}
-    different = [key for key in _keys(settings.values()) if len({flat.get(key) for flat in settings.values()}) > 1]
+    settings = {run.name: _dotted(run.recipe) for run in runs if run.recipe}
+    different = [key for key in _all_keys(settings.values()) if len({flat.get(key) for flat in settings.values()}) > 1]
     rows = [[key, *(flat.get(key, "") for flat in settings.values())] for key in different if key != "name"]
     parts.append(f'<div class="scroll">{table(["", *settings], rows, "What differs", text=True)}</div>' if rows else "")
-    told = [(f"Recipe of {run.name}", run.recipe) for run in runs]
-    told += [(f"Settings of {conversion.name}'s conversion", conversion.settings) for conversion in conversions]
-    parts += [folded(name, f"<pre>{escape(_yaml(tree))}</pre>") for name, tree in told if tree]
+    trees = [(f"Recipe of {run.name}", run.recipe) for run in runs]
+    trees += [(f"Settings of {conversion.name}'s conversion", conversion.settings) for conversion in conversions]
+    parts += [collapsible(name, f"<pre>{escape(_yaml(tree))}</pre>") for name, tree in trees if tree]
     return "".join(parts)
 
 
-def _keys(trees: Iterable[dict[str, str]]) -> list[str]:
+def _all_keys(trees: Iterable[dict[str, str]]) -> list[str]:
     return list(dict.fromkeys(key for tree in trees for key in tree))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted name, as text."""
+def _dotted(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns nested settings as texts by their dotted name."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
     return flat
 
 

@@ -1,4 +1,4 @@
-"""Charts as PNGs for papers, by matplotlib, which is imported when one is drawn."""
+"""Draws charts as PNGs for papers with matplotlib, which is imported only when a chart is drawn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NEEDS_MATPLOTLIB = "matplotlib: not installed, and PNGs need it; run pip install
 
 
 def check_matplotlib() -> None:
-    """Refuse to draw without it (ValueError)."""
+    """Raises ValueError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(NEEDS_MATPLOTLIB)
 
 
-def draw(chart: Chart, path: Path) -> None:
-    """One chart as a PNG.
+def draw_png(chart: Chart, path: Path) -> None:
+    """Draws one chart as a PNG.
 
     Raises:
         ValueError: matplotlib is not installed.
@@ -72,8 +72,8 @@ def _draw_heat(chart: HeatMap, figure: Any) -> None:
     edges = (chart.xs[0], max(chart.xs[-1], chart.xs[0] + 1), -0.5, len(chart.panels[0].rows) - 0.5)
     image: Any = None
     for axis, panel in zip(axes.flat, chart.panels, strict=False):
-        how = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "RdBu_r"}
-        image = axis.imshow(panel.rows, extent=edges, vmin=0, vmax=HEAT_EDGES[-1], **how)
+        options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest", "cmap": "RdBu_r"}
+        image = axis.imshow(panel.rows, extent=edges, vmin=0, vmax=HEAT_EDGES[-1], **options)
         axis.set_title(panel.name, fontsize=9)
     for axis in axes.flat[len(chart.panels) :]:
         axis.set_visible(False)

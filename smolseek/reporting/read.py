@@ -1,4 +1,4 @@
-"""What the folders of runs and conversions say, as plain data."""
+"""Reads the folders of runs and conversions into plain data."""
 
 from __future__ import annotations
 
@@ -9,43 +9,46 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smolseek.checkpoint.source import read_conversion
+
 Record = dict[str, Any]
+_NOT_JSON = "{path}: not JSON as smolseek writes it; repair or remove it"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the conversion.json of a converted folder says."""
+    """The contents of a converted folder's conversion.json."""
 
     name: str
     source: str
     cache_share: float
-    """Numbers in the key-value cache over the source's."""
+    """Size of the key-value cache over that of the source."""
     losses: dict[str, float]
-    """By stage, on text kept aside; the dense model's under `dense`. Empty where nothing was calibrated."""
+    """Loss by stage on text kept aside; `dense` is the dense model's. Empty if there was no calibration."""
     layers: list[dict[str, float]]
-    """Errors by their name in conversion.json."""
+    """Errors of each layer under their names in conversion.json."""
     settings: Record
     versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says, of a run that goes on or was interrupted too."""
+    """The contents of a run's folder; the run may have ended, be going on or have been interrupted."""
 
     name: str
     lines: list[Record]
-    """metrics.jsonl."""
+    """The lines of metrics.jsonl."""
     summary: Record = field(default_factory=dict)
-    """summary.json; empty until the run has ended."""
+    """The contents of summary.json; empty until the run has ended."""
     recipe: Record = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     conversion: Conversion | None = None
     control: Run | None = None
-    """The dense source trained on the same tokens."""
+    """The dense source, trained on the same tokens."""
 
     @property
     def models(self) -> dict[str, Record]:
-        """The rows of the summary: dense, converted, healed ..."""
+        """The summary's entries for models: dense, converted, healed ..."""
         return {name: row for name, row in self.summary.items() if isinstance(row, dict) and "loss" in row}
 
     @property
@@ -55,7 +58,7 @@ class Run:
 
     @property
     def samples(self) -> dict[str, list[tuple[int, str]]]:
-        """By prompt the (step, text) of what was drawn while training."""
+        """For each prompt the (step, text) pairs that were drawn while training."""
         drawn: dict[str, list[tuple[int, str]]] = {}
         for line in self.lines:
             if "sample" in line:
@@ -63,7 +66,7 @@ class Run:
         return drawn
 
     def series(self, *path: str) -> tuple[list[float], list[Any]]:
-        """The steps that say something under `path`, and what they say."""
+        """Returns the steps whose lines have a value under the keys `path`, and those values."""
         steps, values = [], []
         for line in self.lines:
             value: Any = line
@@ -75,18 +78,18 @@ class Run:
         return steps, values
 
 
-def read(folders: Sequence[Path]) -> tuple[list[Run], list[Conversion]]:
-    """The runs and the conversions in folders, those inside of runs too, named apart.
+def read_folders(folders: Sequence[Path]) -> tuple[list[Run], list[Conversion]]:
+    """Returns the runs and the conversions in folders, under distinct names; conversions inside of runs are included.
 
     Raises:
-        ValueError: a folder that is neither, or a file in it that cannot be read.
+        ValueError: a folder that is neither a run nor a conversion, or a file in it that cannot be read.
     """
     runs, conversions = [], []
     for folder, name in zip(folders, distinct_names(folders), strict=True):
         if any((folder / file).is_file() for file in ("metrics.jsonl", "run.json")):
             runs.append(read_run(folder, name))
         elif (folder / "conversion.json").is_file():
-            conversions.append(read_conversion(folder, name))
+            conversions.append(_conversion(folder, name))
         else:
             raise ValueError(
                 f"{folder}: neither a run (metrics.jsonl) nor a converted folder (conversion.json); name one of those"
@@ -95,24 +98,24 @@ def read(folders: Sequence[Path]) -> tuple[list[Run], list[Conversion]]:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Each folder's own name, with as many of its parents as it takes to tell it from the others.
+    """Returns each folder's name, with as many of its parents as distinguish it from the others.
 
     Raises:
-        ValueError: a folder named twice.
+        ValueError: a folder is named twice.
     """
     parts = [folder.resolve().parts for folder in folders]
     for folder, own in zip(folders, parts, strict=True):
         if parts.count(own) > 1:
             raise ValueError(f"{folder}: named twice; name every folder once")
-    counts = [next(n for n in range(1, 1 + len(own)) if _alone(own[-n:], parts)) for own in parts]
+    counts = [next(n for n in range(1, 1 + len(own)) if _is_unique_ending(own[-n:], parts)) for own in parts]
     return ["/".join(own[-count:]) for own, count in zip(parts, counts, strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """A run's folder.
+    """Returns the contents of a run's folder.
 
     Raises:
-        ValueError: a file in it that cannot be read.
+        ValueError: a file in it cannot be read.
     """
     converted, control, about = folder / "converted", folder / "dense", _read_json(folder / "run.json")
     return Run(
@@ -121,16 +124,18 @@ def read_run(folder: Path, name: str) -> Run:
         summary=_read_json(folder / "summary.json"),
         recipe=about.get("recipe", {}),
         versions=about.get("versions", {}),
-        conversion=read_conversion(converted, name) if (converted / "conversion.json").is_file() else None,
+        conversion=_conversion(converted, name) if (converted / "conversion.json").is_file() else None,
         control=Run(f"{name}, dense", read_metrics(control / "metrics.jsonl")) if control.is_dir() else None,
     )
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The lines of a metrics.jsonl, without a last one that a kill left half written; none when there is no file.
+    """Returns the lines of a metrics.jsonl; none if there is no file.
+
+    A last line that is incomplete, because the run was killed while writing it, is left out.
 
     Raises:
-        ValueError: another line that is no record of a step.
+        ValueError: another line is no record of a step.
     """
     texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     lines = []
@@ -143,14 +148,17 @@ def read_metrics(path: Path) -> list[Record]:
     return lines
 
 
-def read_conversion(folder: Path, name: str) -> Conversion:
-    """A converted folder, from its conversion.json.
+def _conversion(folder: Path, name: str) -> Conversion:
+    """Returns the contents of a converted folder's conversion.json.
 
     Raises:
         ValueError: it cannot be read, or lacks what smolseek writes.
     """
     path = folder / "conversion.json"
-    tree = _read_json(path)
+    try:
+        tree = read_conversion(folder) or {}
+    except ValueError as error:
+        raise ValueError(_NOT_JSON.format(path=path)) from error
     try:
         return Conversion(
             name,
@@ -166,27 +174,27 @@ def read_conversion(folder: Path, name: str) -> Conversion:
 
 
 def fair_shares(loads: Iterable[Sequence[float]]) -> list[list[float]]:
-    """Shares of the choices as multiples of the fair share: expert by step, from step by expert."""
+    """Returns the experts' shares of the choices at each step as multiples of the fair share, 1 / experts."""
     return [[share * len(step) for share in step] for step in loads]
 
 
 def perplexities(losses: dict[str, float]) -> dict[str, float]:
-    """Of losses by stage."""
+    """Returns perplexities by stage from losses by stage."""
     return {stage: math.exp(min(loss, 700.0)) for stage, loss in losses.items()}
 
 
-def _alone(end: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> bool:
-    """Whether one path only ends so."""
+def _is_unique_ending(end: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> bool:
+    """Returns whether exactly one path ends in `end`."""
     return sum(own[-len(end) :] == end for own in parts) == 1
 
 
 def _read_json(path: Path) -> Record:
-    """A JSON file's mapping, empty when there is no file."""
+    """Returns the mapping in a JSON file; empty if there is no file."""
     if not path.is_file():
         return {}
     tree = _parse(path.read_text(encoding="utf-8", errors="replace"))
     if tree is None:
-        raise ValueError(f"{path}: not JSON as smolseek writes it; repair or remove it")
+        raise ValueError(_NOT_JSON.format(path=path))
     return tree
 
 
@@ -199,5 +207,5 @@ def _parse(text: str) -> Record | None:
 
 
 def _without_folder(source: str) -> str:
-    """A hub id or builtin as it is, of a folder its name: a report says nothing of the machine."""
+    """Returns a hub id or builtin unchanged, and for a folder only its name, so that a report shows no local paths."""
     return Path(source).name if source.startswith(("/", "~", ".")) else source

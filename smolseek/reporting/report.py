@@ -1,4 +1,4 @@
-"""A report on the disk: the page and, if wanted, a PNG for each of its charts."""
+"""Writes a report: the page and, if wanted, a PNG for each of its charts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from pathlib import Path
 
 from smolseek.checkpoint.atomic import atomic_file, refuse_existing
 from smolseek.reporting.page import render, sections
-from smolseek.reporting.png import check_matplotlib, draw
-from smolseek.reporting.read import read
+from smolseek.reporting.png import check_matplotlib, draw_png
+from smolseek.reporting.read import read_folders
 
 
 def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force: bool = False) -> list[Path]:
-    """Write the report of runs and conversions to `out`, its PNGs beside it, and return the paths: all or none of them.
+    """Writes the report of runs and conversions to `out`, with PNGs beside it, and returns the paths.
+
+    Either all files are written or none.
 
     Raises:
-        ValueError: a folder that is neither, a file that is there and `force` is not set, or PNGs without matplotlib.
+        ValueError: a folder is neither a run nor a conversion, a file exists and `force` is not set, or PNGs are wanted
+            and matplotlib is not installed.
         OSError: a file cannot be written.
     """
     if png:
         check_matplotlib()
-    runs, conversions = read(folders)
+    runs, conversions = read_folders(folders)
     charts = {
         out.with_name(f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}.png"): chart
         for heading, group in sections(runs, conversions).items()
@@ -34,7 +37,7 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
     with ExitStack() as files:
         files.enter_context(atomic_file(out, force=force)).write_text(render(runs, conversions), encoding="utf-8")
         for path, chart in charts.items():
-            draw(chart, files.enter_context(atomic_file(path, force=force)))
+            draw_png(chart, files.enter_context(atomic_file(path, force=force)))
     return [out, *charts]
 
 

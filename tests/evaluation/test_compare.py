@@ -75,7 +75,7 @@ def test_only_tokens_that_count_are_compared():
 
 
 def test_a_loss_far_back_is_found_in_its_bucket():
-    """A teacher that forgets nothing against a model whose far positions say something else."""
+    """The model equals the teacher, but its hidden states are negated from position 16 on."""
 
     class Forgetful(StockModel):
         def hidden_states(self, *arguments, **options):

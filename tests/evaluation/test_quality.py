@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import smolseek.evaluation.quality
-from smolseek.evaluation import measure_quality, together
-from smolseek.evaluation.quality import cut
+from smolseek.evaluation import combine_qualities, measure_quality
+from smolseek.evaluation.quality import cut_windows
 from tests.factories import logits_of, random_ids, tiny_v3
 
 
@@ -14,7 +14,7 @@ from tests.factories import logits_of, random_ids, tiny_v3
 @pytest.mark.parametrize("stride", [1, 5, 15])
 def test_strided_windows_predict_each_token_once_with_the_context_they_promise(tokens, stride):
     predicted = []
-    for window in cut(torch.arange(tokens), 16, stride):
+    for window in cut_windows(torch.arange(tokens), 16, stride):
         here = window.ids_T[window.first :].tolist()
         assert here and (window.ids_T[0] == 0 or window.first == 16 - stride)
         predicted += here
@@ -26,7 +26,7 @@ def test_strided_loss_is_that_of_each_token_after_its_own_context():
     total = 0.0
     with torch.no_grad():
         for token in range(1, 75):
-            window = max(0, -(-(token - size + 1) // stride))  # the first that holds the token
+            window = max(0, -(-(token - size + 1) // stride))  # the first window with the token
             context = ids[window * stride : token]
             logits = logits_of(model, context[None])[0, -1]
             total += F.cross_entropy(logits, ids[token]).item()
@@ -66,10 +66,10 @@ def test_texts_together_weigh_by_what_they_hold():
     model = tiny_v3()
     parts = [(measure_quality(model, random_ids(1, n, seed=n)[0], size), size) for n, size in ((40, 90), (64, 300))]
     (a, _), (b, _) = parts
-    both = together(parts)
+    both = combine_qualities(parts)
     assert both.tokens == 39 + 63 and both.loss == pytest.approx((39 * a.loss + 63 * b.loss) / 102)
     assert both.bits_per_byte == pytest.approx((90 * a.bits_per_byte + 300 * b.bits_per_byte) / 390)
-    assert together(parts[:1]).bits_per_byte == pytest.approx(a.bits_per_byte)
+    assert combine_qualities(parts[:1]).bits_per_byte == pytest.approx(a.bits_per_byte)
 
 
 @pytest.mark.parametrize(

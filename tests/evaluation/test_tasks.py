@@ -1,4 +1,4 @@
-"""lm-eval for real, on a task of our own: local documents, a tiny model, no network."""
+"""lm-eval itself on a task of our own: local documents, a tiny model, no network."""
 
 import json
 import math
@@ -28,7 +28,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    """The folder of a task: which of two words ends a story's first sentence."""
+    """Returns the folder of a task that asks which of two words ends a story's first sentence."""
     pytest.importorskip("lm_eval", reason="needs pip install 'smolseek[eval]'")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder, documents = tmp_path / "task", tmp_path / "documents.jsonl"
@@ -47,7 +47,7 @@ def dense(tmp_path):
 
 @pytest.fixture
 def converted(tmp_path, dense):
-    """Stands for a converted folder: it names its source."""
+    """Returns a folder that looks like a converted one: its conversion.json names its source."""
     out = save(tiny_v3(vocab_size=ENTRIES), tmp_path / "converted", tokenizer_from=tiny_tokenizer())
     (out / "conversion.json").write_text(json.dumps({"source": str(dense)}))
     return out

@@ -1,4 +1,4 @@
-"""GGUF files as written, read back with the gguf package."""
+"""GGUF files, read back with the gguf package."""
 
 import json
 import logging
@@ -71,19 +71,24 @@ def test_all_groups_chosen_is_no_limit(tmp_path, groups, chosen):
 
 
 @pytest.mark.parametrize(
-    ("rope", "unrotated", "rotated", "told"),
+    ("rope", "unrotated", "rotated", "key_mscale"),
     [
-        ({}, 1 / 1.138629436**2, 1.0, 1.0),  # all of it on the rotated part: undone on the rest
+        (
+            {},
+            1 / 1.138629436**2,
+            1.0,
+            1.0,
+        ),  # only the rotated part is scaled: undone in the rest
         ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0, 1.0, 1.0),
         ({"mscale": 0.7, "mscale_all_dim": 0.7}, 1.0, 1.0, 0.7),
         ({"mscale": 1.0, "mscale_all_dim": 0.7}, 1.0, (1.138629436 / 1.097040605) ** 2, 0.7),
         ({"attention_factor": 1.0, "mscale_all_dim": 0.7}, 1.0, 1.0, 0.7),
     ],
 )
-def test_yarn_scales(rope, unrotated, rotated, told):
+def test_yarn_scales(rope, unrotated, rotated, key_mscale):
     scales = query_scales({"rope_parameters": YARN | rope})
     assert scales.unrotated == pytest.approx(unrotated) and scales.rotated == pytest.approx(rotated)
-    assert scales.mscale == told
+    assert scales.mscale == key_mscale
     assert query_scales({"rope_theta": 5.0}) == type(scales)()
 
 
@@ -133,7 +138,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_tensors, "_read", watched)
     export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f32")
-    assert len(alive) > 60 and most == 8  # the experts of one projection, while they are stacked
+    assert len(alive) > 60 and most == 8  # the 8 experts of one projection while they are stacked
 
 
 def test_an_interrupted_export_leaves_nothing(tmp_path):

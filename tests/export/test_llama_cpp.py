@@ -1,4 +1,4 @@
-"""llama.cpp itself, prebuilt in the xllamacpp wheel, on exported files."""
+"""llama.cpp itself, from the xllamacpp wheel, runs exported files."""
 
 import json
 import shutil
@@ -29,11 +29,11 @@ except ImportError as missing:
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 NEAR_TIE = 0.05
-"""Gap of the two best logits below which another rounding may turn them round."""
+"""Below this gap between the two best logits, different rounding may swap them."""
 
 
 def both_logits(folder, ids_T, kind="f32"):
-    """(llama.cpp's, ours) logits (T, V) of a folder, ours in fp32 from the weights as stored."""
+    """Returns (llama.cpp's logits, our logits), each (T, V); ours are computed in fp32 from the folder's weights."""
     out = folder.with_suffix(f".{kind}.gguf")
     export_gguf(folder, out, type=kind)
     with LlamaCpp(out) as theirs, torch.inference_mode():
@@ -65,7 +65,7 @@ def test_f32_logits_are_ours(tmp_path, name):
     tiny_folder(tmp_path / "m", **CONFIGS[name])
     theirs_TV, ours_TV = both_logits(tmp_path / "m", ids())
     assert torch.equal(theirs_TV.argmax(-1), ours_TV.argmax(-1))
-    assert (theirs_TV - ours_TV).abs().max() < 1e-4  # wanted: 2e-3
+    assert (theirs_TV - ours_TV).abs().max() < 1e-4  # the aim is 2e-3
 
 
 @pytest.mark.parametrize("experts", ["upcycle", "carve"])
@@ -92,7 +92,10 @@ def test_a_converted_model_runs(tmp_path, experts):
     ("kind", "dtype", "most"), [("bf16", "bfloat16", 1e-3), ("f16", "float32", 1e-3), ("q8_0", "float32", 5e-3)]
 )
 def test_fewer_bits_are_near_ours(tmp_path, kind, dtype, most, experts):
-    """With all 8 experts chosen no token can fall to another expert, and clear winners stay."""
+    """Compares with fewer bits per weight.
+
+    With all 8 experts chosen, rounding cannot send a token to another expert, so clear winners must stay.
+    """
     sizes = {"hidden_size": 64, "kv_lora_rank": 32, "moe_intermediate_size": 32, "num_experts_per_tok": experts}
     tiny_folder(tmp_path / "m", dtype=dtype, **sizes)
     theirs_TV, ours_TV = both_logits(tmp_path / "m", ids(), kind)

@@ -1,4 +1,4 @@
-"""Which keys a tokenizer becomes; whether llama.cpp then cuts text alike is in test_llama_cpp.py."""
+"""The GGUF keys of tokenizers; test_llama_cpp.py tests that llama.cpp then splits text alike."""
 
 import json
 import shutil

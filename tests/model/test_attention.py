@@ -1,4 +1,4 @@
-"""Absorbed attention over the cache against the expanded form over the window."""
+"""Absorbed attention over the cache gives what the expanded form gives over the whole window."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ MODEL = tiny_v3(q_lora_rank=20, rope_parameters=LIVELY_ROPE["yarn"])
 
 
 def decode(model: DeepseekV3, ids: Tensor, chunks: list[int], padding_B: Tensor | None = None) -> Tensor:
-    """Logits at every position, the tokens going through one cache chunk by chunk."""
+    """Returns the logits at every position when the tokens are read chunk by chunk through one cache."""
     cache = model.new_cache(len(ids), ids.shape[1], padding_B)
     with torch.no_grad():
         return torch.cat([model(part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
@@ -68,7 +68,7 @@ def test_positions_count_from_the_first_real_token() -> None:
 def test_every_padding_token_sees_something() -> None:
     cache = MODEL.new_cache(2, 9, torch.tensor([7, 0]))
     mask_B1TS = attention_mask(9, None, cache, torch.device("cpu"))
-    assert mask_B1TS is not None and mask_B1TS.any(dim=-1).all()  # else NaN on kernels less kind than the CPU's
+    assert mask_B1TS is not None and mask_B1TS.any(dim=-1).all()  # a row that sees nothing gives NaN in some kernels
 
 
 def test_decoding_never_expands_the_prefix() -> None:
@@ -80,7 +80,7 @@ def test_decoding_never_expands_the_prefix() -> None:
     decode(MODEL, random_ids(1, 12), [8, 2, 1, 1])
     for hook in hooks:
         hook.remove()
-    assert seen == [8] * len(hooks)  # the first chunk alone, on itself
+    assert seen == [8] * len(hooks)  # only the first chunk is expanded
 
 
 def test_segments_with_a_cache_are_refused() -> None:
@@ -95,8 +95,16 @@ def test_rotated_scores_depend_on_distance_alone(interleaved: bool) -> None:
 
     def score(query_position: int, key_position: int) -> Tensor:
         angles = [(position * frequencies).view(1, 1, 1, 4) for position in (query_position, key_position)]
-        turned = [rotate(x, a.cos(), a.sin(), interleaved) for x, a in zip((query, key), angles, strict=True)]
-        return (turned[0] * turned[1]).sum()
+        rotated = [rotate(x, a.cos(), a.sin(), interleaved) for x, a in zip((query, key), angles, strict=True)]
+        return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(score(9, 4), score(25, 20))
     assert (score(9, 4) - score(9, 5)).abs() > 1e-2
+
+
+def test_heads_before_tokens_are_rotated_alike() -> None:
+    x_BTHd = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+    angles_TF = torch.arange(5)[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.01])
+    expected_BTHd = rotate(x_BTHd, angles_TF[:, None].cos(), angles_TF[:, None].sin())
+    rotated_BHTd = rotate(x_BTHd.transpose(1, 2), angles_TF.cos(), angles_TF.sin())
+    assert torch.equal(rotated_BHTd.transpose(1, 2), expected_BTHd)

@@ -1,4 +1,4 @@
-"""Backward passes written by hand against autograd's of the plain expression."""
+"""Hand-written backward passes against autograd's for the plain expression."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from smolseek.model.fused import Combine, Dispatch, RMSNormOfRows, SwiGLUExperts
 
 
 def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The output and the gradients of a fixed weighted sum of it."""
+    """Returns the output, and the gradient of a fixed weighted sum of it at each input."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     out = function(*leaves)
     direction = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).sin().view_as(out).to(out.dtype)
@@ -20,7 +20,8 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Ten
 
 
 def assert_as_near_to_fp64(fused: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """In the inputs' own dtype, within 1.3 times the plain expression's error (or 1e-6 of the norm)."""
+    """Compares errors against fp64: in the inputs' dtype `fused` may have 1.3 times the error of `plain`, plus 1e-6
+    of the norm."""
     exact = with_gradients(plain, *(tensor.double() for tensor in inputs))
     for got, usual, true in zip(with_gradients(fused, *inputs), with_gradients(plain, *inputs), exact, strict=True):
         error, usual_error = ((value.double() - true).norm() / true.norm() for value in (got, usual))
@@ -39,14 +40,14 @@ def test_rms_norm(dtype: torch.dtype, scale: float) -> None:
 
 def test_dispatch_and_combine_are_selections_and_sums() -> None:
     torch.manual_seed(0)
-    rows = torch.randperm(11)[:10].view(5, 2)  # row 10 or another belongs to nobody
+    rows = torch.randperm(11)[:10].view(5, 2)  # one of the 11 rows is padding
     token = torch.zeros(11, dtype=torch.int64).index_copy(0, rows.flatten(), torch.arange(10) // 2)
     x, y = torch.randn(5, 4), torch.randn(11, 4)
     got = with_gradients(lambda x: Dispatch.apply(x, token, rows)[rows.flatten()], x)
     torch.testing.assert_close(got, with_gradients(lambda x: x[token][rows.flatten()], x))
     got = with_gradients(lambda y: Combine.apply(y, token, rows), y)
-    owned = torch.zeros(11, 1).index_fill(0, rows.flatten(), 1)
-    got[1] = got[1] * owned  # a row of nobody gets a gradient that its weight, 0, takes away
+    is_used = torch.zeros(11, 1).index_fill(0, rows.flatten(), 1)
+    got[1] = got[1] * is_used  # the padding row gets a gradient too, which its weight 0 removes
     torch.testing.assert_close(got, with_gradients(lambda y: y[rows].sum(1), y))
 
 
@@ -58,14 +59,14 @@ def test_experts(dtype: torch.dtype) -> None:
     gate_up, down = torch.randn(3, 32, 24).to(dtype) / 5, torch.randn(3, 24, 16).to(dtype) / 4
 
     def plain(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        product = _each_expert if x.dtype == torch.float64 else grouped_linear
+        product = _linear_by_expert if x.dtype == torch.float64 else grouped_linear
         gate, up = product(x, gate_up, ends).chunk(2, dim=-1)
         return product(F.silu(gate) * up, down, ends) * weights
 
     assert_as_near_to_fp64(lambda *inputs: SwiGLUExperts.apply(*inputs, ends), plain, x, weights, gate_up, down)
 
 
-def _each_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _linear_by_expert(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     parts = x.tensor_split(ends[:-1].long())
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])
 

@@ -1,4 +1,4 @@
-"""Every shortcut of generation against the plain path, within a stated bound."""
+"""A model prepared for generation gives the plain model's logits, within a stated bound."""
 
 import copy
 from typing import Any
@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def steps(model: DeepseekV3, ids: torch.Tensor) -> torch.Tensor:
-    """Logits at every position: a prefill of five tokens, then one at a time."""
+    """Returns the logits at every position: a prefill of five tokens, then one token at a time."""
     cache = model.new_cache(len(ids), ids.shape[1])
     with torch.inference_mode():
         parts = [ids[:, :5], *ids[:, 5:].split(1, dim=1)]
@@ -47,7 +47,8 @@ def test_prepared_weights_give_the_same_logits(
 ) -> None:
     model = tiny_v3(**SHAPES[shape]).eval()
     ids = random_ids(batch, 14)
-    # Rerouting is a jump and not an error of rounding: every expert is chosen, by weights that still differ.
+    # Rounding can change which experts are chosen, and that makes a jump. So every expert is chosen here; their weights
+    # still differ.
     for module in model.modules():
         if hasattr(module, "num_experts_per_tok"):
             module.num_experts_per_tok, module.topk_group = module.num_experts, module.n_group
@@ -79,10 +80,10 @@ def test_a_dense_model_of_transformers_too() -> None:
         assert ((model(ids).logits - expected) / expected.std()).pow(2).mean().sqrt() <= 0.1
 
 
-@pytest.mark.parametrize("laid", [PackedLinear, Int8Linear, PlainLinear])
+@pytest.mark.parametrize("layout", [PackedLinear, Int8Linear, PlainLinear])
 @pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("width", [16, 40, 96])
-def test_a_laid_out_layer_is_its_linear_layer(laid: Any, rows: int, width: int) -> None:
+def test_every_layout_computes_the_linear_layer(layout: Any, rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, rows, width, generator=generator).bfloat16()
     weight, bias = (
@@ -91,7 +92,7 @@ def test_a_laid_out_layer_is_its_linear_layer(laid: Any, rows: int, width: int) 
     )
     expected = F.linear(x.double(), weight.double(), bias.double())
     with torch.inference_mode():
-        difference = laid(weight, bias)(x).double() - expected
+        difference = layout(weight, bias)(x).double() - expected
     assert difference.abs().max() <= 0.03 * expected.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""The whole model against transformers' DeepseekV3ForCausalLM at equal weights."""
+"""The whole model gives what transformers' DeepseekV3ForCausalLM gives with equal weights."""
 
 from typing import Any
 
@@ -70,14 +70,14 @@ def assert_equals_transformers(case: dict[str, Any], *, starved: bool = False) -
         for model in (ours, stock):
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):
-                    buffer[::2] -= 10  # sigmoids stay below 1: every second expert receives nothing
+                    buffer[::2] -= 10  # sigmoids are below 1, so every second expert gets no token
     ids = random_ids(2, 24)
     direction = torch.randn(2, 24, VOCAB, generator=torch.Generator().manual_seed(3))
     logits, expected = ours(ids), stock(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     (logits * direction).sum().backward()
     (expected * direction).sum().backward()
-    # A gradient that is nothing but rounding (one chosen expert, normalised: its weight is 1) has no relative error.
+    # With one chosen expert the normalised weight is always 1: its gradient is only rounding, which is allowed for.
     rounding = 1e-6 * torch.stack([p.grad.norm() for p in stock.parameters() if p.grad is not None]).norm()
     for (name, parameter), other in zip(ours.named_parameters(), stock.parameters(), strict=True):
         if not parameter.numel():
@@ -160,7 +160,7 @@ def test_autocast_trains_in_bf16_close_to_fp32() -> None:
     logits.float().pow(2).mean().backward()
     assert logits.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    # One flipped choice of expert moves a token's logits; most tokens must hardly move.
+    # Rounding may change the choice of an expert and so move a token's logits; most tokens must hardly move.
     assert (logits - expected).abs().amax(-1).median() < 0.1
 
 
@@ -192,4 +192,4 @@ def test_impossible_configs_are_refused_by_name(case: dict[str, Any], named: str
     with pytest.raises(ValueError, match=named):
         DeepseekV3(tiny_v3_config(**case))
     if "num_key_value_heads" not in case:
-        DeepseekV3(tiny_v3_config(**case, first_k_dense_replace=3))  # without experts their fields do not matter
+        DeepseekV3(tiny_v3_config(**case, first_k_dense_replace=3))  # without experts these fields are not checked

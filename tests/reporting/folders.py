@@ -1,4 +1,4 @@
-"""Folders as runs and conversions leave them, small and with numbers that can be found again."""
+"""Small folders like those of runs and conversions, with numbers that tests can find on the page."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,10 @@ VERSIONS = {"smolseek": "0.1.0", "torch": "9.8.7", "transformers": "6.5.4"}
 
 
 def step_line(step: int, loss: float, experts: int = 4) -> dict[str, Any]:
-    """A line of metrics.jsonl at a logged step: expert 0 of layer 1 gets twice its fair share, of layer 2 none."""
+    """Returns the line of metrics.jsonl of a logged step.
+
+    Expert 0 gets twice its fair share in layer 1 and no token in layer 2.
+    """
     rest = (1 - 2 / experts) / (experts - 1)
     load = {"1": [2 / experts] + [rest] * (experts - 1), "2": [0.0] + [1 / (experts - 1)] * (experts - 1)}
     return {
@@ -23,7 +26,7 @@ def step_line(step: int, loss: float, experts: int = 4) -> dict[str, Any]:
 
 
 def write_run(folder: Path, *, loss: float = 3.0, steps: int = 6, ended: bool = True, **changes: Any) -> Path:
-    """A run with experts, samples and a conversion; `changes` are of its recipe's train settings."""
+    """Writes a run with experts, samples and a conversion; `changes` replace train settings of its recipe."""
     folder.mkdir(parents=True)
     lines = [step_line(step, loss - 0.01 * step) for step in range(steps)]
     specialised = {"weights": {"1": 0.5, "2": 0.6}, "routing": {"1": 0.1, "2": 0.2}}
@@ -55,7 +58,7 @@ def summary(loss: float) -> dict[str, Any]:
 
 
 def write_conversion(folder: Path, *, numbers: int = 48, source: str = "/somewhere/tiny", **changes: Any) -> Path:
-    """A converted folder's conversion.json: `numbers` of 96 cached numbers kept, two layers."""
+    """Writes the conversion.json of two layers that keep `numbers` of 96 cached numbers; `changes` replace its keys."""
     folder.mkdir(parents=True)
     tree = {
         "source": source,

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: it fits a phone, its read-outs tell the table's numbers, and its policy lets it."""
+"""The page in headless Chromium: it fits a phone, its read-outs show the table's numbers, its script is allowed."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from html import escape, unescape
 import pytest
 
 from smolseek.reporting.page import render
-from smolseek.reporting.read import read
+from smolseek.reporting.read import read_folders
 from tests.reporting.folders import write_conversion, write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -52,9 +52,9 @@ parent.document.title = JSON.stringify(said);
 
 
 def browse(page, tmp_path, *options, width=1280):
-    """What the driver finds out in a page, which is the report without its policy and with the driver.
+    """Returns what the driver script finds in a page; the script replaces the page's own content security policy.
 
-    It stands in a frame of the width asked for: Chromium's own windows are never as narrow as a phone.
+    The page is in a frame of the given width, because Chromium's own windows are never as narrow as a phone.
     """
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     listen = "<script>window.errors = []; addEventListener('error', (e) => errors.push(e.message));</script>"
@@ -78,7 +78,7 @@ def chromium(tmp_path, *options):
 @pytest.fixture
 def page(tmp_path):
     folders = [write_run(tmp_path / "first"), write_run(tmp_path / "second", loss=2.0, steps=8)]
-    return render(*read([*folders, write_conversion(tmp_path / "small", numbers=24)]))
+    return render(*read_folders([*folders, write_conversion(tmp_path / "small", numbers=24)]))
 
 
 def test_it_fits_a_phone_and_a_desk(page, tmp_path):

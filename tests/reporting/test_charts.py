@@ -10,11 +10,11 @@ from smolseek.reporting.charts import (
     HeatPanel,
     Line,
     LineChart,
+    downsample,
+    downsample_columns,
     heat_level,
     log_ticks,
     round_ticks,
-    thin,
-    thin_columns,
     x_scale,
     y_scale,
 )
@@ -22,8 +22,8 @@ from smolseek.reporting.charts import (
 NUMBERS = st.floats(-1e6, 1e6, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-6)
 
 
-def chart_of(ys, xs=None, **how):
-    return LineChart("", "", "step", [Line("a", xs or list(range(len(ys))), ys)], **how)
+def chart_of(ys, xs=None, **options):
+    return LineChart("", "", "step", [Line("a", xs or list(range(len(ys))), ys)], **options)
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=20), st.booleans())
@@ -55,9 +55,9 @@ def test_a_flat_or_empty_line_has_a_scale():
 
 
 def test_long_lines_are_means_of_stretches():
-    line = thin(Line("a", range(12000), [1.0, 3.0] * 6000))
+    line = downsample(Line("a", range(12000), [1.0, 3.0] * 6000))
     assert len(line.xs) == MAX_POINTS and set(line.ys) == {2.0} and line.xs[0] == pytest.approx(24.5)
-    heat = thin_columns(HeatMap("", "", list(range(100)), [HeatPanel("a", [[0.0, 2.0] * 50])]), 10)
+    heat = downsample_columns(HeatMap("", "", list(range(100)), [HeatPanel("a", [[0.0, 2.0] * 50])]), 10)
     assert heat.xs == [4.5 + 10 * n for n in range(10)] and heat.panels[0].rows == [[1.0] * 10]
 
 

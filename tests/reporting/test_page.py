@@ -6,7 +6,7 @@ import pytest
 
 from smolseek.reporting import page
 from smolseek.reporting.page import render
-from smolseek.reporting.read import read
+from smolseek.reporting.read import read_folders
 from tests.reporting.folders import NASTY, step_line, write_conversion, write_run
 
 CSS = Path(page.__file__).with_name("page.css").read_text()
@@ -14,17 +14,17 @@ CSS = Path(page.__file__).with_name("page.css").read_text()
 
 @pytest.fixture
 def one(tmp_path):
-    return render(*read([write_run(tmp_path / "first")]))
+    return render(*read_folders([write_run(tmp_path / "first")]))
 
 
 @pytest.fixture
 def several(tmp_path):
     folders = [write_run(tmp_path / "first"), write_run(tmp_path / "second", loss=2.5, learning_rate=7e-4)]
-    return render(*read([*folders, write_conversion(tmp_path / "small", numbers=24)]))
+    return render(*read_folders([*folders, write_conversion(tmp_path / "small", numbers=24)]))
 
 
 class Elements(HTMLParser):
-    """Every element with its attributes and the text inside of it."""
+    """Collects every element with its attributes and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -52,7 +52,7 @@ def test_it_loads_nothing(several):
 
 
 def test_text_of_samples_names_and_prompts_is_only_text(tmp_path):
-    text = render(*read([write_run(tmp_path / "<i>first", ended=False)]))
+    text = render(*read_folders([write_run(tmp_path / "<i>first", ended=False)]))
     elements = Elements(text)
     assert len(elements.texts("script")) == 1 and "<script>alert" not in text
     assert any(NASTY in pre for pre in elements.texts("pre"))
@@ -83,10 +83,10 @@ def test_a_run_that_goes_on(tmp_path):
     folder = write_run(tmp_path / "first", ended=False)
     with (folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 6, "lo')
-    text = render(*read([folder]))
+    text = render(*read_folders([folder]))
     assert "at step 5, going on or interrupted; held-out loss 3.1234 after step 5." in text
     (folder / "metrics.jsonl").write_text("")
-    text = render(*read([folder]))
+    text = render(*read_folders([folder]))
     assert "before its first step" in text and "Training loss" not in text
 
 
@@ -101,14 +101,14 @@ def test_it_stays_small_and_every_chart_has_its_table(tmp_path):
             line[key] = {str(layer): line[key]["1"] for layer in range(30)}
         lines.append(json.dumps(line) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
-    text = render(*read([folder]))
+    text = render(*read_folders([folder]))
     assert len(text) < 1_000_000
     assert text.count("<figure") == text.count('<details><summary>Numbers</summary><div class="scroll"><table>')
 
 
 def test_a_conversion_without_calibration_or_experts(tmp_path):
     folder = write_conversion(tmp_path / "exact", losses={}, layers=[{"layer": 0}, {"layer": 1}])
-    text = render(*read([folder]))
+    text = render(*read_folders([folder]))
     assert "50.0%" in text and "<figure" not in text
 
 
@@ -127,7 +127,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("theme", [0, 1])
 def test_colours_stand_out(theme):
-    """WCAG 2: 4.5 for text, 3 for lines."""
+    """WCAG 2 asks for a contrast of 4.5 for text and of 3 for lines."""
     colors = {m[0]: m[1 + theme] for m in re.findall(r"--(\w+): light-dark\((#\w+), (#\w+)\)", CSS)}
     for ground in ("paper", "panel"):
         for name in ("ink", "muted", "link"):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from smolseek.reporting.read import distinct_names, read, read_metrics, read_run
+from smolseek.reporting.read import distinct_names, read_folders, read_metrics, read_run
 from tests.reporting.folders import step_line, write_conversion, write_run
 
 
@@ -19,7 +19,7 @@ def test_a_run_says_what_it_did(tmp_path):
 
 def test_runs_and_conversions_those_inside_runs_too(tmp_path):
     folders = [write_run(tmp_path / "first"), write_conversion(tmp_path / "small", numbers=24)]
-    runs, conversions = read(folders)
+    runs, conversions = read_folders(folders)
     assert [run.name for run in runs] == ["first"]
     assert [conversion.name for conversion in conversions] == ["first", "small"]
 
@@ -48,9 +48,9 @@ def test_names_have_as_many_parents_as_they_need(tmp_path):
 def test_a_broken_conversion_is_named(tmp_path, text):
     (tmp_path / "conversion.json").write_text(text)
     with pytest.raises(ValueError, match=r"conversion\.json: not "):
-        read([tmp_path])
+        read_folders([tmp_path])
 
 
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="neither a run"):
-        read([tmp_path])
+        read_folders([tmp_path])
