@@ -39,7 +39,7 @@ class Convert:
 
 
 def run_plan(command: Plan) -> None:
-    from smolseek.checkpoint.source import read_config_of
+    from smolseek.checkpoint.source import fetch_config
     from smolseek.planning import measure_machine, plan, render
 
     settings, source = command.settings, command.source
@@ -48,7 +48,7 @@ def run_plan(command: Plan) -> None:
         if recipe.source is None:
             raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
         settings, source = recipe.convert or settings, recipe.source
-    result = plan(read_config_of(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
+    result = plan(fetch_config(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
     print(json.dumps(result.to_dict(), indent=2) if command.json else render(result))
 
 

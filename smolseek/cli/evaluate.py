@@ -15,7 +15,7 @@ import tyro
 from smolseek.cli.shared import Device, Dtype, aligned, check_device, quiet, stage_bars, torch_dtype
 
 if TYPE_CHECKING:
-    from smolseek.data.windows import Packed
+    from smolseek.data.packing import Packed
     from smolseek.evaluation import Comparison, Difference, Quality
     from smolseek.evaluation.needle import Retrieval
     from smolseek.evaluation.quality import Model
@@ -106,7 +106,8 @@ def run_eval(command: Eval) -> None:
 def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
     """Each text's tokens."""
     from smolseek.config import DataSettings
-    from smolseek.data.windows import held_out_documents, pack
+    from smolseek.data.packing import pack
+    from smolseek.data.splits import held_out_documents
 
     texts = {}
     for name in command.text:

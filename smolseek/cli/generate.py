@@ -73,7 +73,7 @@ def run_generate(command: Generate) -> None:
         raise ValueError(f"--samples {command.samples}: must be at least 1")
     prompt = _read_prompt(command)
     model, tokenizer = _model(command)
-    from smolseek.data.windows import encode_document
+    from smolseek.data.encoding import encode_document
 
     ids = encode_document(tokenizer, prompt)
     for number in range(command.samples):
@@ -99,7 +99,7 @@ def run_chat(command: Chat) -> None:
     quiet()
     if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
         raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
-    from smolseek.data.windows import encode_document
+    from smolseek.data.encoding import encode_document
 
     model, tokenizer = _model(command)
     messages: list[dict[str, str]] = []

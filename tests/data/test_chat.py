@@ -5,7 +5,10 @@ import pytest
 
 from smolseek.config import DataSettings
 from smolseek.data.chat import encode_chat
-from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
+from smolseek.data.encoding import read_marks
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
+from smolseek.data.stream import WindowStream
 from tests.text import tiny_tokenizer
 
 CHATML = """{% for m in messages %}<|{{ m.role }}|>
