@@ -40,7 +40,7 @@ class Eval:
     """Perplexity and bits per byte of each of these, and of all together: files, globs (.txt, .jsonl, .parquet) or
     builtin:python (its held-out split)."""
     compare: str | None = None
-    """Dense model to compare with: shows where the models differ on the text, and the scores of both. None, with --tasks:
+    """Dense model to compare with: shows where the two differ on the text, and the scores of both. None, with --tasks:
     the source in conversion.json."""
     tasks: str | None = None
     """Names of lm-eval tasks, separated by commas (needs smolseek[eval])."""
