@@ -11,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+SEPARATOR = "<|endoftext|>"
+"""Default text between the documents of a text file."""
+
 
 @dataclass(frozen=True)
 class ConvertSettings:
@@ -60,7 +63,7 @@ class ConvertSettings:
     """Convert exactly: the same logits and a larger cache; only transformers loads the result."""
     seed: int = 0
     """Seed of all random draws."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text that separates the documents of a text file."""
 
 
@@ -78,7 +81,7 @@ class DataSettings:
     """Number of held-out tokens in an evaluation."""
     text_column: str = "text"
     """Column with the text, in JSON lines, Parquet files and hub data sets."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text that separates the documents of a text file."""
     shuffle_windows: int = 1024
     """Size of the shuffle buffer, in packed windows."""

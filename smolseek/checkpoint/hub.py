@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
+from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
@@ -30,8 +30,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_folder(folder)
-    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer.model").is_file():
-        raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
+    check_tokenizer(path, folder)
     return AutoTokenizer.from_pretrained(path)
 
 

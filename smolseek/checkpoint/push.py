@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smolseek.checkpoint.source import read_config
+from smolseek.checkpoint.source import check_tokenizer, read_config
 from smolseek.formats.deepseek_v3 import expected_tensors
 from smolseek.formats.headers import read_headers
 
@@ -23,8 +23,7 @@ def check_complete(folder: Path) -> None:
             if name not in headers or headers[name].shape != shape:
                 has = f"is {headers[name].shape}" if name in headers else "is not there"
                 raise ValueError(f"checkpoint {folder}: {name} {has}, and config.json asks for {shape}")
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
+    check_tokenizer(folder, folder)
 
 
 def files_to_push(folder: Path) -> list[Path]:

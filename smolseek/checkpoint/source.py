@@ -78,6 +78,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def check_tokenizer(folder: Path, source: str | Path) -> None:
+    """Checks that a folder has a tokenizer.
+
+    Raises:
+        ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
+    """
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"checkpoint {source}: no tokenizer.json; copy the tokenizer's files into it")
+
+
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:
     """Returns conversion.json of a folder, which `convert` writes beside the weights; None if there is none.
 

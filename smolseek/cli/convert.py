@@ -54,13 +54,15 @@ def run_plan(command: Plan) -> None:
 
 def run_convert(command: Convert) -> None:
     quiet_libraries()
+    from smolseek.checkpoint.source import read_conversion
     from smolseek.conversion.pipeline import convert
 
     with progress_bars() as on_progress:
         out = convert(
             command.source, command.out, settings=command.settings, force=command.force, on_progress=on_progress
         )
-    report = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+    report = read_conversion(out)
+    assert report is not None
     judged = report["calibration"].get("judged_tokens", 0)
     for stage in ("dense", "closed_form", "refined", "distilled"):
         if stage in report["losses"]:

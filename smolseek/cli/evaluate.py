@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from smolseek.cli.shared import Device, Dtype, align_table, check_device, progress_bars, quiet_libraries, torch_dtype
+from smolseek.config import SEPARATOR, DataSettings
 
 if TYPE_CHECKING:
     from smolseek.data.packing import Packed
@@ -64,7 +65,7 @@ class Eval:
     """Number of spans for each distance of the needle."""
     seed: int = 0
     """Seed of the needle's spans."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text that separates the documents of a text file."""
     text_column: str = "text"
     """Field of a JSON line or Parquet row that holds the text."""
@@ -105,7 +106,6 @@ def run_eval(command: Eval) -> None:
 
 def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
     """Returns the tokens of each text."""
-    from smolseek.config import DataSettings
     from smolseek.data.packing import pack
     from smolseek.data.splits import held_out_documents
 

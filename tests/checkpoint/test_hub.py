@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_hub_ids_go_through_the_hub_library(tmp_path, monkeypatch):
-    """A fake hub: the library's download copies a local folder, or fails as it does offline."""
+    """Replaces the hub library's download: it copies a local folder, or fails as it does offline."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -19,7 +19,7 @@ def stream_of(settings, seed=0):
 
 
 def test_no_token_is_lost_or_repeated_within_an_epoch(settings):
-    """Packing wastes nothing: one epoch of windows is the training documents, end to end."""
+    """The windows of one epoch hold exactly the tokens of the training documents, one after the other."""
     windows = []
     for window, packing in stream_of(settings).windows():
         windows.append(read_marks(window)[0])
@@ -52,7 +52,7 @@ def test_a_restored_stream_goes_on_with_the_same_windows(settings, batches):
 
 
 def test_the_state_is_that_of_the_windows_handed_out(settings):
-    """Whatever the thread has made ahead by then."""
+    """The state does not depend on how far ahead the thread is."""
     stream = stream_of(settings)
     stream.next(2)
     early = stream.state()
@@ -105,7 +105,7 @@ def weighted(tmp_path, *weights):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 6.0, 3.0)])
 def test_weights_are_shares_of_tokens(tmp_path, weights):
-    """Sources of 4, 34 and 64 documents: the small ones are read over and over."""
+    """The sources have 4, 34 and 64 documents; the small ones are read many times."""
     stream = stream_of(weighted(tmp_path, *weights))
     stream.next(3000)
     tokens = [reading.tokens for reading in stream.packing.readings]
@@ -122,7 +122,7 @@ def test_a_weighted_stream_is_restored_in_its_own_epochs(tmp_path, batches):
     for _ in range(batches):
         stream.next(5)
     plain, tensors = stream.state()
-    restored.next(7)  # a stream that has run already is set back too
+    restored.next(7)  # restore also works on a stream that has run already
     restored.restore(json.loads(json.dumps(plain)), tensors)
     assert all(torch.equal(stream.next(5), restored.next(5)) for _ in range(60))
     assert stream.packing.readings == restored.packing.readings
@@ -148,7 +148,7 @@ def test_malformed_lines_are_counted_once_whatever_is_restored(tmp_path):
         plain, tensors = stream.state()
         stream = stream_of(settings)
         stream.restore(json.loads(json.dumps(plain)), tensors)
-    assert stream.malformed in (3, 5)  # 5 where the next epoch has come to them
+    assert stream.malformed in (3, 5)  # 5 if the next epoch has reached them
     assert stream.packing.readings[0].documents >= 20
 
 
@@ -161,7 +161,7 @@ def test_marks_are_the_first_tokens_of_documents(settings):
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=8), st.integers(2, 20))
 def test_packing_keeps_every_token_and_mark(documents, window_tokens):
-    """Any documents in windows of any size: the stream of windows is the documents' marked tokens, end to end."""
+    """For documents and windows of any size, the windows hold the marked tokens of the documents in their order."""
     tokens = [torch.arange(size, dtype=torch.int32) | (1 << 29 if masked else 0) for size, masked in documents]
     for document in tokens:
         document[0] |= 1 << 30
@@ -176,7 +176,7 @@ def test_packing_keeps_every_token_and_mark(documents, window_tokens):
 
 
 class _Cycle:
-    """A reader of the same documents again and again."""
+    """A reader that repeats the same documents."""
 
     def __init__(self, documents):
         self.documents, self.given, self.progress = documents, 0, SourceProgress()

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolseek.config import DataSettings
+from smolseek.config import SEPARATOR, DataSettings
 from smolseek.data.documents import Columns
 from smolseek.data.sources.base import ChainedSources, Source
 from smolseek.data.sources.files import READERS, FileSource
@@ -14,7 +14,7 @@ from smolseek.data.sources.hub import HubSource
 from smolseek.data.sources.python import PythonSource
 
 
-def open_source(spec: str, *, columns: Columns = Columns(), separator: str = "<|endoftext|>") -> Source:  # noqa: B008
+def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEPARATOR) -> Source:  # noqa: B008
     """Returns the source that `spec` names: builtin:python, hub:ID[:CONFIG], a file or a glob (.txt, .jsonl, .parquet).
 
     Raises:

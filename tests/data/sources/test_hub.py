@@ -36,9 +36,9 @@ import functools, time
 import datasets, fsspec
 from smolseek.data.documents import Columns
 from smolseek.data.sources import HubSource
-time.sleep = lambda seconds: None  # the libraries' own waits too
+time.sleep = lambda seconds: None  # also the waits of the libraries
 datasets.config.STREAMING_READ_MAX_RETRIES = 1
-# Small reads, so that a small shard is cut within.
+# Small reads, so that the connection closes inside a small shard.
 fsspec.spec.AbstractBufferedFile.DEFAULT_BLOCK_SIZE = 1 << 12
 datasets.load_dataset = functools.partial(datasets.load_dataset, chunksize=1 << 12)
 for _, document in HubSource("hub:someone/text", Columns()).documents(None):
@@ -47,7 +47,7 @@ for _, document in HubSource("hub:someone/text", Columns()).documents(None):
 
 
 def test_a_stream_that_breaks_off_mid_shard_loses_and_repeats_nothing(tmp_path):
-    """The real libraries against a server that closes the connection; each gives up before we open again."""
+    """Uses the real libraries and a server that closes connections; the libraries give up before we open again."""
     rows = [f"shard {shard} row {row} " + str(row) * 20 for shard in range(2) for row in range(400)]
     lines = [json.dumps({"text": row}) + "\n" for row in rows]
     files = {f"data/train-{shard}.jsonl": "".join(lines[shard * 400 :][:400]).encode() for shard in range(2)}
@@ -67,7 +67,7 @@ def test_a_stream_that_breaks_off_mid_shard_loses_and_repeats_nothing(tmp_path):
 
 
 def hub_source_of(monkeypatch, opened):
-    """A hub source whose data sets are those that `opened` gives, one an opening."""
+    """Returns a hub source that takes its data sets from `opened`, one for each opening."""
     source = HubSource("hub:someone/text", Columns())
     monkeypatch.setattr("smolseek.data.sources.hub.RETRY_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(source, "_open", lambda: next(opened)())
@@ -75,7 +75,7 @@ def hub_source_of(monkeypatch, opened):
 
 
 class BrokenRows:
-    """Rows of numbers that break off after some."""
+    """Rows of numbers; after `count` rows it raises `error`."""
 
     def __init__(self, count, error):
         self.count, self.error, self.first = count, error, 0
