@@ -34,7 +34,8 @@ from smolseek.config import ConvertSettings, DataSettings, SampleSettings, load_
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import read_source, target_config
 from smolseek.data import calibration_windows
-from smolseek.data.windows import Packed, held_out_documents, pack
+from smolseek.data.packing import Packed, pack
+from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import measure_divergence, measure_quality
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.run import run_recipe

@@ -22,7 +22,7 @@ from circumstances import circumstances, command_line
 
 from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
-from smolseek.data.windows import WindowStream
+from smolseek.data.stream import WindowStream
 from smolseek.training.loop import Trainer, Watcher
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.checkpoint.source import resolve_folder
 from smolseek.config import DataSettings
-from smolseek.data.windows import held_out_documents, pack
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import WINDOW_TOKENS
 from smolseek.export.gguf import export_gguf
 

@@ -30,7 +30,8 @@ from rows import Row, Rows, present
 from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
 from smolseek.checkpoint.source import resolve_folder
 from smolseek.config import DataSettings, Recipe, SampleSettings, load_recipe, recipes_folder
-from smolseek.data.windows import held_out_documents, pack
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import measure_quality
 from smolseek.run import run_recipe
 from smolseek.training.stages import step_tokens

@@ -17,7 +17,8 @@ from circumstances import circumstances, command_line
 from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
 from smolseek.checkpoint.source import read_conversion
 from smolseek.config import DataSettings
-from smolseek.data.windows import held_out_documents, pack
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
 from smolseek.evaluation.needle import SPAN_TOKENS, Retrieval, measure_retrieval, text_pieces
 from smolseek.evaluation.paired import paired_difference
 

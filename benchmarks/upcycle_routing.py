@@ -35,7 +35,8 @@ from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.config import DataSettings
 from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.conversion.upcycle import balancing_bias
-from smolseek.data.windows import open_settings, pack
+from smolseek.data.packing import pack
+from smolseek.data.sources import open_sources
 from smolseek.model.balance import expert_weights, max_violation, take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 
@@ -99,7 +100,7 @@ def main() -> None:
 def windows(tokenizer: Any, name: str) -> Tensor:
     """The text's windows (N, T)."""
     settings = DataSettings(train=(name,))
-    ids_T, *_ = pack(tokenizer, (document for _, document in open_settings(settings, settings.train).documents(None)))
+    ids_T, *_ = pack(tokenizer, (document for _, document in open_sources(settings.train, settings).documents(None)))
     return ids_T[: len(ids_T) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
 
 

@@ -1,6 +1,7 @@
-"""smolseek: a small dense language model becomes DeepSeek-V3 (MLA, MoE, loss-less balancing) and is made good again.
+"""smolseek converts a small dense language model to DeepSeek-V3 and trains it to recover its quality.
 
-`load`, `convert` and `generate` import torch when they are first asked for, not before.
+DeepSeek-V3 has multi-head latent attention (MLA), a mixture of experts (MoE) and auxiliary-loss-free load balancing,
+which the project's first description calls "loss-less". `load`, `convert` and `generate` import torch at first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m smolseek` is the command line."""
+"""Runs the command line for `python -m smolseek`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The model card of a folder: where it comes from, what it costs and keeps, how to load it, its limits and licence."""
+"""The model card of a folder: origin, cache, quality, loading, limits and licence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STAGES = ("dense", "closed_form", "refined", "distilled")
 
 @dataclass(frozen=True)
 class Training:
-    """What training did: its recipe, its length, and the loss of the run's models on the same held-out text."""
+    """A training for the card: its recipe, its length, and the losses of the run's models on the same held-out text."""
 
     recipe: Recipe
     steps: int
@@ -36,14 +36,14 @@ class Training:
 
 @dataclass(frozen=True)
 class Card:
-    """What README.md says of a folder.
+    """The content of a folder's README.md.
 
     Args:
-        name: of the model.
-        config: its config.json.
-        licence: of its source, as `licence_fields` reads it.
-        conversion: what conversion.json holds, of a converted model.
-        training: of a trained model.
+        name: the model's name.
+        config: the model's config.json.
+        licence: the licence fields of its source, from `licence_fields`.
+        conversion: the conversion.json of a converted model.
+        training: the training of a trained model.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Card:
     training: Training | None = None
 
     def render(self) -> str:
-        """The card as Markdown with its front matter."""
+        """Returns the card as Markdown with its front matter."""
         sections = {
             "": self._origin(),
             "Cache": self._cache(),
@@ -64,19 +64,19 @@ class Card:
             "Settings of the conversion": self._settings(),
             "Recipe of the training": _yaml(dataclasses.asdict(self.training.recipe)) if self.training else "",
         }
-        told = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
-        return "\n\n".join([f"{self._front_matter()}\n# {self.name}", *told]) + "\n"
+        parts = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
+        return "\n\n".join([f"{self._front_matter()}\n# {self.name}", *parts]) + "\n"
 
     @property
     def _source(self) -> str | None:
-        """The dense model, by its id on the hub or by its path; none: random weights."""
+        """The dense model's id on the hub or its path; None for random weights."""
         if self.conversion:
             return self.conversion["source"]
         return self.training.recipe.source if self.training else None
 
     @property
     def _source_name(self) -> str:
-        """How to speak of the source; without the path of a local folder, which means nothing elsewhere."""
+        """The source's name in the text; a local folder's path is left out, because it means nothing elsewhere."""
         if self._source is None:
             return "Random weights"
         return self._source if self._on_hub else Path(self._source).name
@@ -187,15 +187,15 @@ class Card:
 
 
 def _approximations(layers: list[dict[str, Any]]) -> list[str]:
-    """What the target has no place for, and the most of it that a layer lost."""
-    told = []
+    """Returns a sentence for each part of the source that DeepSeek-V3 lacks, with the largest loss in a layer."""
+    sentences = []
     for key, what in (("qk_norm_energy_lost", "norms on queries and keys"), ("bias_energy_lost", "biases")):
         if layers and key in layers[0]:
             most = max(layer[key] for layer in layers)
-            told.append(
+            sentences.append(
                 f"The source's {what} are approximated: before refinement up to {most:.2g} of their energy is lost."
             )
-    return told
+    return sentences
 
 
 def _losses(losses: Mapping[str, float]) -> str:

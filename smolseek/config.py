@@ -1,4 +1,4 @@
-"""Recipes: frozen dataclasses and the strict YAML loader; imports no torch."""
+"""Recipes as frozen dataclasses, and the strict YAML loader. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+SEPARATOR = "<|endoftext|>"
+"""Default text between the documents of a text file."""
+
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """How a dense checkpoint becomes DeepSeek-V3; sizes left out are chosen from the source's."""
+    """How a dense checkpoint is converted to DeepSeek-V3; sizes that are not set follow from the source's sizes."""
 
     kv_lora_rank: int | None = None
-    """Width of the latent that holds values and unrotated keys."""
+    """Width of the latent, which holds values and unrotated keys."""
     qk_rope_head_dim: int | None = None
     """Width of the one rotated key that all heads share (even)."""
     calibration: tuple[str, ...] = ()
-    """Text for the moments: files, globs, hub:ID or builtin:python (its training split)."""
+    """Calibration text: files, globs, hub:ID[:CONFIG] or builtin:python (its training split)."""
     calibration_windows: int = 128
-    """How many windows of calibration text are read."""
+    """Number of windows of calibration text."""
     calibration_window_tokens: int = 256
     """Tokens in a calibration window."""
     qk_nope_head_dim: int | None = None
@@ -31,93 +34,94 @@ class ConvertSettings:
     v_head_dim: int | None = None
     """Width of a head's value; none: the source's head_dim."""
     q_lora_rank: int | None = None
-    """Width of a latent query; none: queries straight from the hidden state."""
+    """Width of the query latent; none: queries come straight from the hidden state."""
     cache: float | None = None
-    """Share of the source's cache to keep, in place of kv_lora_rank and qk_rope_head_dim; none: 0.4."""
+    """Size of the cache as a share of the source's, instead of kv_lora_rank and qk_rope_head_dim; none: 0.4."""
     profile: Literal["portable", "vllm", "transformers"] = "portable"
-    """What the result may use: what most runtimes read, vLLM's head sizes, or all that transformers reads."""
+    """Runtimes that load the result: transformers, SGLang and llama.cpp (portable), vLLM too, or transformers alone;
+    the last keeps biases and rope types that the others do not read."""
     experts: Literal["none", "upcycle", "carve"] = "none"
-    """Keep the MLP dense, copy it to more neurons (upcycle) or divide its neurons (carve) among experts."""
+    """Keep the MLP dense (none), or make experts of several copies of it (upcycle) or of its own neurons (carve)."""
     active: float | None = None
-    """Share of the dense neurons that a token meets (carve); none: 0.75."""
+    """Share of the dense neurons that each token uses (carve); none: 0.75."""
     n_shared_experts: int | None = None
-    """Shared experts."""
+    """Shared experts, which every token uses."""
     n_routed_experts: int | None = None
-    """Routed experts in all."""
+    """Routed experts in a layer."""
     num_experts_per_tok: int | None = None
-    """Routed experts a token meets."""
+    """Routed experts that each token uses."""
     moe_intermediate_size: int | None = None
     """Neurons in one expert, before padding to a multiple of 8."""
     first_k_dense_replace: int = 0
-    """First layers that keep their dense MLP."""
+    """Number of first layers that keep their dense MLP."""
     refine_steps: int = 300
-    """Steps in which each converted layer learns the dense layer's output; 0: the closed form only."""
+    """Steps in which each converted layer learns to match its dense layer's output; 0: the closed form only."""
     distill_steps: int | None = None
-    """Steps of end-to-end KL to the dense model after that; none: what takes minutes on a CPU, 600 at most, 0 for a
-    source above 24M parameters."""
+    """Steps of end-to-end distillation (KL to the dense model) after that; none: what takes minutes on a CPU, 600 at
+    most, but 0 for a source above 24M parameters."""
     exact: bool = False
-    """The exact conversion: same logits, larger cache, loads in transformers only."""
+    """Convert exactly: the same logits and a larger cache; only transformers loads the result."""
     seed: int = 0
-    """Seed of everything drawn at random."""
-    separator: str = "<|endoftext|>"
-    """What stands between the documents of a text file."""
+    """Seed of all random draws."""
+    separator: str = SEPARATOR
+    """Text that separates the documents of a text file."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the training text comes from and how it is cut."""
+    """Where the training text comes from, and how it is divided."""
 
     train: tuple[str, ...] = ("builtin:python",)
-    """Sources, read again and again: files, globs, hub:ID[:CONFIG] or builtin:python."""
+    """Sources, read in endless epochs: files, globs, hub:ID[:CONFIG] or builtin:python."""
     held_out: tuple[str, ...] = ()
-    """Sources of held-out text; none: a share of the training documents, chosen by hash, is kept out of training."""
+    """Sources of held-out text; none: a share of the training documents, chosen by hash, is held out."""
     held_out_share: float = 0.1
-    """Share of the documents held out when no held-out source is named."""
+    """Share of the documents to hold out if no held-out source is named."""
     held_out_tokens: int = 65536
-    """How many held-out tokens an evaluation reads."""
+    """Number of held-out tokens in an evaluation."""
     text_column: str = "text"
-    """Field of a JSON line, Parquet row or hub row that holds the text."""
-    separator: str = "<|endoftext|>"
-    """What stands between the documents of a text file."""
+    """Column with the text, in JSON lines, Parquet files and hub data sets."""
+    separator: str = SEPARATOR
+    """Text that separates the documents of a text file."""
     shuffle_windows: int = 1024
     """Size of the shuffle buffer, in packed windows."""
     weights: tuple[float, ...] = ()
-    """Share of the training tokens for each source, in any unit; none: one source after the other."""
+    """Shares of the training tokens, one for each source, in any unit; none: one source after the other."""
     messages_column: str = "messages"
-    """Field that holds a conversation, a list of {role, content}: only the assistant's tokens are learnt."""
+    """Column with a conversation, a list of {role, content}; loss is taken on the assistant's tokens only."""
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """One stage of a run: fields of `train` that it sets otherwise, and its length."""
+    """One stage of a run: its length, and the fields of `train` that it overrides."""
 
     steps: int | None = None
     """Optimizer steps."""
     tokens: int | None = None
-    """Tokens to train on, in place of steps (rounded up to whole steps)."""
+    """Tokens to train on, instead of steps; rounded up to whole steps."""
     trains: Literal["all", "attention", "experts"] | None = None
-    """Which weights train."""
+    """Weights to train; the others stay as they are."""
     optimizer: Literal["adamw", "muon"] | None = None
     """AdamW or Muon."""
     schedule: Literal["cosine", "wsd"] | None = None
-    """A cosine or warm-up, stable, decay; over this stage alone."""
+    """Cosine, or warm-up, stable, decay (wsd); over this stage alone."""
     learning_rate: float | None = None
     """Peak learning rate."""
     learning_rate_factors: dict[str, float] | None = None
-    """Factors on the learning rate by group of weights."""
+    """Factors on the learning rate for groups of weights."""
     final_learning_rate_share: float | None = None
-    """Learning rate at the stage's last step, as a share of its peak."""
+    """Learning rate at the stage's last step, as a share of the peak."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     distill_weight: float | None = None
     """Weight of KL to the dense source in the loss."""
     patience: int | None = None
-    """End the stage after this many evaluations in a row without a lower held-out loss."""
+    """End the stage after this many evaluations in a row that do not lower the held-out loss."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Optimisation of one run."""
+    """The optimisation in a run."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -126,38 +130,38 @@ class TrainSettings:
     gradient_accumulation: int = 1
     """Micro-batches in one optimizer step."""
     window_tokens: int = 256
-    """Tokens predicted in one window."""
+    """Predicted tokens in one window."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     final_learning_rate_share: float = 0.0
-    """Learning rate at the last step, as a share of the peak (cosine decay)."""
+    """Learning rate at the last step, as a share of the peak."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
-    """AdamW's weight decay, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     clip_norm: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm; longer gradients are scaled down to it."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast dtype; auto: bfloat16 where the hardware has it."""
+    """Autocast dtype; auto: bfloat16 if the hardware supports it."""
     mask_documents: bool = True
-    """Documents packed in one window do not see each other."""
+    """Prevent tokens from attending to other documents in their window."""
     balance_update_speed: float | None = None
     """u of the loss-less load balancing: how far a routing bias moves per step; none: what suits balance_rule (1e-3,
     1e-3, 0.1). 0: not at all. With sign it falls to a fifth as the learning rate falls to 0."""
     distill_weight: float = 0.0
-    """Weight of KL to the dense source in the loss; the rest is cross-entropy."""
+    """Weight of KL to the dense source in the loss; cross-entropy has the remaining weight."""
     evaluate_every: int = 100
     """Steps between held-out evaluations."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between lines in the logs."""
+    """Steps between log lines."""
     keep_last: int = 2
-    """Checkpoints kept: when the newest is damaged, --resume goes on from the one before."""
+    """Number of checkpoints to keep; if the newest is damaged, --resume continues from the one before."""
     spike_factor: float = 3.0
-    """A step whose loss is above this many times the median of recent ones is skipped; 0: never."""
+    """Skip a step whose loss is above this many times the median of recent losses; 0: never."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be skipped for a spike, or for a loss or gradient that is not finite; one more stops."""
+    """Most steps in a row to skip (for a spike, or a loss or gradient that is not finite); one more stops the run."""
     balance_rule: Literal["sign", "proportional", "quantile"] = "sign"
     """How a routing bias moves: by u towards balance; by u times the expert's relative lack of tokens; or u of the way
     to where the batch's scores would give the expert its fair share."""
@@ -170,103 +174,103 @@ class TrainSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW for all weights, or Muon for hidden matrices and AdamW for embeddings, head, norms and router."""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """After the warm-up: a cosine, or the peak held and a straight line down over the last `decay_share`."""
+    """After the warm-up: a cosine, or the peak and then a straight line down over the last `decay_share`."""
     decay_share: float = 0.2
-    """Share of the steps over which wsd goes down."""
+    """Share of the steps, the last ones, in which wsd lowers the learning rate."""
     learning_rate_factors: dict[str, float] = field(default_factory=dict)
-    """Factors on the learning rate by group of weights: attention, experts, router, norms, embeddings."""
+    """Factors on the learning rate for groups of weights: attention, experts, router, norms, embeddings."""
     distill_temperature: float = 1.0
-    """Temperature of both distributions in the KL, which is then multiplied by its square."""
+    """Temperature of both distributions in the KL; the KL is then multiplied by the temperature's square."""
     distill_steps: int | None = None
-    """Steps that distil; after them plain cross-entropy and no teacher. None: all."""
+    """Number of first steps that distil; later ones take cross-entropy alone, without a teacher. None: all steps."""
     activation_checkpointing: bool = False
-    """Keep one activation per block and compute the rest again in the backward pass: less memory, a second forward."""
+    """Keep one activation per block and recompute the rest in the backward pass: less memory, one more forward pass."""
     compile: bool = False
-    """Compile the blocks of a DeepSeek-V3 model with torch.compile: faster steps, after one that takes a minute or two
-    (seconds when the compiler's cache still has them); without a C++ compiler they run as they are."""
+    """Compile the blocks of a DeepSeek-V3 model with torch.compile. Steps are faster, but the first takes a minute or
+    two (seconds if the compiler's cache has the blocks). Without a C++ compiler the blocks run uncompiled."""
     trains: Literal["all", "attention", "experts"] = "all"
-    """Which weights train."""
+    """Weights to train; the others stay as they are."""
     patience: int | None = None
-    """End early after this many evaluations in a row without a lower held-out loss; none: never."""
+    """End early after this many evaluations in a row that do not lower the held-out loss; none: never."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """Where metrics are shown live, on top of the run's folder; each is an extra of the same name."""
+    """Trackers that show metrics live, besides the run's folder; each needs the extra of the same name."""
     stages: tuple[StageSettings, ...] = ()
-    """Stages one after the other, in place of one of `steps`; what a stage leaves out is as above."""
+    """Stages in their order, instead of one stage of `steps` steps; a field that a stage does not set is as above."""
 
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How the processes of a torchrun divide the work; without torchrun there is one process."""
+    """How the processes of torchrun divide the work; without torchrun there is one process."""
 
     expert: int = 1
-    """Processes among which the experts of a layer are divided; must divide the number of processes."""
+    """Number of processes that share the experts of a layer; it must divide the number of all processes."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """Text drawn from the model during and after a run."""
+    """Text that the model writes during and after a run."""
 
     every: int = 100
     """Steps between samples."""
     prompts: tuple[str, ...] = ("The ",)
-    """Each is continued."""
+    """Prompts to continue."""
     max_new_tokens: int = 128
-    """Length of a continuation."""
+    """Most tokens in a continuation."""
     temperature: float = 0.7
-    """0 is greedy."""
+    """Sampling temperature; 0: always the likeliest token."""
     top_p: float = 0.95
-    """Nucleus."""
+    """Draw from the smallest set of tokens whose probabilities add up to this."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely."""
+    """Values above 1 make tokens less likely that have appeared before."""
     seed: int = 1337
-    """Same seed, same text."""
+    """Seed of the draws: the same seed gives the same text."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, from a source checkpoint (or random weights) to a healed model."""
+    """One run, from a source checkpoint or random weights to a trained model."""
 
     name: str = "run"
     """The run's folder is runs/NAME."""
     source: str | None = None
     """Checkpoint to start from: a folder, a hub id or builtin:base; none: random weights of `model`."""
     convert: ConvertSettings | None = None
-    """Conversion of a dense source; none: the source is trained as it is."""
+    """Conversion of a dense source; none: the source is trained without conversion."""
     teacher: str | None = None
     """Dense checkpoint to distil from; none: the source that is converted."""
     model: dict[str, Any] = field(default_factory=dict)
-    """For random weights: model_type (deepseek_v3 or llama) and fields of that transformers config."""
+    """For random weights: model_type (deepseek_v3 or llama) and fields of its transformers config."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer; none: the source's."""
+    """Folder or hub id of the tokenizer; none: the source's tokenizer."""
     train_tokenizer_entries: int = 0
-    """For random weights: train a byte-level BPE tokenizer of this size on the training text."""
+    """For random weights: size of a byte-level BPE tokenizer to train on the training text; 0: none."""
     compare_dense: bool = False
-    """Afterwards train the dense source on the same tokens, for the table."""
+    """Afterwards train the dense source on the same tokens, for comparison in the table."""
     seed: int = 0
-    """Seed of initialisation and data order."""
+    """Seed of the random weights and the order of the data."""
     data: DataSettings = field(default_factory=DataSettings)
-    """Text."""
+    """The training text."""
     train: TrainSettings = field(default_factory=TrainSettings)
-    """Optimisation."""
+    """The optimisation."""
     sample: SampleSettings = field(default_factory=SampleSettings)
-    """Samples."""
+    """Text that the model writes during the run."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
-    """Several processes."""
+    """The division among several processes."""
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes that come with the project (beside the package in a checkout, inside it in a wheel)."""
+    """Returns the folder of the project's recipes: beside the package in a checkout, inside the package in a wheel."""
     package = Path(__file__).parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe strictly.
+    """Reads a YAML recipe; a recipe without a name is named after its file.
 
     Raises:
-        ValueError: the file is missing or not YAML, a key is unknown (its full path and the nearest known one are
-            named) or a value has the wrong type.
+        ValueError: the file is missing or not YAML, a key is unknown (the message names its full path and the nearest
+            known key), or a value has the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -281,7 +285,7 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def _build(kind: Any, tree: Any, where: str) -> Any:
-    """A dataclass of type `kind` from a mapping; `where` is the dotted path for messages."""
+    """Builds the dataclass `kind` from a mapping; `where` is its dotted path, for messages."""
     if not isinstance(tree, dict):
         raise ValueError(f"recipe key {where or '(top)'}: {tree!r} is not a mapping of settings")
     hints = get_type_hints(kind)
@@ -296,7 +300,7 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`; numbers written like 3e-4, which YAML reads as text, are numbers."""
+    """Returns `value` as type `kind`; converts numbers such as 3e-4, which YAML reads as text."""
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -328,7 +332,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """The number a string spells, else the value itself."""
+    """Returns the number that a string spells, otherwise the value unchanged."""
     if not isinstance(value, str):
         return value
     for kind in (int, float):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smolseek.config import SampleSettings
-from smolseek.data.windows import encode_document
+from smolseek.data.encoding import encode_document
 from smolseek.model import DeepseekV3, StockModel
 
 _PREFILL_TOKENS = 2048

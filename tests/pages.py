@@ -17,7 +17,8 @@ import pytest
 from smolseek.checkpoint.hub import save
 from smolseek.cli import VERBS, main, parse_verb
 from smolseek.conversion.pipeline import convert
-from smolseek.data.corpus import Document, PythonSource
+from smolseek.data.documents import Document
+from smolseek.data.sources import PythonSource
 from smolseek.model import StockModel
 from tests.factories import tiny_llama
 from tests.text import ENTRIES, tiny_tokenizer, write_stories

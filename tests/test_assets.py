@@ -1,4 +1,4 @@
-"""The shipped base model: frozen by its hash, small enough, a plain Llama."""
+"""The base model in the package is unchanged (by its hash), small enough, and a plain Llama."""
 
 import hashlib
 

@@ -164,7 +164,7 @@ def test_chat_without_a_template_continues_one_text(source, capsys, monkeypatch)
 
 
 def test_perplexity_is_stock_transformers(source, text, capsys):
-    """The definition, written out once more: BOS and document, one stream, windows of the model's limit."""
+    """Computes perplexity again from its definition: BOS and document, one stream, windows of the model's limit."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

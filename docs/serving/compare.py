@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from smolseek.checkpoint.hub import load, load_tokenizer
-from smolseek.data.windows import encode_document
+from smolseek.data.encoding import encode_document
 from smolseek.generation import stream
 
 PROMPTS = (

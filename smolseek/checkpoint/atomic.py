@@ -1,4 +1,4 @@
-"""Folders and files that are complete or absent: written beside, synced, renamed."""
+"""Folders and files that are complete or absent: written under another name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A new folder to write into, which becomes `out` when the block ends well and disappears otherwise.
+    """Yields a new folder to write into; it becomes `out` when the block succeeds, and is removed when it fails.
 
     Raises:
         ValueError: `out` exists and `force` is not set.
@@ -39,7 +39,7 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A path to write to, whose file becomes `out` when the block ends well and disappears otherwise.
+    """Yields a path to write to; the file becomes `out` when the block succeeds, and is removed when it fails.
 
     Raises:
         ValueError: `out` exists and `force` is not set, or is a folder.
@@ -60,7 +60,7 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers inside `folder` left half done when they were killed; none may be at work."""
+    """Removes the unfinished files and folders of killed writers in `folder`; no writer may be at work there."""
     for pattern in (".*.partial-*", ".*.old-*"):
         for leftover in folder.glob(pattern):
             if leftover.is_dir():
@@ -70,7 +70,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise ValueError when `out` is there and may not be replaced."""
+    """Raises ValueError if `out` exists and may not be replaced."""
     if out.exists() and not force:
         raise ValueError(f"{out}: exists already; pass --force to replace it, or name another")
 

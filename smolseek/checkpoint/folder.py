@@ -1,4 +1,4 @@
-"""Safetensors folders, tensor by tensor: lazy to read, complete or absent when written."""
+"""Safetensors folders: read one tensor at a time, and written so that they are complete or absent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAX_SHARD_BYTES = 2 * 2**30
 
 
 class TensorFolder:
-    """The tensors of a safetensors checkpoint, single or sharded, each read when asked for.
+    """The tensors of a safetensors checkpoint, in one file or in shards; a tensor is read when it is asked for.
 
     Raises:
         ValueError: as `read_headers` does, or a name is unknown.
@@ -32,19 +32,19 @@ class TensorFolder:
         self.headers = read_headers(self.folder)
 
     def names(self) -> list[str]:
-        """All tensor names, sorted."""
+        """Returns all tensor names, sorted."""
         return sorted(self.headers)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from the header."""
+        """Returns the shape of a tensor, from the header."""
         return self._header(name).shape
 
     def dtype(self, name: str) -> str:
-        """Dtype of a tensor as safetensors writes it (F32, BF16 ...), from the header."""
+        """Returns the dtype of a tensor as safetensors writes it (F32, BF16 ...), from the header."""
         return self._header(name).dtype
 
     def get(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+        """Reads one tensor, in the dtype on disk."""
         path = self.folder / self._header(name).file
         try:
             with safe_open(path, framework="pt") as file:
@@ -59,7 +59,7 @@ class TensorFolder:
 
 
 class FolderWriter(AbstractContextManager["FolderWriter"]):
-    """A checkpoint folder written shard by shard; complete or absent.
+    """Writes a checkpoint folder shard by shard; the folder is complete or absent.
 
     Raises:
         ValueError: the folder exists and `force` is not set.
@@ -79,13 +79,13 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         if raised[0] is None:
             try:
                 self._finish()
-            except BaseException as error:  # the folder must go, whatever happened
+            except BaseException as error:  # the folder must be removed after any error
                 if not self._folder.__exit__(type(error), error, error.__traceback__):
                     raise
         return self._folder.__exit__(*raised)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Queue a tensor; a full shard is written at once."""
+        """Adds a tensor to the current shard, after writing that shard if it is full."""
         size = tensor.numel() * tensor.element_size()
         if self._shard and self._shard_bytes() + size > _MAX_SHARD_BYTES:
             self._flush()
@@ -93,21 +93,21 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         self._bytes += size
 
     def write_json(self, name: str, tree: Any) -> None:
-        """A JSON file in the folder."""
+        """Writes a JSON file in the folder."""
         self.write_text(name, json.dumps(tree, indent=2, sort_keys=True) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """A text file in the folder."""
+        """Writes a text file in the folder."""
         (self.path / name).write_text(text, encoding="utf-8")
 
     def copy_tokenizer(self, source: str | Path) -> None:
-        """The tokenizer files of another folder."""
+        """Copies the tokenizer files and generation_config.json of another folder."""
         for name in (*TOKENIZER_FILES, "generation_config.json"):
             if (Path(source) / name).is_file() and not (self.path / name).exists():
                 shutil.copyfile(Path(source) / name, self.path / name)
 
     def copy_licence(self, source: str | Path) -> None:
-        """The licence files of another folder."""
+        """Copies the licence files of another folder."""
         for path in licence_files(source):
             shutil.copyfile(path, self.path / path.name)
 

@@ -1,7 +1,4 @@
-"""Models in and out of stock Hugging Face folders.
-
-Shapes: E routed experts, I neurons in one expert, D hidden.
-"""
+"""Reads models from stock Hugging Face folders and writes them back."""
 
 from __future__ import annotations
 
@@ -14,28 +11,27 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
+from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a folder or hub id.
+    """Returns the fast tokenizer of a folder or hub id.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no tokenizer.
     """
     from transformers import AutoTokenizer
 
     path = resolve_folder(folder)
-    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer.model").is_file():
-        raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
+    check_tokenizer(path, folder)
     return AutoTokenizer.from_pretrained(path)
 
 
 def load_config(folder: str | Path) -> Any:
-    """The transformers config of a folder; a `DeepseekV3Config` for V3, softmax-routed ones included."""
+    """Returns the transformers config of a folder; a `DeepseekV3Config` for V3, with a softmax router too."""
     from transformers import AutoConfig, DeepseekV3Config
 
     tree = read_config(folder)
@@ -45,10 +41,10 @@ def load_config(folder: str | Path) -> Any:
 
 
 def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV3 | StockModel:
-    """A model from a folder or hub id: ours for DeepSeek-V3, any other causal LM through transformers.
+    """Loads a model from a folder or hub id: DeepSeek-V3 as our `DeepseekV3`, other causal models by transformers.
 
     Raises:
-        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or weights that do not fit the config.
+        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or the weights do not fit the config.
     """
     folder = resolve_folder(source)
     if read_config(folder).get("model_type") not in ("deepseek_v3", SOFTMAX_MODEL_TYPE):
@@ -58,7 +54,7 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     with torch.device("meta"):
         model = DeepseekV3(config)
     model.to_empty(device="cpu")
-    # What is in no checkpoint: the rope table and the counters.
+    # No checkpoint holds the rope table and the expert counts.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     take_expert_counts(model)
     with torch.no_grad():
@@ -71,7 +67,7 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
 
 
 def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StockModel:
-    """Any causal LM exactly as unmodified transformers runs it.
+    """Loads any causal model as unmodified transformers runs it.
 
     Raises:
         ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers does not know the model.
@@ -94,7 +90,7 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
 def load_for_evaluation(
     source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DeepseekV3 | StockModel:
-    """The model as unmodified transformers runs it; only softmax-routed folders, which it cannot run, come as ours."""
+    """Loads a model as unmodified transformers runs it; a softmax-routed folder, which it cannot run, as our model."""
     is_stock = read_config(resolve_folder(source)).get("model_type") != SOFTMAX_MODEL_TYPE
     return (load_stock if is_stock else load)(source, dtype=dtype, device=device)
 
@@ -108,10 +104,18 @@ def save(
     card: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a model as a stock folder in its config's dtype (fp32 when it names none), one tensor per expert.
+    """Writes a model as a stock folder, in its config's dtype (fp32 if it names none), one tensor per expert.
 
-    `tokenizer_from` is a folder, or a transformers tokenizer; `origin` the folder whose licence and conversion.json go
-    along.
+    Args:
+        model: the model.
+        out: the folder to write.
+        tokenizer_from: a folder or hub id with a tokenizer, or a transformers tokenizer.
+        origin: a folder; its licence files and its conversion.json are copied.
+        card: the text of README.md.
+        force: replace `out` if it exists.
+
+    Raises:
+        ValueError: `out` exists and `force` is not set, or `tokenizer_from` cannot be found.
     """
     config = model.config.to_dict()
     dtype = getattr(torch, str(model.config.dtype).removeprefix("torch.")) if model.config.dtype else torch.float32
@@ -134,7 +138,7 @@ def save(
 
 
 def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as written to disk: tied heads left out, stacked experts one by one."""
+    """Yields (name, tensor) as written to disk: without a tied head, and with one tensor per expert."""
     state = model.state_dict() if isinstance(model, DeepseekV3) else model.model.state_dict()
     for name, tensor in state.items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
@@ -148,12 +152,12 @@ def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Te
         elif kind == "down_proj" and prefix.endswith("mlp.experts"):
             for expert, down in enumerate(tensor):
                 yield f"{prefix}.{expert}.down_proj.weight", down.clone()
-        else:  # a head that is untied on disk alone still shares the embeddings' memory, which safetensors refuses
+        else:  # a head may share the embeddings' memory although the config unties it; safetensors refuses that
             yield name, tensor.clone() if name == "lm_head.weight" else tensor
 
 
 def _fill(target: Tensor, name: str, tensors: TensorFolder) -> None:
-    """Copy one in-memory tensor from disk, stacking experts; ValueError when its shape is not the config's."""
+    """Fills one tensor of the model from disk, stacking experts; raises ValueError if the shapes differ."""
     prefix, _, kind = name.rpartition(".")
     if prefix.endswith("mlp.experts"):
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)

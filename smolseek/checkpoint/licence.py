@@ -1,4 +1,4 @@
-"""The licence of a checkpoint: its files, and what its model card's front matter says of it. Imports no torch."""
+"""The licence of a checkpoint: its files, and the licence fields in its model card. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ _FIELDS = ("license", "license_name", "license_link")
 
 
 def licence_files(folder: str | Path) -> list[Path]:
-    """The files that say under which terms the weights may be used."""
+    """Returns the files that say under which terms the weights may be used."""
     found = {path for pattern in LICENCE_FILES for path in Path(folder).glob(pattern) if path.is_file()}
     return sorted(found)
 
 
 def licence_fields(folder: str | Path) -> dict[str, Any]:
-    """The licence fields of README.md's front matter; empty where there is none that can be read."""
+    """Returns the licence fields in README.md's front matter; empty if there is none, or it cannot be read."""
+    from huggingface_hub import metadata_load
+
     card = Path(folder) / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
-    if lines[:1] != ["---"] or "---" not in lines[1:]:
-        return {}
     try:
-        front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-    except yaml.YAMLError:
-        return {}
-    return {name: front[name] for name in _FIELDS if front.get(name)} if isinstance(front, dict) else {}
+        front = metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        front = None
+    return {name: front[name] for name in _FIELDS if front.get(name)} if front else {}

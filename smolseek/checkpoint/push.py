@@ -1,19 +1,19 @@
-"""A finished folder to the hub, by the hub library and with the token in its own store. Imports no torch."""
+"""Uploads a finished folder to the hub, with the token that the hub library stores. Imports no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from smolseek.checkpoint.source import read_config
+from smolseek.checkpoint.source import check_tokenizer, read_config
 from smolseek.formats.deepseek_v3 import expected_tensors
 from smolseek.formats.headers import read_headers
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a folder that nobody could load: its config, every tensor by the shards' headers, and the tokenizer.
+    """Checks that a folder can be loaded: its config, every tensor by the shards' headers, and its tokenizer.
 
     Raises:
-        ValueError: one of them is missing, half, or not what config.json asks for.
+        ValueError: one of them is missing, incomplete, or does not fit config.json.
     """
     if not folder.is_dir():
         raise ValueError(f"checkpoint {folder}: no such folder; name one with config.json, such as runs/NAME/model")
@@ -23,12 +23,11 @@ def check_complete(folder: Path) -> None:
             if name not in headers or headers[name].shape != shape:
                 has = f"is {headers[name].shape}" if name in headers else "is not there"
                 raise ValueError(f"checkpoint {folder}: {name} {has}, and config.json asks for {shape}")
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
-        raise ValueError(f"checkpoint {folder}: no tokenizer.json; copy the tokenizer's files into it")
+    check_tokenizer(folder, folder)
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """The files of a complete checkpoint folder: all but hidden ones and what lies in folders inside it.
+    """Returns the files of a complete checkpoint folder, without hidden files and subfolders.
 
     Raises:
         ValueError: as `check_complete` does.
@@ -38,20 +37,19 @@ def files_to_push(folder: Path) -> list[Path]:
 
 
 def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
-    """Upload a folder as the model `repo_id`, which is made private if it is not there, and return its address.
+    """Uploads a folder as the model `repo_id` and returns its address; a new repository is private unless `public`.
 
-    The token is the one that the hub library keeps; it is neither asked for, shown nor logged.
+    The token is the one that the hub library stores; this function does not ask for it, show it or log it.
 
     Raises:
-        ValueError: the folder is not complete, there is no token, the repository is public and `public` is not set,
-            or the hub refuses or is not there.
+        ValueError: the folder is not complete, there is no token, the repository exists and is public and `public` is
+            not set, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
-    transport_error: type[Exception] = HfHubHTTPError.__bases__[
-        0
-    ]  # of the HTTP library that this hub library stands on
+    # The base class is the error of the HTTP library that this version of the hub library uses.
+    transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
     files = files_to_push(folder)
     if not get_token():
         raise ValueError(f"push {repo_id}: the hub library keeps no token; log in first: hf auth login")

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder, builtin:base or a hub id; and its config.json. Imports no torch."""
+"""Finds a checkpoint (a folder, builtin:base or a hub id) and reads its JSON files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES, "README.md", *LICE
 
 
 def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:
-    """The local folder of a checkpoint: a folder, builtin:base, or a hub id (downloaded to the hub library's cache).
+    """Returns the local folder of a checkpoint: a folder, builtin:base, or a hub id (downloaded to the hub's cache).
 
     Raises:
-        ValueError: it is neither, or the hub cannot give it.
+        ValueError: `source` is none of these, or the download failed.
     """
     if str(source) == BUILTIN_BASE:
         return Path(__file__).parent.parent / "assets" / "base-python"
@@ -51,10 +51,10 @@ def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a folder (or that file itself) as a dict.
+    """Returns config.json of a folder, or a config.json itself, as a dict.
 
     Raises:
-        ValueError: the file is missing or is no JSON object.
+        ValueError: the file is missing or holds no JSON object.
     """
     path = Path(folder)
     path = path if path.suffix == ".json" else path / "config.json"
@@ -64,10 +64,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: the file holds no JSON object.
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -78,8 +78,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def check_tokenizer(folder: Path, source: str | Path) -> None:
+    """Checks that a folder has a tokenizer.
+
+    Raises:
+        ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
+    """
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+        raise ValueError(f"checkpoint {source}: no tokenizer.json; copy the tokenizer's files into it")
+
+
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:
-    """conversion.json of a folder, what `convert` writes beside the weights; None where there is none.
+    """Returns conversion.json of a folder, which `convert` writes beside the weights; None if there is none.
 
     Raises:
         ValueError: the file is not JSON.
@@ -88,8 +98,8 @@ def read_conversion(folder: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def read_config_of(source: str | Path) -> dict[str, Any]:
-    """The config of a folder, a config.json, builtin:base or a hub id, of which only config.json is downloaded.
+def fetch_config(source: str | Path) -> dict[str, Any]:
+    """Returns the config of a folder, a config.json, builtin:base or a hub id; downloads only config.json.
 
     Raises:
         ValueError: as `resolve_folder` and `read_config` do.

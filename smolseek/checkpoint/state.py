@@ -1,4 +1,4 @@
-"""Training states on disk, safetensors and JSON: complete or absent, with checksums, the last few kept."""
+"""Training states on disk (safetensors and JSON): complete or absent, with checksums; the last few are kept."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ CHECKSUMS = "checksums.json"
 
 @contextmanager
 def new_state(checkpoints: Path, step: int, *, keep_last: int) -> Iterator[Path]:
-    """A folder to write a state into; it becomes `checkpoints/step-N`, with checksums, when the block ends well.
+    """Yields a folder to write a state into; it becomes `checkpoints/step-N`, with checksums, when the block succeeds.
 
-    Then all but the `keep_last` newest states up to N go, and with them whatever a kill or damage left behind.
+    Then removes everything else in `checkpoints` but the `keep_last` newest states up to N: older and later states, and
+    the remains of killed writers.
 
     Raises:
-        OSError: the state cannot be written (a full disk, say); the states before it are untouched.
+        OSError: the state cannot be written (because the disk is full, for example); earlier states stay as they are.
     """
     out = checkpoints / f"step-{step:08d}"
     try:
@@ -52,7 +53,7 @@ def new_state(checkpoints: Path, step: int, *, keep_last: int) -> Iterator[Path]
 def save_state(
     checkpoints: Path, step: int, plain: dict[str, Any], tensors: dict[str, Tensor], *, keep_last: int = 2
 ) -> Path:
-    """Write `checkpoints/step-N`; errors and what is kept as `new_state` says."""
+    """Writes `checkpoints/step-N`; raises errors and removes old states as `new_state` does."""
     with new_state(checkpoints, step, keep_last=keep_last) as folder:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "tensors")
         (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")
@@ -60,12 +61,12 @@ def save_state(
 
 
 def newest_state(checkpoints: Path) -> Path | None:
-    """The newest complete state, if any, undamaged or not."""
+    """Returns the newest complete state, damaged or not; None if there is no state."""
     return max(_states(checkpoints), default=None)
 
 
 def newest_whole_state(checkpoints: Path) -> Path | None:
-    """The newest state whose files have their checksums, if there is any state; says which damaged ones it passes over.
+    """Returns the newest state whose files match their checksums; warns of damaged newer ones. None without states.
 
     Raises:
         ValueError: there are states, and all of them are damaged.
@@ -85,7 +86,7 @@ def newest_whole_state(checkpoints: Path) -> Path | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a state's files by their checksums, in a few words; None when they are whole."""
+    """Returns in a few words which of a state's files do not match their checksums; None if all do."""
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         bad = [name for name, wanted in sums.items() if _checksum(folder / name) != wanted]
@@ -95,7 +96,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save_state` wrote.
+    """Returns the two parts that `save_state` wrote.
 
     Raises:
         ValueError: the files are damaged.
@@ -107,7 +108,7 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
-    """The JSON part of a state.
+    """Returns the JSON part of a state.
 
     Raises:
         ValueError: the file is damaged.
@@ -132,6 +133,6 @@ def _checksum(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """Delete a folder; hidden first, so that a kill leaves no half of it that looks like a state."""
+    """Deletes a folder; renames it to a hidden name first, so that a kill cannot leave half a state."""
     hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.old"))
     shutil.rmtree(hidden, ignore_errors=True)

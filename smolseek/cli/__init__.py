@@ -1,4 +1,4 @@
-"""The command line: reads arguments, calls the library, prints; decides nothing. One module a group of verbs."""
+"""The command line. It reads arguments, calls the library and prints; each module holds a group of verbs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
 from smolseek.cli.push import Push, run_push
 from smolseek.cli.report import Report, run_report
-from smolseek.cli.shared import Stopped
+from smolseek.cli.shared import StoppedBySignal
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder
 
@@ -35,8 +35,10 @@ VERBS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 for a user's mistake, said in one line; 1 when a runtime that
-    `check` is asked for refuses."""
+    """Runs the command line and returns its exit status.
+
+    The status is 2 after a user's mistake, which is printed in one line, and 1 if a runtime named to `check` refuses.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         return _fail(str(error))
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         print(f"smolseek: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
@@ -76,7 +78,7 @@ def _first_line(kind: type) -> str:
 
 
 def parse_verb(kind: type, verb: str, arguments: list[str]) -> Any:
-    """Arguments of one verb; `train` and `data stats` read their defaults from a recipe named first."""
+    """Returns one verb's parsed arguments; `train` and `data stats` take defaults from a recipe that is named first."""
     if kind not in (Train, Data):
         return parse(kind, f"smolseek {verb}", arguments)
     if kind is Data:

@@ -1,4 +1,4 @@
-"""plan and convert."""
+"""The verbs plan and convert."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 
 import tyro
 
-from smolseek.cli.shared import quiet, stage_bars
+from smolseek.cli.shared import progress_bars, quiet_libraries
 from smolseek.config import ConvertSettings, load_recipe
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Say what a conversion would give, from a config.json alone: sizes, cache, time, and each runtime's verdict."""
+    """Show what a conversion would give, from config.json alone: sizes, cache, time, and which runtimes load it."""
 
     source: tyro.conf.Positional[str]
     """Folder, config.json, hub id, builtin:base, or a recipe (.yaml)."""
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
     heal_tokens: int = 10_000_000
-    """Tokens of healing to estimate the time of."""
+    """Training tokens after the conversion, for the estimate of the training time."""
     json: bool = False
     """Print JSON."""
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a dense Llama-family checkpoint into a stock DeepSeek-V3 folder."""
+    """Convert a dense Llama-family checkpoint to a stock DeepSeek-V3 folder."""
 
     source: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base."""
@@ -39,7 +39,7 @@ class Convert:
 
 
 def run_plan(command: Plan) -> None:
-    from smolseek.checkpoint.source import read_config_of
+    from smolseek.checkpoint.source import fetch_config
     from smolseek.machine import measure_machine
     from smolseek.planning import plan, render
 
@@ -49,19 +49,21 @@ def run_plan(command: Plan) -> None:
         if recipe.source is None:
             raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
         settings, source = recipe.convert or settings, recipe.source
-    result = plan(read_config_of(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
+    result = plan(fetch_config(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
     print(json.dumps(result.to_dict(), indent=2) if command.json else render(result))
 
 
 def run_convert(command: Convert) -> None:
-    quiet()
+    quiet_libraries()
+    from smolseek.checkpoint.source import read_conversion
     from smolseek.conversion.pipeline import convert
 
-    with stage_bars() as on_progress:
+    with progress_bars() as on_progress:
         out = convert(
             command.source, command.out, settings=command.settings, force=command.force, on_progress=on_progress
         )
-    report = json.loads((out / "conversion.json").read_text(encoding="utf-8"))
+    report = read_conversion(out)
+    assert report is not None
     judged = report["calibration"].get("judged_tokens", 0)
     for stage in ("dense", "closed_form", "refined", "distilled"):
         if stage in report["losses"]:

@@ -1,4 +1,4 @@
-"""eval."""
+"""The verb eval."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from smolseek.cli.shared import Device, Dtype, aligned, check_device, quiet, stage_bars, torch_dtype
+from smolseek.cli.shared import Device, Dtype, align_table, check_device, progress_bars, quiet_libraries, torch_dtype
+from smolseek.config import SEPARATOR, DataSettings
 
 if TYPE_CHECKING:
-    from smolseek.data.windows import Packed
+    from smolseek.data.packing import Packed
     from smolseek.evaluation import Comparison, Difference, Quality
     from smolseek.evaluation.needle import Retrieval
     from smolseek.evaluation.quality import Model
@@ -23,49 +24,49 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Section = tuple[dict[str, Any], str]
-"""What was measured, as JSON and as text."""
+"""One measurement, as JSON and as text."""
 OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Say how good a folder is, through stock transformers: on text, on tasks, in retrieval; against its dense source.
+    """Measure a model with stock transformers: on text, on tasks and in retrieval; alone or against its dense source.
 
-    At least one of --text, --tasks and --needle.
+    Give at least one of --text, --tasks and --needle.
     """
 
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base of any causal model."""
     text: tuple[str, ...] = ()
-    """Perplexity and bits per byte of each file or glob (.txt, .jsonl, .parquet) or builtin:python (its held-out
-    split), and of all together."""
+    """Perplexity and bits per byte of each of these, and of all together: files, globs (.txt, .jsonl, .parquet) or
+    builtin:python (its held-out split)."""
     compare: str | None = None
-    """The dense model to compare with: where on the text the folder differs from it, and its scores beside the
-    folder's; with --tasks, if left out: the source that the folder's conversion.json names."""
+    """Dense model to compare with: shows where the two differ on the text, and the scores of both. None, with --tasks:
+    the source in conversion.json."""
     tasks: str | None = None
-    """Names of lm-eval's tasks, with commas between them (needs smolseek[eval])."""
+    """Names of lm-eval tasks, separated by commas (needs smolseek[eval])."""
     needle: bool = False
-    """What a span is worth that stood in the context before, by distance: spans of the text, or without a text of
-    random tokens."""
+    """Measure how much a repeated span helps the prediction, by its distance; spans of the text, or of random tokens if
+    there is no text."""
     window_tokens: int | None = None
-    """Tokens of a text read at once; none: 512, or the model's limit."""
+    """Tokens in one window of a text; none: 512, or the model's limit if that is lower."""
     stride: int | None = None
-    """Tokens between windows that overlap, so that each token is predicted once, with a window less a stride of tokens
-    before it; none: windows side by side."""
+    """Tokens from one window's start to the next, so that windows overlap. Each token is still predicted once, with at
+    least window_tokens - stride tokens before it. None: windows side by side."""
     limit: int | None = None
-    """Documents of each task."""
+    """Documents to read of each task; none: all."""
     include_path: Path | None = None
-    """Folder of task files (.yaml) of your own."""
+    """Folder of your own task files (.yaml)."""
     batch_size: int = 8
-    """Of tasks."""
+    """Batch size for tasks."""
     needle_tokens: int | None = None
-    """Longest context of the needle; none: all that the model reads."""
+    """Longest context of the needle, in tokens; none: the model's limit."""
     needle_trials: int = 32
-    """Spans for each distance of the needle."""
+    """Number of spans for each distance of the needle."""
     seed: int = 0
-    """Of the needle's spans."""
-    separator: str = "<|endoftext|>"
-    """What stands between the documents of a text file."""
+    """Seed of the needle's spans."""
+    separator: str = SEPARATOR
+    """Text that separates the documents of a text file."""
     text_column: str = "text"
     """Field of a JSON line or Parquet row that holds the text."""
     json: bool = False
@@ -73,11 +74,11 @@ class Eval:
     device: Device = "cpu"
     """Where to run."""
     dtype: Dtype = "float32"
-    """Of the weights in memory."""
+    """Dtype of the weights in memory."""
 
 
 def run_eval(command: Eval) -> None:
-    quiet()
+    quiet_libraries()
     from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
     from smolseek.evaluation.tasks import find_tasks
 
@@ -88,25 +89,25 @@ def run_eval(command: Eval) -> None:
     manager = find_tasks(names, command.include_path) if names else None
     tokenizer = load_tokenizer(command.folder)
     texts = _read_texts(command, tokenizer)
-    folders = [command.folder, *_dense(command)]
+    folders = [command.folder, *_dense_folders(command)]
     models = [load_for_evaluation(f, dtype=torch_dtype(command.dtype), device=command.device) for f in folders]
     sections: list[Section] = []
-    with stage_bars() as on_progress:
+    with progress_bars() as on_progress:
         if texts:
-            sections.append(_text(command, models, texts, on_progress))
+            sections.append(_measure_texts(command, models, texts, on_progress))
         if command.needle:
-            sections.append(_needle(command, models, tokenizer, texts, on_progress))
+            sections.append(_measure_needle(command, models, tokenizer, texts, on_progress))
     if names:
         tokenizers = [load_tokenizer(folder) for folder in folders]
-        sections.append(_tasks(command, list(zip(models, tokenizers, strict=True)), names, manager))
+        sections.append(_score_tasks(command, list(zip(models, tokenizers, strict=True)), names, manager))
     found = {key: value for tree, _ in sections for key, value in tree.items()}
     print(json.dumps(found) if command.json else "\n\n".join(text for _, text in sections))
 
 
 def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
-    """Each text's tokens."""
-    from smolseek.config import DataSettings
-    from smolseek.data.windows import held_out_documents, pack
+    """Returns the tokens of each text."""
+    from smolseek.data.packing import pack
+    from smolseek.data.splits import held_out_documents
 
     texts = {}
     for name in command.text:
@@ -116,8 +117,8 @@ def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
     return texts
 
 
-def _dense(command: Eval) -> list[str]:
-    """The model to compare with, if any."""
+def _dense_folders(command: Eval) -> list[str]:
+    """Returns the folder of the model to compare with, or no folder."""
     from smolseek.checkpoint.source import read_conversion, resolve_folder
 
     if command.compare or not command.tasks:
@@ -133,8 +134,8 @@ def _dense(command: Eval) -> list[str]:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _text(command: Eval, models: list[Model], texts: dict[str, Packed], on_progress: OnProgress) -> Section:
-    """Quality of each text and of all; with a dense model, where the two differ."""
+def _measure_texts(command: Eval, models: list[Model], texts: dict[str, Packed], on_progress: OnProgress) -> Section:
+    """Measures the quality on each text and on all texts; with a dense model, also where the two differ."""
     from smolseek.evaluation import Quality, combine_qualities, compare, measure_quality
 
     windows: Any = {"window_tokens": command.window_tokens, "stride": command.stride}
@@ -155,22 +156,22 @@ def _text(command: Eval, models: list[Model], texts: dict[str, Packed], on_progr
     overall = combine_qualities([(by_text[name], text.text_bytes) for name, text in texts.items()])
     tree: dict[str, Any] = overall.to_dict() | {"texts": {name: q.to_dict() for name, q in by_text.items()}}
     rows = [*by_text.items(), ("together", overall)] if len(texts) > 1 else by_text.items()
-    shown = _qualities(rows)
+    shown = _quality_table(rows)
     if comparison is None:
         return tree, shown
-    return tree | {"comparison": comparison.to_dict()}, f"{shown}\n\n{_differences(comparison)}"
+    return tree | {"comparison": comparison.to_dict()}, f"{shown}\n\n{_difference_table(comparison)}"
 
 
-def _qualities(rows: Iterable[tuple[str, Quality]]) -> str:
+def _quality_table(rows: Iterable[tuple[str, Quality]]) -> str:
     head = ["text", "tokens", "loss", "perplexity", "bits per byte"]
     cells = (
         [name, f"{q.tokens:,}", f"{q.loss:.4f}", f"{q.perplexity:.4f}", f"{q.bits_per_byte:.4f}"] for name, q in rows
     )
-    return aligned([head, *cells])
+    return align_table([head, *cells])
 
 
-def _differences(comparison: Comparison) -> str:
-    """A table with a part for each way to divide the tokens."""
+def _difference_table(comparison: Comparison) -> str:
+    """Returns a table with a part for each way to divide the tokens."""
 
     def cells(name: str, d: Difference) -> list[str]:
         losses = [d.teacher_loss, d.loss, d.loss - d.teacher_loss, d.kl]
@@ -185,20 +186,20 @@ def _differences(comparison: Comparison) -> str:
     )
     for title, part in parts:
         rows += [[f"{title}: {name}", *cells(name, difference)[1:]] for name, difference in part.items()]
-    return aligned(rows)
+    return align_table(rows)
 
 
 # -- needle -----------------------------------------------------------------------------------------------------------
 
 
-def _needle(
+def _measure_needle(
     command: Eval,
     models: list[Model],
     tokenizer: Any,
     texts: dict[str, Packed],
     on_progress: OnProgress,
 ) -> Section:
-    """The gain by distance, of both models on the same sequences."""
+    """Measures the gain by distance, for all models on the same sequences."""
     import torch
 
     from smolseek.evaluation.needle import measure_retrieval, random_tokens, text_pieces
@@ -214,10 +215,11 @@ def _needle(
         name: measure_retrieval(model, source, **options, on_trial=partial(on_progress, name.replace("_", ", ")))
         for name, model in zip(names, models, strict=True)
     }
-    return {name: [r.to_dict() for r in by_distance] for name, by_distance in found.items()}, _gains(*found.values())
+    tree = {name: [retrieval.to_dict() for retrieval in by_distance] for name, by_distance in found.items()}
+    return tree, _needle_table(*found.values())
 
 
-def _gains(ours: list[Retrieval], dense: list[Retrieval] | None = None) -> str:
+def _needle_table(ours: list[Retrieval], dense: list[Retrieval] | None = None) -> str:
     from smolseek.evaluation.paired import paired_difference
 
     rows = [["copied from, tokens before", "gain, nats per token", "accuracy", "accuracy without"]]
@@ -226,14 +228,14 @@ def _gains(ours: list[Retrieval], dense: list[Retrieval] | None = None) -> str:
         rows[0] += ["dense gain", "difference"]
         for row, our, their in zip(rows[1:], ours, dense, strict=True):
             row += [str(their.gain), str(paired_difference(our.gains, their.gains))]
-    return aligned(rows)
+    return align_table(rows)
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def _tasks(command: Eval, models: list[tuple[Model, Any]], names: list[str], manager: Any) -> Section:
-    """Scores of each metric, of both models and the difference."""
+def _score_tasks(command: Eval, models: list[tuple[Model, Any]], names: list[str], manager: Any) -> Section:
+    """Scores each metric of each task; with a dense model, also that model and the difference."""
     from smolseek.evaluation.tasks import score_tasks
 
     options: Any = {"limit": command.limit, "batch_size": command.batch_size}
@@ -246,4 +248,4 @@ def _tasks(command: Eval, models: list[tuple[Model, Any]], names: list[str], man
             estimates |= {"dense": theirs.value, "difference": ours.minus(theirs)}
         tree.append({"task": ours.task, "metric": ours.metric} | {k: e._asdict() for k, e in estimates.items()})
         rows.append([ours.task, ours.metric, *(str(e) for e in estimates.values())])
-    return {"tasks": tree}, aligned(rows)
+    return {"tasks": tree}, align_table(rows)

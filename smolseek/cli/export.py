@@ -1,4 +1,4 @@
-"""check and export: folders for other programs."""
+"""The verbs check and export: folders for other programs."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Literal
 
 import tyro
 
-from smolseek.cli.shared import quiet
+from smolseek.cli.shared import quiet_libraries
 
 Runtime = Literal["transformers", "vllm", "sglang", "llama.cpp"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Say which runtimes load a DeepSeek-V3 folder, and what to change where one refuses.
+    """Show which runtimes load a DeepSeek-V3 folder, and what to change if one refuses.
 
-    Reads config.json and the headers of the weights. Exit status 1 when a runtime asked for by name refuses.
+    Reads config.json and the headers of the weights. The exit status is 1 if a runtime named by --runtime refuses.
     """
 
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base."""
     runtime: tuple[Runtime, ...] = ()
-    """Only these; by default all."""
+    """Runtimes to check; default: all."""
     json: bool = False
     """Print JSON."""
 
@@ -45,9 +45,9 @@ class Export:
     out: tyro.conf.Positional[Path]
     """File to write."""
     type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    """How matrices are stored; norms, routers and balancing biases stay fp32."""
+    """Dtype of matrices; norms, routers and balancing biases stay fp32."""
     pre: str | None = None
-    """llama.cpp's name of how the tokenizer cuts text, where it is not known here."""
+    """llama.cpp's name for the tokenizer's rule to split text; needed only if smolseek does not know it."""
     force: bool = False
     """Replace OUT if it exists."""
 
@@ -79,8 +79,8 @@ def run_check(command: Check) -> int:
 
 
 def run_export(command: Export) -> None:
-    quiet()
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates for pairs of texts
+    quiet_libraries()
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns about templates for pairs of texts
     from tqdm import tqdm
 
     from smolseek.export.gguf import export_gguf
@@ -98,11 +98,11 @@ def run_export(command: Export) -> None:
     if exported.fallbacks:
         kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in exported.fallbacks)
         print(f"{len(exported.fallbacks)} of them as f16, as blocks of 32 do not divide their rows: {', '.join(kinds)}")
-    print("\n".join(commands(exported.path, command.type, has_template=exported.has_chat_template)))
+    print("\n".join(next_commands(exported.path, command.type, has_template=exported.has_chat_template)))
 
 
-def commands(out: Path, kind: str, *, has_template: bool) -> list[str]:
-    """What to run next, a command a line."""
+def next_commands(out: Path, kind: str, *, has_template: bool) -> list[str]:
+    """Returns the commands that the user may run next."""
     file, name = shlex.quote(str(out)), re.sub(r"[^\w.-]", "-", out.stem)
     modelfile = shlex.quote(f"FROM {out if out.is_absolute() else f'./{out}'}")
     smaller = shlex.quote(str(out.with_name(f"{out.stem}-q4_k_m.gguf")))

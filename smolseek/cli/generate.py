@@ -1,4 +1,4 @@
-"""generate and chat."""
+"""The verbs generate and chat."""
 
 from __future__ import annotations
 
@@ -11,53 +11,53 @@ from typing import Any, Literal
 
 import tyro
 
-from smolseek.cli.shared import Device, check_device, quiet, torch_dtype
+from smolseek.cli.shared import Device, check_device, quiet_libraries, torch_dtype
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt: tokens appear as they are drawn, the speed after the last."""
+    """Continue a prompt. Tokens appear as they are drawn; the speed follows at the end."""
 
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base: DeepSeek-V3, or any causal model."""
     prompt: str | None = None
-    """Text to continue; left out: read from --prompt-file or standard input."""
+    """Text to continue; none: read from --prompt-file or standard input."""
     prompt_file: Path | None = None
     """File with the text to continue."""
     max_new_tokens: int = 128
-    """Length of the continuation."""
+    """Most tokens in the continuation."""
     temperature: float = 0.7
-    """0 is greedy."""
+    """Sampling temperature; 0: always the likeliest token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens."""
+    """Draw from this many of the likeliest tokens."""
     top_p: float | None = 0.95
-    """Draw from the smallest set of tokens with this much probability."""
+    """Draw from the smallest set of tokens whose probabilities add up to this."""
     min_p: float | None = None
-    """Draw from tokens at least this likely, relative to the likeliest."""
+    """Draw from tokens at least this likely, as a share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens seen before less likely."""
+    """Values above 1 make tokens less likely that have appeared before."""
     stop: tuple[str, ...] = ()
-    """Texts that end the continuation, left out of it."""
+    """Texts that end the continuation; they are not part of it."""
     samples: int = 1
-    """Continuations, one after the other, each with the next seed."""
+    """Number of continuations, each with the next seed."""
     seed: int | None = None
-    """Same seed, same text."""
+    """Seed of the draws: the same seed gives the same text."""
     json: bool = False
-    """Print a JSON line a continuation, with its tokens per second."""
+    """Print one line of JSON for each continuation, with its tokens per second."""
     device: Device = "cpu"
     """Where to run."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Of the weights in memory; int8: 8 bits a weight and bfloat16 beside them."""
+    """Dtype of the weights in memory; int8: 8 bits for each weight of a matrix, bfloat16 for all else."""
 
 
 @dataclass(frozen=True)
 class Chat(Generate):
-    """Talk to a model, by its chat template where it has one; an empty line or Ctrl-D ends."""
+    """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends the chat."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """One continuation and what it took; the speed is that of the tokens after the first."""
+    """One continuation and its speed; tokens per second count the tokens after the first."""
 
     text: str
     prompt_tokens: int
@@ -68,19 +68,19 @@ class Continuation:
 
 
 def run_generate(command: Generate) -> None:
-    quiet()
+    quiet_libraries()
     if command.samples < 1:
         raise ValueError(f"--samples {command.samples}: must be at least 1")
     prompt = _read_prompt(command)
-    model, tokenizer = _model(command)
-    from smolseek.data.windows import encode_document
+    model, tokenizer = _load_for_generation(command)
+    from smolseek.data.encoding import encode_document
 
     ids = encode_document(tokenizer, prompt)
     for number in range(command.samples):
         if number and not command.json:
             print("\n---")
         seed = None if command.seed is None else command.seed + number
-        done = _continue(model, tokenizer, ids, command, seed, echo=prompt)
+        done = _print_continuation(model, tokenizer, ids, command, seed, echo=prompt)
         if command.json:
             print(json.dumps({"prompt": prompt, **asdict(done)}, ensure_ascii=False), flush=True)
         else:
@@ -96,38 +96,38 @@ def _read_prompt(command: Generate) -> str:
 
 
 def run_chat(command: Chat) -> None:
-    quiet()
+    quiet_libraries()
     if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
         raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
-    from smolseek.data.windows import encode_document
+    from smolseek.data.encoding import encode_document
 
-    model, tokenizer = _model(command)
+    model, tokenizer = _load_for_generation(command)
     messages: list[dict[str, str]] = []
     transcript = ""
-    while text := _ask():
+    while text := _read_line():
         if tokenizer.chat_template:
             messages.append({"role": "user", "content": text})
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        else:  # a base model: the conversation is one text that it continues
+        else:  # a base model continues the conversation as one text
             prompt = transcript + text + "\n"
             ids = encode_document(tokenizer, prompt)
-        reply = _continue(model, tokenizer, ids, command, command.seed).text
+        reply = _print_continuation(model, tokenizer, ids, command, command.seed).text
         messages.append({"role": "assistant", "content": reply})
         transcript = prompt + reply + "\n"
 
 
-def _ask() -> str:
+def _read_line() -> str:
     try:
         return input("> ").strip()
     except EOFError:
         return ""
 
 
-def _continue(
+def _print_continuation(
     model: Any, tokenizer: Any, ids: list[int], command: Generate, seed: int | None, echo: str = ""
 ) -> Continuation:
-    """Continue `ids`, printing the text as it comes unless JSON is asked for."""
+    """Continues `ids`; prints the text as it comes, unless the output is JSON."""
     import torch
 
     from smolseek.generation import stream_text
@@ -152,7 +152,7 @@ def _continue(
         eos_token_id=model.config.eos_token_id,
         on_token=lambda _: times.append(time.perf_counter()),
     )
-    text = next(pieces, "")  # refusals come before anything is shown
+    text = next(pieces, "")  # an error comes before any text is shown
     show(echo + text)
     for piece in pieces:
         show(piece)
@@ -163,7 +163,7 @@ def _continue(
 
 
 def _print_speed(done: Continuation) -> None:
-    """On standard error, so that a pipe gets the text alone."""
+    """Prints to standard error, so that a pipe receives only the text."""
     speed = "" if done.tokens_per_second is None else f", then {done.tokens_per_second:,.1f} tokens/s"
     print(
         f"[{done.prompt_tokens:,} prompt tokens, first of {done.new_tokens:,} new ones after "
@@ -172,8 +172,8 @@ def _print_speed(done: Continuation) -> None:
     )
 
 
-def _model(command: Generate) -> tuple[Any, Any]:
-    """The model, its weights laid out for generating, and its tokenizer."""
+def _load_for_generation(command: Generate) -> tuple[Any, Any]:
+    """Returns the model, with its weights laid out for generation, and its tokenizer."""
     from smolseek.checkpoint.hub import load, load_tokenizer
     from smolseek.model.inference import prepare_for_generation
 

@@ -1,4 +1,4 @@
-"""Arguments of one verb by tyro, its boxed error messages as one line."""
+"""Parses the arguments of one verb by tyro; turns its boxed error messages into one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import tyro
 
 
 def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any:
-    """tyro's answer, its boxed error message as one line."""
+    """Returns the arguments as an instance of the dataclass `kind`.
+
+    Raises:
+        ValueError: tyro refuses the arguments; its error message in one line.
+        SystemExit: after --help.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -22,7 +27,7 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
 
 
 def _one_line(box: str, program: str) -> str:
-    """What an error box says: its first section, and the nearest known option where it names one."""
+    """Returns the first section of an error box, and the nearest known option if the box names one."""
     lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
     dividers = [number for number, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
     said = " ".join(line for line in lines[: dividers[0]] if line and not line.startswith("─"))

@@ -1,4 +1,4 @@
-"""push."""
+"""The verb push."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 
 import tyro
 
-from smolseek.cli.shared import aligned, quiet
+from smolseek.cli.shared import align_table, quiet_libraries
 
 
 @dataclass(frozen=True)
 class Push:
-    """Upload a complete checkpoint folder to the hub, into a private repository; log in with hf auth login."""
+    """Upload a complete checkpoint folder to a private repository on the hub; log in first with hf auth login."""
 
     folder: tyro.conf.Positional[Path]
     """Folder with config.json, such as runs/NAME/model."""
     id: tyro.conf.Positional[str]
-    """owner/name on the hub."""
+    """The repository, as owner/name."""
     public: bool = False
-    """Into a public repository."""
+    """Upload to a public repository."""
     dry_run: bool = False
-    """Only list the files and their sizes."""
+    """List the files and their sizes, and upload nothing."""
 
 
 def run_push(command: Push) -> None:
-    quiet()
+    quiet_libraries()
     from smolseek.checkpoint.push import files_to_push, push
 
     files = files_to_push(command.folder)
     sizes = {path.name: path.stat().st_size for path in files}
     rows = [*sizes.items(), ("together", sum(sizes.values()))]
-    print(aligned([[name, f"{size:,} bytes"] for name, size in rows]))
+    print(align_table([[name, f"{size:,} bytes"] for name, size in rows]))
     if command.dry_run:
         kind = "public" if command.public else "private"
         print(f"nothing is uploaded: without --dry-run these go to {command.id} ({kind} if it is made anew)")

@@ -1,4 +1,4 @@
-"""report."""
+"""The verb report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import tyro
 
 @dataclass(frozen=True)
 class Report:
-    """Draw runs and conversions, several over one another, as one HTML file to look at, with --png as pictures."""
+    """Draw runs and conversions, several in one chart, as one HTML file; with --png also as pictures."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs (also of ones that go on) and converted folders."""
+    """Folders of runs, finished or not, and converted folders."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The HTML file."""
     png: bool = False
-    """Write every chart as a PNG beside it."""
+    """Write every chart as a PNG beside the HTML file."""
     force: bool = False
-    """Replace files that are there."""
+    """Replace existing files."""
 
 
 def run_report(command: Report) -> None:

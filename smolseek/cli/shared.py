@@ -1,4 +1,4 @@
-"""What several verbs share: device and dtype by name, quiet libraries, progress bars, signals."""
+"""Helpers of several verbs: device and dtype by name, quiet libraries, progress bars, tables and signals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Device = Literal["cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16"]
 
 
-class Stopped(Exception):
-    """A run ended by a signal, its state saved."""
+class StoppedBySignal(Exception):
+    """A signal ended a run."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -23,13 +23,16 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stop_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
-    """Signals noted inside the block: while `defer` holds, the first SIGINT or SIGTERM waits; else it stops at once."""
+def deferred_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
+    """Handles SIGINT and SIGTERM inside the block; yields the list of the signals received.
+
+    While `defer` returns true, the first signal is only added to the list. Any other signal raises `StoppedBySignal`.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         if received or not defer():
-            raise Stopped("stopped; go on with --resume", number)
+            raise StoppedBySignal("stopped; go on with --resume", number)
         received.append(number)
 
     former = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -41,8 +44,8 @@ def stop_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each stage of a conversion, on a terminal's standard error."""
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a callback (stage, done, count); it draws a bar for each stage if standard error is a terminal."""
     from tqdm import tqdm
 
     bars: dict[str, tqdm[Any]] = {}
@@ -59,20 +62,22 @@ def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
             bar.close()
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table as text: the first column to the left, the others to the right."""
+def align_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as text, with the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in rows)
     return "\n".join("  ".join(line) for line in lines)
 
 
 def torch_dtype(name: str) -> Any:
+    """Returns the torch dtype of that name."""
     import torch
 
     return getattr(torch, name)
 
 
 def check_device(device: str) -> None:
+    """Raises ValueError if this machine does not have the device."""
     import torch
 
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -80,8 +85,8 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: not available here; use {', '.join(d for d in there if there[d])}")
 
 
-def quiet() -> None:
-    """Only warnings of ours; no progress bars or advice from the libraries."""
+def quiet_libraries() -> None:
+    """Shows only warnings of ours; turns off progress bars and advice of the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""train and data: what a recipe asks for."""
+"""The verbs train and data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.cli.shared import Device, Stopped, check_device, quiet, stop_signals
+from smolseek.cli.shared import Device, StoppedBySignal, check_device, deferred_signals, quiet_libraries
 from smolseek.config import Recipe
 
 
@@ -19,27 +19,27 @@ class Train(Recipe):
     """Run a recipe: convert its source (or start from random weights), train, compare, and print a table."""
 
     resume: bool = False
-    """Go on with the run in its folder."""
+    """Continue the run in its folder."""
     force: bool = False
-    """Throw an earlier run of this name away."""
+    """Delete an earlier run of this name."""
     device: Device = "cpu"
     """Where to train."""
     runs: Path = Path("runs")
-    """Where run folders live."""
+    """Folder of the run folders."""
 
 
 @dataclass(frozen=True)
 class Data(Recipe):
-    """Say what a recipe's text is (data stats RECIPE): documents, tokens, malformed lines, first rows."""
+    """Show statistics of a recipe's text (data stats RECIPE): documents, tokens, malformed lines, first rows."""
 
     limit: int = 2000
-    """Documents to read of a hub data set; local sources are read to their end."""
+    """Documents to read of each hub data set; local sources are read to their end."""
     json: bool = False
     """Print JSON."""
 
 
 def run_train(command: Train) -> None:
-    quiet()
+    quiet_libraries()
     from tqdm import tqdm
 
     from smolseek.run import run_recipe, table
@@ -48,7 +48,7 @@ def run_train(command: Train) -> None:
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
     check_device(command.device)
     folder = command.runs / recipe.name
-    leads = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one speaks
+    leads = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints
     bar: tqdm[Any] | None = None
 
     def on_stage(stage: str) -> None:
@@ -63,22 +63,22 @@ def run_train(command: Train) -> None:
         nonlocal bar
         if bar is None:
             bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
-        bar.total = progress.steps  # fewer when a stage ended early
+        bar.total = progress.steps  # fewer if a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
         bar.set_postfix_str(
             f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
         )
         bar.update()
 
-    # The bar stands while steps are being trained: then a signal waits for the step's end, and the state is saved.
-    with stop_signals(defer=lambda: bar is not None) as received:
+    # There is a bar while steps are being trained. A signal then waits for the end of the step, and the state is saved.
+    with deferred_signals(defer=lambda: bar is not None) as received:
         watcher = Watcher(on_stage, on_step, lambda: bool(received))
         try:
             summary = run_recipe(
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
             )
         except Interrupted as stopped:
-            raise Stopped(str(stopped), received[0] if received else signal.SIGTERM) from None
+            raise StoppedBySignal(str(stopped), received[0] if received else signal.SIGTERM) from None
         finally:
             if bar is not None:
                 bar.close()
@@ -90,7 +90,7 @@ def run_train(command: Train) -> None:
 
 
 def run_data(command: Data) -> None:
-    quiet()
+    quiet_libraries()
     from smolseek.checkpoint.hub import load_tokenizer
     from smolseek.checkpoint.source import TOKENIZER_FILES, resolve_folder
     from smolseek.data.statistics import measure_data, render

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the tokenizer's chat template, and which tokens the assistant wrote."""
+"""Conversations as tokens by the tokenizer's chat template, with a mark on the tokens that the assistant wrote."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]] | None:
-    """Token ids of a conversation as the chat template renders it, and whether the assistant wrote each.
+    """Returns a conversation's token ids, rendered by the chat template, and whether the assistant wrote each token.
 
-    None where the template refuses the conversation, or nothing in it is the assistant's.
+    Returns None if the template refuses the conversation, or the assistant wrote nothing in it.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -28,49 +28,49 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[lis
     try:
         marked = _GENERATION_MARKER.search(tokenizer.get_chat_template())
         ids, written = (_encode_marked if marked else _encode_by_prefixes)(tokenizer, list(messages))
-    except (TemplateError, TypeError):  # roles in an order that it does not know, a field that it misses
+    except (TemplateError, TypeError):  # an order of roles that the template refuses, or a field that it misses
         return None
     return (ids, written) if any(written) else None
 
 
 def _encode_marked(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """By the template's own generation markers."""
+    """Uses the generation markers in the template to find the assistant's tokens."""
     encoding = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     return encoding["input_ids"], [bool(written) for written in encoding["assistant_masks"]]
 
 
 def _encode_by_prefixes(tokenizer: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """By rendering the conversation up to each turn: tokens that end in a turn's characters are the assistant's."""
+    """Renders the conversation up to each turn; a token that ends in the assistant's turn is the assistant's."""
     render = partial(tokenizer.apply_chat_template, tokenize=False)
     text = render(messages)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     written = [False] * len(text)
-    for start, end in _turns(render, messages, text):
+    for start, end in _assistant_spans(render, messages, text):
         written[start:end] = [True] * (end - start)
     return encoding["input_ids"], [start < end and written[end - 1] for start, end in encoding["offset_mapping"]]
 
 
-def _turns(render: Any, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
-    """Where in `text` the assistant's turns stand, each from behind the generation prompt to the end of the turn.
+def _assistant_spans(render: Any, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
+    """Returns (start, end) of the assistant's turns in `text`; each starts behind the generation prompt.
 
-    A turn that the template writes differently once more follows (thoughts left out of the history) is left out: as it
-    stands the assistant never writes it.
+    Some templates write a turn differently once other turns follow (they remove thoughts from the history). Such a turn
+    is left out, because the assistant never writes it in that form.
     """
-    turns = []
+    spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:
             continue
         before = render(messages[:index], add_generation_prompt=True)
         through = render(messages[: index + 1])
-        start, end = _common(through, before), _common(through, text)
+        start, end = _common_prefix(through, before), _common_prefix(through, text)
         if message["content"].strip() in text[start:end]:
-            turns.append((start, end))
-    return turns
+            spans.append((start, end))
+    return spans
 
 
-def _common(one: str, other: str) -> int:
-    """Length of the common prefix."""
+def _common_prefix(one: str, other: str) -> int:
+    """Returns the length of the common prefix."""
     shorter = min(one, other, key=len)
     if one.startswith(shorter) and other.startswith(shorter):
-        return len(shorter)  # nearly always; the rest is slow
+        return len(shorter)  # nearly always so; the line below is slow
     return next(index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)

@@ -1,4 +1,4 @@
-"""What a recipe's text is, told without training: documents, tokens, malformed lines, first rows."""
+"""Statistics of a recipe's text, without training: documents, tokens, malformed lines, first rows."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ from typing import Any
 import torch
 
 from smolseek.config import Recipe
-from smolseek.data.windows import (
-    Reader,
-    Reading,
-    check_weights,
-    held_out_documents,
-    is_trained_on,
-    open_settings,
-    pack,
-    packed_windows,
-    read_marks,
-)
+from smolseek.data.encoding import read_marks
+from smolseek.data.packing import pack
+from smolseek.data.sources import open_sources
+from smolseek.data.splits import held_out_documents, is_trained_on
+from smolseek.data.stream import SourceProgress, SourceReader, check_weights, packed_windows
 
 FIRST_ROWS = 3
 
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """One source's training split."""
+    """Statistics of the training split of one source."""
 
     source: str
     documents: int
@@ -37,19 +31,19 @@ class SourceStatistics:
     malformed: int
     """Malformed lines, skipped."""
     padding_share: float
-    """Share of the packed windows that no document fills."""
+    """Share of the tokens in packed windows that belong to no document."""
     loss_share: float
-    """Share of the packed windows on which loss is taken; below 1 where there are conversations."""
+    """Share of the tokens in packed windows on which loss is taken; below 1 if there are conversations."""
     epochs: float | None
-    """How often the recipe reads it; None where it was not read to its end."""
+    """How often the recipe reads the source; None if the source was not read to its end."""
     complete: bool
-    """Whether it was read to its end."""
+    """Whether the source was read to its end."""
     first_rows: list[str]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """All sources of a recipe, and its held-out text as an evaluation reads it."""
+    """Statistics of all sources of a recipe, and of its held-out text as far as an evaluation reads it."""
 
     sources: list[SourceStatistics]
     held_out_tokens: int
@@ -57,15 +51,15 @@ class Statistics:
     trained_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-able dict."""
+        """Returns the fields as a dict that can be written as JSON."""
         return asdict(self)
 
 
 def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
-    """Read every training source of a recipe once, of a hub data set no more than `limit` documents.
+    """Reads every training source of a recipe once, but no more than `limit` documents of a hub data set.
 
     Raises:
-        ValueError: sources that are not there or hold no text, or weights that do not fit them.
+        ValueError: a source does not exist or holds no text, or the weights do not fit the sources.
     """
     data, train = recipe.data, recipe.train
     check_weights(data)
@@ -80,41 +74,44 @@ def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
 
 
 def _epochs(trained: int, tokens: Sequence[int | None], weights: Sequence[float]) -> list[float | None]:
-    """How often `trained` tokens read each source: by its weight, or all of them one after the other."""
+    """Returns how often a training on `trained` tokens reads each source.
+
+    With weights each source has its share of the tokens; without, the sources are read one after the other.
+    """
     if weights:
         return [t and trained * w / sum(weights) / t for t, w in zip(tokens, weights, strict=True)]
     known = [t for t in tokens if t is not None]
     return [trained / sum(known) if len(known) == len(tokens) else None] * len(tokens)
 
 
-class _End(Exception):
-    """The source has been read as far as asked for."""
+class _ReadEnough(Exception):
+    """Raised when the source has been read as far as wanted."""
 
 
-class _Once(Reader):
-    """A source up to its end, or up to a number of documents."""
+class _OneEpochReader(SourceReader):
+    """Reads a source up to its end, or up to `limit` documents."""
 
     limit: int | None = None
 
     def next(self) -> torch.Tensor:
-        if self.reading.epoch or (self.limit is not None and self.reading.documents >= self.limit):
-            raise _End
+        if self.progress.epoch or (self.limit is not None and self.progress.documents >= self.limit):
+            raise _ReadEnough
         return super().next()
 
 
 def _measure_source(spec: str, recipe: Recipe, tokenizer: Any, limit: int) -> SourceStatistics:
     settings, window_tokens = recipe.data, recipe.train.window_tokens + 1
-    source = open_settings(settings, (spec,))
-    reader = _Once(source, spec, tokenizer, settings, Reading())
+    source = open_sources((spec,), settings)
+    reader = _OneEpochReader(source, spec, tokenizer, settings, SourceProgress())
     reader.limit = limit if spec.startswith("hub:") else None
     slots = learnt = filled = 0
     try:
         for window_T, packing in packed_windows([reader], (1.0,), torch.empty(0, dtype=torch.int32), window_tokens):
             slots, learnt = slots + len(window_T), learnt + int(read_marks(window_T)[1].sum())
             filled = packing.readings[0].tokens - len(packing.rest_T)
-    except _End:
+    except _ReadEnough:
         pass
-    reading = reader.reading
+    reading = reader.progress
     kept = (document.text for _, document in source.documents(None) if is_trained_on(document, settings))
     return SourceStatistics(
         source=spec,
@@ -131,7 +128,7 @@ def _measure_source(spec: str, recipe: Recipe, tokenizer: Any, limit: int) -> So
 
 
 def render(statistics: Statistics) -> str:
-    """The statistics as a table, with the first rows of each source under it."""
+    """Returns the statistics as a table, and below it the first rows of each source."""
     width = max(len(s.source) for s in statistics.sources)
     lines = [
         f"{'':{width}}{'documents':>12}{'tokens':>14}{'bytes/token':>13}{'padding':>9}{'malformed':>11}{'loss on':>9}"

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer trained on a corpus, for models that start from random weights."""
+"""Trains a byte-level BPE tokenizer, for models that start from random weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], entries: int) -> Any:
-    """A `PreTrainedTokenizerFast` of `entries` byte-level BPE tokens with one special token, BOS and EOS at once."""
+    """Returns a `PreTrainedTokenizerFast` of `entries` byte-level BPE tokens; one special token is both BOS and EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    # Digits apart as in SmolLM2; runs of spaces stay whole words, so that indentation is cheap.
+    # Each digit is a token, as in SmolLM2; a run of spaces can be one token, so that indentation is cheap.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,4 +1,4 @@
-"""The headers of a safetensors checkpoint: every tensor's name, dtype and shape, not its numbers. Imports no torch."""
+"""Reads safetensors headers: the name, dtype and shape of every tensor. Imports no torch and no numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True)
 class Header:
-    """One tensor: its file in the folder, its dtype as safetensors writes it (F32, BF16 ...), its shape."""
+    """One tensor: the name of its file, its dtype as safetensors writes it (F32, BF16 ...), and its shape."""
 
     file: str
     dtype: str
@@ -20,11 +20,11 @@ class Header:
 
 
 def read_headers(folder: str | Path) -> dict[str, Header]:
-    """The header of every tensor by name, of a single file or of all shards that the index names.
+    """Returns the header of every tensor by name, from a single file or from all shards in the index.
 
     Raises:
-        ValueError: no safetensors (pickle alone is refused); a file is missing, cut short or no safetensors file; the
-            index names a tensor that its file does not hold.
+        ValueError: there are no safetensors (pickle is refused); a file is missing, has another size than its header
+            says or is no safetensors file; or the index names a tensor that its file does not hold.
     """
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -50,7 +50,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _read_file(path: Path) -> dict[str, Header]:
-    """The headers of one file: 8 bytes of length, then JSON; the numbers must reach to its end."""
+    """Returns the headers of one file, which is 8 bytes of length, a JSON header, and the numbers up to the file's end.
+
+    `safetensors.safe_open` is not used: it imports numpy, and does not say the size that a cut file should have.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

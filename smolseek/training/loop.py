@@ -20,8 +20,11 @@ from smolseek.checkpoint.atomic import remove_leftovers
 from smolseek.checkpoint.hub import save
 from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
-from smolseek.data.corpus import SourceLost
-from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
+from smolseek.data.encoding import read_marks
+from smolseek.data.packing import pack
+from smolseek.data.sources.hub import SourceLost
+from smolseek.data.splits import held_out_documents
+from smolseek.data.stream import WindowStream
 from smolseek.evaluation import Quality, measure_quality, measure_specialisation
 from smolseek.generation import continue_text
 from smolseek.model import DeepseekV3, StockModel

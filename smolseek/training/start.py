@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from smolseek.config import Recipe
-from smolseek.data.corpus import is_held_out
+from smolseek.data.splits import training_documents
 from smolseek.data.tokenizer import train_tokenizer
-from smolseek.data.windows import open_settings
 from smolseek.model import DeepseekV3, StockModel
 
 
@@ -41,7 +40,5 @@ def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
 
 def corpus_tokenizer(recipe: Recipe) -> Any:
     """A byte-level BPE tokenizer of `recipe.train_tokenizer_entries` entries, trained on the training documents."""
-    data = recipe.data
-    documents = (document for _, document in open_settings(data, data.train).documents(None))
-    texts = (d.text for d in documents if data.held_out or not is_held_out(d, data.held_out_share))
+    texts = (document.text for document in training_documents(recipe.data))
     return train_tokenizer(texts, recipe.train_tokenizer_entries)

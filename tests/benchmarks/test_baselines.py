@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from smolseek.checkpoint.hub import load_tokenizer, save
 from smolseek.checkpoint.source import read_config
 from smolseek.config import DataSettings
-from smolseek.data.windows import held_out_documents, pack
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
 from tests.factories import logits_of, random_ids, tiny_llama
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -1,4 +1,4 @@
-"""A hub on localhost that takes one model: as much of it as the hub library asks for when a folder is uploaded."""
+"""A hub on localhost that takes one model; it answers only the requests that the hub library makes for an upload."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ TOKEN = "hf_" + "x" * 30
 
 
 class TakingHub(ThreadingHTTPServer):
-    """Keeps what it is given; `private` is None until the repository is made."""
+    """Keeps the uploaded files; `private` is None until the repository is created."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -17,7 +17,7 @@ class TakingHub(ThreadingHTTPServer):
         self.refuses = False
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
-        """Method and path of each request."""
+        """The method and the path of each request."""
 
     @property
     def url(self) -> str:

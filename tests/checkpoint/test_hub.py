@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smolseek.checkpoint.folder
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.hub import load, load_stock, load_tokenizer, save
-from smolseek.checkpoint.source import read_config, read_config_of, resolve_folder
+from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from tests.factories import random_ids, tiny_llama, tiny_v3_pair
 from tests.text import tiny_tokenizer
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_hub_ids_go_through_the_hub_library(tmp_path, monkeypatch):
-    """A fake hub: the library's download copies a local folder, or fails as it does offline."""
+    """Replaces the hub library's download: it copies a local folder, or fails as it does offline."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -175,7 +175,7 @@ def test_hub_ids_go_through_the_hub_library(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", serve)
     ids = random_ids(1, 9)
     torch.testing.assert_close(load("someone/model")(ids), ours(ids))
-    assert read_config_of("someone/model")["model_type"] == "deepseek_v3"
+    assert fetch_config("someone/model")["model_type"] == "deepseek_v3"
     assert asked[0][0] == "someone/model" and not any("bin" in pattern for pattern in asked[0][1])
     assert asked[-1][1] == ["config.json"]
 

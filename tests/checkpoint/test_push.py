@@ -17,7 +17,7 @@ from tests.text import tiny_tokenizer
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The fake hub, and a token in the hub library's own store."""
+    """Starts the fake hub, and puts a token in the hub library's store."""
     server = TakingHub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "token").write_text(TOKEN)
@@ -47,7 +47,7 @@ def test_a_folder_goes_up_whole_and_private_and_the_token_is_not_seen(folder, hu
     assert hub.files == wanted and {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(wanted)
     said = capsys.readouterr()
     assert "someone/model" in said.out and TOKEN not in said.out + said.err + caplog.text
-    assert main(["push", str(folder), "someone/model"]) == 0  # again, into what is there
+    assert main(["push", str(folder), "someone/model"]) == 0  # a second time, into the same repository
 
 
 def test_public_only_when_asked_for(folder, hub, capsys):

@@ -37,7 +37,7 @@ def test_a_damaged_state_is_one_line(tmp_path):
 
 
 def test_a_state_written_after_a_damaged_one_replaces_it(tmp_path):
-    """Its step is higher, and it must not be what is found after the next stop."""
+    """The state from before has a higher step; a resume after the next stop must not find it."""
     for step in (5, 10):
         save_state(tmp_path, step, {"step": step}, {})
     (tmp_path / "step-00000010" / "state.json").write_text("{")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from smolseek.cli import main
-from smolseek.cli.export import commands
+from smolseek.cli.export import next_commands
 from tests.export.folders import tiny_folder
 
 
@@ -68,8 +68,9 @@ def test_export_says_what_it_wrote_and_what_to_run(folder, tmp_path, capsys):
 
 
 def test_commands_quote_paths_and_know_a_chat(tmp_path):
-    plain = commands(tmp_path / "a b.gguf", "f16", has_template=False)
+    plain = next_commands(tmp_path / "a b.gguf", "f16", has_template=False)
     assert all(f"'{tmp_path}/a b.gguf'" in line for line in plain if line.startswith("llama-"))
     assert "ollama create a-b" in plain[2] and f"FROM {tmp_path}" in plain[2]
-    assert commands(tmp_path / "m.gguf", "f16", has_template=True)[0].startswith("llama-cli")
-    assert commands(tmp_path / "m.gguf", "q8_0", has_template=False)[-1].startswith("# from an export with --type f16")
+    assert next_commands(tmp_path / "m.gguf", "f16", has_template=True)[0].startswith("llama-cli")
+    quantised = next_commands(tmp_path / "m.gguf", "q8_0", has_template=False)
+    assert quantised[-1].startswith("# from an export with --type f16")

@@ -5,7 +5,10 @@ import pytest
 
 from smolseek.config import DataSettings
 from smolseek.data.chat import encode_chat
-from smolseek.data.windows import WindowStream, held_out_documents, pack, read_marks
+from smolseek.data.encoding import read_marks
+from smolseek.data.packing import pack
+from smolseek.data.splits import held_out_documents
+from smolseek.data.stream import WindowStream
 from tests.text import tiny_tokenizer
 
 CHATML = """{% for m in messages %}<|{{ m.role }}|>
@@ -17,17 +20,17 @@ MARKED = """{% for m in messages %}<|{{ m.role }}|>
 {% endgeneration %}{% else %}{{ m.content }}<|end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% endif %}"""
-# As Llama 2's: no generation prompt, roles that must alternate.
+# Like Llama 2's: no generation prompt, and the roles must alternate.
 STRICT = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}\
 {% endif %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content | trim }} </s>{% endif %}\
 {% endfor %}"""
-# As Qwen3's: an empty thought before the last reply only.
+# Like Qwen3's: an empty thought before the last reply only.
 THINKING = """{% for m in messages %}<|{{ m.role }}|>
 {% if m.role == 'assistant' and loop.last %}<think></think>
 {% endif %}{{ m.content }}<|end|>
 {% endfor %}{% if add_generation_prompt %}<|assistant|>
 {% endif %}"""
-# As Phi-3's: the whole conversation is closed, by a token whose first characters are those of the next turn too.
+# Like Phi-3's: a token closes the conversation, and its first characters are also those of the next turn.
 CLOSED = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
 MESSAGES = [
     {"role": "user", "content": "Anna sees a ball"},
@@ -44,7 +47,7 @@ def tokenizer_with(template):
 
 
 def learnt(template, messages=MESSAGES):
-    """The stretches of text that loss is taken on."""
+    """Returns the stretches of text on which loss is taken."""
     tokenizer = tokenizer_with(template)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]})
     ids, written = encode_chat(tokenizer, messages)
@@ -126,7 +129,7 @@ def test_the_mask_survives_the_buffer_and_a_checkpoint(settings, batches):
 
 
 def test_conversations_are_packed_whole(settings):
-    """Documents are counted by conversation, whatever tokens the template begins its messages with."""
+    """A conversation is one document, even if its template begins every message with the same token."""
     tokenizer = tokenizer_with(CHATML)
     windows = WindowStream(tokenizer, settings, window_tokens=400, seed=0).windows()
     ids, _, segments = read_marks(next(windows)[0])

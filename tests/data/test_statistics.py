@@ -3,9 +3,10 @@ import json
 import pytest
 
 from smolseek.config import DataSettings, Recipe, TrainSettings
-from smolseek.data.corpus import HubSource
+from smolseek.data.encoding import encode_document
+from smolseek.data.sources import HubSource
+from smolseek.data.splits import held_out_documents
 from smolseek.data.statistics import measure_data, render
-from smolseek.data.windows import encode_document, held_out_documents
 from tests.data.test_chat import CHATML, MESSAGES, tokenizer_with
 from tests.text import stories, tiny_tokenizer, write_stories
 

@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from smolseek.checkpoint.hub import load
 from smolseek.checkpoint.state import newest_state
 from smolseek.config import DataSettings, Recipe, SampleSettings, StageSettings, TrainSettings
-from smolseek.data.corpus import SourceLost
-from smolseek.data.windows import read_marks
+from smolseek.data.encoding import read_marks
+from smolseek.data.sources.hub import SourceLost
 from smolseek.model import StockModel
 from smolseek.model.balance import take_expert_counts
 from smolseek.training import loop

@@ -87,8 +87,8 @@ def test_a_killed_process_is_restarted_and_the_run_finishes(tmp_path):
 LOST = """
 import os, sys
 from smolseek.cli import main
-from smolseek.data.corpus import SourceLost
-from smolseek.data.windows import WindowStream
+from smolseek.data.sources.hub import SourceLost
+from smolseek.data.stream import WindowStream
 draw = WindowStream.next
 def lost(stream, count):
     if os.environ["RANK"] == "1" and stream.drawn == 5:

@@ -1,4 +1,4 @@
-"""A hub of one data set on localhost, as much of it as `datasets` streaming asks for, that breaks off mid-shard."""
+"""A hub on localhost with one data set, for streaming by `datasets`; it closes connections in the middle of a shard."""
 
 import json
 import re
@@ -10,13 +10,13 @@ ID, COMMIT = "someone/text", "a" * 40
 
 
 class FlakyHub(ThreadingHTTPServer):
-    """Serves `files` (path to bytes); `breaks` holds, file by file, how often and from which byte on it breaks off."""
+    """Serves `files` (path to bytes); `breaks` lists for each file the bytes at which connections are closed."""
 
     def __init__(self, files: dict[str, bytes], breaks: dict[str, list[int]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.breaks = files, breaks
         self.served: list[tuple[str, int, bool]] = []
-        """Each range asked for: path, first byte, whether it was broken off."""
+        """Each request: path, first byte, and whether the connection was closed early."""
 
     @property
     def url(self) -> str:

@@ -8,39 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import DataSettings
-from smolseek.data.corpus import Document
-from smolseek.data.windows import (
-    Reading,
-    WindowStream,
-    calibration_windows,
-    encode_document,
-    encode_marked,
-    held_out_documents,
-    pack,
-    packed_windows,
-    read_marks,
-)
+from smolseek.data.encoding import encode_document, read_marks
+from smolseek.data.splits import held_out_documents
+from smolseek.data.stream import SourceProgress, WindowStream, packed_windows
 from tests.text import stories, tiny_tokenizer, write_stories
-
-
-@pytest.fixture
-def settings(tmp_path):
-    return DataSettings(train=(str(write_stories(tmp_path / "a.txt")),), shuffle_windows=8, held_out_share=0.2)
 
 
 def stream_of(settings, seed=0):
     return WindowStream(tiny_tokenizer(), settings, window_tokens=17, seed=seed)
 
 
-def test_documents_begin_with_bos_and_decode_to_their_text():
-    tokenizer = tiny_tokenizer()
-    ids = encode_document(tokenizer, stories()[0])
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids[1:]) == stories()[0]
-
-
 def test_no_token_is_lost_or_repeated_within_an_epoch(settings):
-    """Packing wastes nothing: one epoch of windows is the training documents, end to end."""
+    """The windows of one epoch hold exactly the tokens of the training documents, one after the other."""
     windows = []
     for window, packing in stream_of(settings).windows():
         windows.append(read_marks(window)[0])
@@ -73,11 +52,11 @@ def test_a_restored_stream_goes_on_with_the_same_windows(settings, batches):
 
 
 def test_the_state_is_that_of_the_windows_handed_out(settings):
-    """Whatever the thread has made ahead by then."""
+    """The state does not depend on how far ahead the thread is."""
     stream = stream_of(settings)
     stream.next(2)
     early = stream.state()
-    while stream._ahead._queue.qsize() < 30:
+    while stream._prefetcher._queue.qsize() < 30:
         threading.Event().wait(0.01)
     late = stream.state()
     assert early[0] == late[0] and all(torch.equal(early[1][name], late[1][name]) for name in early[1])
@@ -86,7 +65,7 @@ def test_the_state_is_that_of_the_windows_handed_out(settings):
 def test_the_thread_ends_with_its_stream(settings):
     stream = stream_of(settings)
     stream.next(1)
-    thread = next(t for t in threading.enumerate() if t.name == "smolseek-ahead" and t.is_alive())
+    thread = next(t for t in threading.enumerate() if t.name == "smolseek-prefetch" and t.is_alive())
     del stream
     thread.join(timeout=10)
     assert not thread.is_alive()
@@ -106,7 +85,7 @@ def test_an_error_in_the_thread_is_raised_by_next_and_loses_nothing(settings, mo
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr("smolseek.data.windows._DOCUMENTS_AT_ONCE", 1)
+        patch.setattr("smolseek.data.stream._DOCUMENTS_AT_ONCE", 1)
         patch.setattr(stream.sources[0], "records", broken)
         got = [first]
         for _ in range(2):
@@ -126,7 +105,7 @@ def weighted(tmp_path, *weights):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (1.0, 6.0, 3.0)])
 def test_weights_are_shares_of_tokens(tmp_path, weights):
-    """Sources of 4, 34 and 64 documents: the small ones are read over and over."""
+    """The sources have 4, 34 and 64 documents; the small ones are read many times."""
     stream = stream_of(weighted(tmp_path, *weights))
     stream.next(3000)
     tokens = [reading.tokens for reading in stream.packing.readings]
@@ -143,7 +122,7 @@ def test_a_weighted_stream_is_restored_in_its_own_epochs(tmp_path, batches):
     for _ in range(batches):
         stream.next(5)
     plain, tensors = stream.state()
-    restored.next(7)  # a stream that has run already is set back too
+    restored.next(7)  # restore also works on a stream that has run already
     restored.restore(json.loads(json.dumps(plain)), tensors)
     assert all(torch.equal(stream.next(5), restored.next(5)) for _ in range(60))
     assert stream.packing.readings == restored.packing.readings
@@ -169,7 +148,7 @@ def test_malformed_lines_are_counted_once_whatever_is_restored(tmp_path):
         plain, tensors = stream.state()
         stream = stream_of(settings)
         stream.restore(json.loads(json.dumps(plain)), tensors)
-    assert stream.malformed in (3, 5)  # 5 where the next epoch has come to them
+    assert stream.malformed in (3, 5)  # 5 if the next epoch has reached them
     assert stream.packing.readings[0].documents >= 20
 
 
@@ -182,7 +161,7 @@ def test_marks_are_the_first_tokens_of_documents(settings):
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=8), st.integers(2, 20))
 def test_packing_keeps_every_token_and_mark(documents, window_tokens):
-    """Any documents in windows of any size: the stream of windows is the documents' marked tokens, end to end."""
+    """For documents and windows of any size, the windows hold the marked tokens of the documents in their order."""
     tokens = [torch.arange(size, dtype=torch.int32) | (1 << 29 if masked else 0) for size, masked in documents]
     for document in tokens:
         document[0] |= 1 << 30
@@ -197,36 +176,14 @@ def test_packing_keeps_every_token_and_mark(documents, window_tokens):
 
 
 class _Cycle:
-    """A reader of the same documents again and again."""
+    """A reader that repeats the same documents."""
 
     def __init__(self, documents):
-        self.documents, self.given, self.reading = documents, 0, Reading()
+        self.documents, self.given, self.progress = documents, 0, SourceProgress()
 
     def next(self):
         self.given += 1
         return self.documents[(self.given - 1) % len(self.documents)]
-
-
-def test_documents_without_bos_are_marked_too():
-    class Tokenizer:
-        bos_token_id, eos_token_id = None, 9
-
-        def __call__(self, texts, **_options):
-            return {"input_ids": [[len(text)] * 2 for text in texts]}
-
-    windows = torch.cat(list(encode_marked(Tokenizer(), [Document("a", "a"), Document("b", "bb")])))
-    ids, _, segments = read_marks(windows)
-    assert ids.tolist() == [1, 1, 9, 2, 2, 9] and segments.tolist() == [1, 1, 1, 2, 2, 2]
-
-
-def test_pack_is_cut_at_the_limit_and_counts_bytes(settings):
-    documents = list(held_out_documents(settings))
-    ids_T, counts_T, size = pack(tiny_tokenizer(), documents)
-    assert counts_T.all() and counts_T.shape == ids_T.shape
-    assert size == sum(len(document.text.encode()) for document in documents)
-    assert len(ids_T) == sum(len(encode_document(tiny_tokenizer(), document.text)) for document in documents)
-    short_T, _, short_size = pack(tiny_tokenizer(), documents, 50)
-    assert torch.equal(short_T, ids_T[:50]) and 0 < short_size < size
 
 
 def test_held_out_text_is_never_trained_on(settings):
@@ -236,22 +193,7 @@ def test_held_out_text_is_never_trained_on(settings):
         assert document.text not in trained
 
 
-def test_own_held_out_sources_free_the_whole_training_text(settings, tmp_path):
-    other = write_stories(tmp_path / "b.txt", 5, seed=9)
-    settings = dataclasses.replace(settings, held_out=(str(other),))
-    assert [document.text for document in held_out_documents(settings)] == stories(5, seed=9)
-
-
 def test_empty_text_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="no training text"):
         stream_of(DataSettings(train=(str(tmp_path / "empty.txt"),))).next(1)
-
-
-def test_calibration_windows_are_drawn_by_the_seed(tmp_path):
-    path = str(write_stories(tmp_path / "a.txt"))
-    options = {"windows": 6, "window_tokens": 16, "separator": "<|endoftext|>"}
-    first, again, other = (calibration_windows(tiny_tokenizer(), [path], seed=s, **options) for s in (0, 0, 1))
-    assert first.shape == (6, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(ValueError, match="less than one window"):
-        calibration_windows(tiny_tokenizer(), [path], windows=1, window_tokens=10**6, separator="|", seed=0)

@@ -1,4 +1,4 @@
-"""Items made ahead of their use, by a thread."""
+"""An iterator whose items a thread makes ahead of their use."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class Ahead:
-    """An iterator whose items a thread makes up to `depth` ahead; what goes wrong in the thread is raised by `next`.
+class Prefetcher:
+    """An iterator whose items a thread makes, up to `depth` of them ahead; `next` raises the thread's errors.
 
-    The thread ends when `close` is called, or the object is let go.
+    The thread ends when `close` is called or nothing refers to the object any more.
     """
 
     def __init__(self, items: Iterator[Any], depth: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         stop = threading.Event()
-        thread = threading.Thread(target=_make, args=(items, self._queue, stop), name="smolseek-ahead", daemon=True)
-        # Neither the thread nor its finalizer may hold the object, or it would never be let go.
+        thread = threading.Thread(target=_fill, args=(items, self._queue, stop), name="smolseek-prefetch", daemon=True)
+        # The thread and its finalizer must not refer to the object: it would never be collected.
         self.close = weakref.finalize(self, _end, thread, stop)
         thread.start()
 
-    def __iter__(self) -> Ahead:
+    def __iter__(self) -> Prefetcher:
         return self
 
     def __next__(self) -> Any:
         item = self._queue.get()
         if isinstance(item, _Failure):
-            self._queue.put(item)  # for whoever asks again: the thread has ended
+            self._queue.put(item)  # the thread has ended, so later calls must find the error too
             raise item.error
         return item
 
@@ -39,18 +39,18 @@ class _Failure:
         self.error = error
 
 
-def _make(items: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -> None:
+def _fill(items: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -> None:
     try:
         for item in items:
             if not _put(into, item, stop):
                 return
         _put(into, _Failure(StopIteration()), stop)
-    except Exception as error:  # noqa: BLE001  (whoever asks for the item must hear of it, whatever it is)
+    except Exception as error:  # noqa: BLE001  (any error must reach the caller of next)
         _put(into, _Failure(error), stop)
 
 
 def _put(into: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
-    """Wait for room; False once the thread is to end."""
+    """Waits for room in the queue; returns False when the thread must end."""
     while not stop.is_set():
         try:
             into.put(item, timeout=0.2)
@@ -63,4 +63,4 @@ def _put(into: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
 def _end(thread: threading.Thread, stop: threading.Event) -> None:
     stop.set()
     if threading.current_thread() is not thread:
-        thread.join(timeout=5)  # at exit the libraries that the thread is in must not go before it
+        thread.join(timeout=5)  # at exit the thread must end before the libraries that it uses are unloaded
