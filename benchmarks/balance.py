@@ -35,12 +35,13 @@ from smolseek.checkpoint.source import resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.evaluation import measure_quality
-from smolseek.model.balance import max_violation, take_expert_counts
+from smolseek.model.balance import max_violation, routers, take_expert_counts
 from smolseek.model.experts import TopkRouter
 from smolseek.reporting.figures import load_chart
 from smolseek.reporting.png import draw
 from smolseek.reporting.read import read_run
-from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 
 START, DEAD = "before training", 0.01
 
@@ -55,7 +56,7 @@ class Comparison:
     """Text to train on and to calibrate the conversion with."""
     held_out: tuple[str, ...] = ()
     """Text to measure on; none: the share of the training text that no run reads."""
-    methods: tuple[str, ...] = ("nothing", "sign", "proportional", "quantile", "loss:1e-3", "loss:1e-2")
+    methods: tuple[str, ...] = ("nothing", "sign", "proportional", "loss:1e-3", "loss:1e-2")
     """nothing; a rule of the bias updates, perhaps with its u (sign:3e-3); loss:WEIGHT, the auxiliary loss over the
     batch without bias updates; or sequence:WEIGHT, sign updates with the sequence-wise loss."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -103,11 +104,11 @@ def train_settings(method: str, mine: Comparison) -> TrainSettings:
     fields: dict[str, Any] = {"balance_update_speed": 0.0} if kind in ("nothing", "loss") else {}
     if loss and value and value > 0:
         fields |= {"balance_loss": loss, "balance_loss_weight": value}
-    elif kind in ("sign", "proportional", "quantile") and (value is None or value > 0):
+    elif kind in ("sign", "proportional") and (value is None or value > 0):
         fields |= {"balance_rule": kind, "balance_update_speed": value}
     elif method != "nothing":
         raise ValueError(
-            f"methods {method}: is none of nothing, sign, proportional, quantile (with :u or without), loss:WEIGHT and "
+            f"methods {method}: is none of nothing, sign, proportional (with :u or without), loss:WEIGHT and "
             "sequence:WEIGHT"
         )
     return TrainSettings(
@@ -167,7 +168,7 @@ def _converted(mine: Comparison, folder: Path) -> Path:
 def _trainer(mine: Comparison, start: Path, method: str, seed: int, folder: Path) -> Trainer:
     """The run of one method, its biases at zero, at its last checkpoint if there is one."""
     model = load(start)
-    for router in routers(model):
+    for router in routers(model).values():
         router.e_score_correction_bias.zero_()
     recipe = Recipe(
         source=mine.source,
@@ -227,11 +228,6 @@ def worst(counts_LE: Tensor) -> float:
     return max(max_violation(counts_E) for counts_E in counts_LE)
 
 
-def routers(model: torch.nn.Module) -> list[TopkRouter]:
-    """The routers, first layer first."""
-    return [module for module in model.modules() if isinstance(module, TopkRouter)]
-
-
 @contextlib.contextmanager
 def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
     """Inside, every token goes to random experts (groups stay whole), weighed by its scores for them."""
@@ -240,12 +236,12 @@ def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
     def at_random(router: TopkRouter) -> Any:
         return lambda biased_NE: TopkRouter.choose(router, torch.rand(biased_NE.shape, generator=generator))
 
-    for router in routers(model):
+    for router in routers(model).values():
         router.choose = at_random(router)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for router in routers(model):
+        for router in routers(model).values():
             del router.choose
 
 

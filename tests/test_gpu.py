@@ -5,7 +5,8 @@ import torch
 
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.generation import generate
-from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 from tests.factories import random_ids, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 

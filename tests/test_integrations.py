@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
 from smolseek.integrations import BalanceCallback
-from smolseek.model.balance import signed_bias
+from smolseek.model.balance import next_bias
 from tests.factories import VOCAB, enliven, tiny_v3_config
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install -e '.[dev]'")
@@ -113,8 +113,7 @@ def test_counts_are_those_of_the_global_step(tmp_path, reentrant):
     trainer.evaluate()
     assert [int(counts_E.sum()) for counts_E in counted[0]] == [2 * 4 * 24 * 3] * 2
     for bias, was, counts_E in zip(biases_of(model), before, counted[0], strict=True):
-        moved = signed_bias(was, counts_E, 0.01)
-        torch.testing.assert_close(bias, moved - moved.mean())
+        torch.testing.assert_close(bias, next_bias(was, counts_E, 0.01))
     assert not any(router._forward_hooks for router in routers_of(model))
 
 
@@ -167,8 +166,7 @@ def test_counts_of_all_processes_are_added(tmp_path, monkeypatch):
     trainer_of(model, tmp_path, Distributed(0.01), max_steps=1).train()
     assert [int(counts_E.sum()) for counts_E in reduced] == [8 * 24 * 3 + 1000] * 2
     for bias, was, counts_E in zip(biases_of(model), before, reduced, strict=True):
-        moved = signed_bias(was, counts_E, 0.01)
-        torch.testing.assert_close(bias, moved - moved.mean())
+        torch.testing.assert_close(bias, next_bias(was, counts_E, 0.01))
 
 
 @pytest.mark.slow

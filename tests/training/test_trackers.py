@@ -13,9 +13,10 @@ import pytest
 from smolseek.cli import main
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.training import trackers
-from smolseek.training.loop import Trainer, Watcher
-from smolseek.training.parallel import Alone
+from smolseek.training.processes import OneProcess
 from smolseek.training.trackers import flatten, open_trackers
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 from tests.factories import tiny_v3
 from tests.runs import ROOT, scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
@@ -140,7 +141,7 @@ assert name.startswith("scratch-") and len(losses) == 6, (name, losses)
 
 
 def test_a_process_that_does_not_lead_tells_nothing(recipe, tmp_path):
-    class Follower(Alone):
+    class Follower(OneProcess):
         leads = False
 
     train(with_tracker(recipe, "tensorboard"), tmp_path / "run", processes=Follower())

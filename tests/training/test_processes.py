@@ -6,7 +6,7 @@ from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
 
 from smolseek.cli import main
 from smolseek.config import ParallelSettings, TrainSettings
-from smolseek.training.parallel import Alone, Together, join, restarted
+from smolseek.training.processes import OneProcess, TorchrunProcesses, join_processes, restarted_by_torchrun
 from tests.text import write_stories
 
 pytestmark = pytest.mark.timeout(1200)
@@ -17,13 +17,13 @@ def recipe_of(folder, steps):
 
 
 def test_one_process_is_alone(monkeypatch):
-    with join(ParallelSettings(), "cpu") as (processes, device):
-        assert type(processes) is Alone and device == "cpu" and processes.leads
+    with join_processes(ParallelSettings(), "cpu") as (processes, device):
+        assert type(processes) is OneProcess and device == "cpu" and processes.leads
         ids = torch.arange(6).view(3, 2)
-        assert processes.rows(ids) is ids and processes.mean(1.5) == 1.5 and processes.agree(True)
-    assert not restarted()
+        assert processes.own_windows(ids) is ids and processes.mean(1.5) == 1.5 and processes.any_of(True)
+    assert not restarted_by_torchrun()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert restarted_by_torchrun()
 
 
 @pytest.mark.parametrize(("expert", "size"), [(2, 1), (0, 1), (3, 4)])
@@ -31,7 +31,7 @@ def test_experts_must_divide_the_processes(monkeypatch, expert, size):
     monkeypatch.setenv("WORLD_SIZE", str(size))
     with (
         pytest.raises(ValueError, match=rf"parallel\.expert {expert}: .*{size}.*torchrun"),
-        join(ParallelSettings(expert), "cpu"),
+        join_processes(ParallelSettings(expert), "cpu"),
     ):
         pass
 
@@ -116,7 +116,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_compiled_blocks_are_for_one_process():
-    together = object.__new__(Together)
-    together.size = 2
+    processes = object.__new__(TorchrunProcesses)
+    processes.size = 2
     with pytest.raises(ValueError, match=r"train\.compile with 2 processes"):
-        together.check(TrainSettings(compile=True))
+        processes.check_settings(TrainSettings(compile=True))

@@ -13,9 +13,10 @@ from smolseek.data.corpus import SourceLost
 from smolseek.data.windows import read_marks
 from smolseek.model import StockModel
 from smolseek.model.balance import take_expert_counts
-from smolseek.training import loop
-from smolseek.training.loop import Interrupted, Trainer, Watcher
+from smolseek.training import trainer as trainer_module
 from smolseek.training.optimizer import learning_rate
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Interrupted, Watcher
 from tests.data.test_chat import CHATML, tokenizer_with
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, stories, tiny_tokenizer, write_stories
@@ -269,7 +270,7 @@ def test_distillation_for_the_first_part_only_asks_the_teacher_no_longer(recipe,
 
 def test_the_biases_move_by_less_as_the_learning_rate_falls(recipe, tmp_path, monkeypatch):
     speeds = []
-    monkeypatch.setattr(loop, "update_biases", lambda model, counts, speed, rule: speeds.append(speed))
+    monkeypatch.setattr(trainer_module, "update_biases", lambda model, counts, speed, rule: speeds.append(speed))
     trainer = trainer_of(with_train(recipe, balance_update_speed=1.0, learning_rate=1.0), tmp_path / "run")
     trainer.fit(Watcher())
     rates = [learning_rate(step, trainer.settings) for step in range(trainer.settings.steps)]
