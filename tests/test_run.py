@@ -1,4 +1,4 @@
-"""The whole road on tiny models, in one process."""
+"""Whole recipes on tiny models, in one process."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def recipe(tmp_path, source):
     )
 
 
-def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
+def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     stages = []
     folder = tmp_path / "runs" / "tiny"
     summary = run_recipe(recipe, folder, watcher=Watcher(on_stage=stages.append))
@@ -147,7 +147,7 @@ def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
         run_recipe(dataclasses.replace(recipe, **changes), tmp_path / "run")
 
 
-def test_a_softmax_router_trains_and_says_it_is_not_stock(tmp_path):
+def test_a_softmax_router_trains_and_its_card_says_it_is_not_stock(tmp_path):
     from smolseek.cli import main
 
     recipe = scratch_recipe(tmp_path, scoring_func="softmax")

@@ -1,4 +1,4 @@
-"""The balancing comparison on a tiny model: what is measured, that it goes on where it stopped, and its report."""
+"""The comparison of balancing methods on a tiny model: its measurements, resuming, and its report."""
 
 import dataclasses
 import json

@@ -15,7 +15,7 @@ from smolseek.model import StockModel
 from tests.factories import layers_of, random_ids, tiny_llama, tiny_v3
 
 
-def test_specialisation_is_said_for_every_expert_layer():
+def test_specialisation_is_measured_for_every_expert_layer():
     ids = random_ids(1, 150)[0]
     for groups, experts in ((1, 3), (4, 2)):
         model = tiny_v3(n_group=groups, topk_group=1, num_experts_per_tok=experts)
@@ -28,7 +28,7 @@ def test_specialisation_is_said_for_every_expert_layer():
 
 
 def test_routing_by_the_token_alone_is_fully_explained():
-    """Without attention the first expert layer sees nothing but the token."""
+    """Without attention, the input of the first expert layer depends on the token alone."""
     model, ids = tiny_v3(first_k_dense_replace=0), random_ids(1, 4000)[0]
     with torch.no_grad():
         for layer in model.model.layers:

@@ -56,7 +56,7 @@ def test_a_badly_skewed_router_is_brought_into_balance() -> None:
 @pytest.mark.parametrize("rule, speed", [("sign", 0.03), ("proportional", 0.1)])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_every_rule_balances_a_skewed_router(rule: BalanceRule, speed: float, groups: int) -> None:
-    """Ungrouped and, as in an upcycled model, one whole group of two experts a token, of tied rows."""
+    """Without groups; and like an upcycled model: each token takes one whole group, two experts with equal rows."""
     grouped = {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 2} if groups > 1 else {}
     model, ids = tiny_v3(**grouped).train(), random_ids(8, 64)
     for layer in layers_of(model)[1:]:

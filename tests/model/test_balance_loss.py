@@ -17,7 +17,7 @@ def training_moe(weight: float, over_batch: bool = False, **overrides: object) -
 
 
 def loss_by_hand(moe: MixtureOfExperts, x_BTD: torch.Tensor) -> torch.Tensor:
-    """Equations 17 to 20, one sequence and one expert at a time."""
+    """Returns DeepSeek-V3's equations 17 to 20, one sequence and one expert at a time."""
     experts, chosen = moe.gate.num_experts, moe.gate.num_experts_per_tok
     losses = []
     for x_TD in x_BTD:
@@ -75,7 +75,7 @@ def test_even_routing_costs_one(sequences: int, experts: int, data: st.DataObjec
     torch.testing.assert_close(loss, torch.ones(()))
 
 
-def test_a_loss_passed_on_is_minimised_and_changes_no_value() -> None:
+def test_a_loss_added_to_a_tensor_is_minimised_and_changes_no_value() -> None:
     x, weight = torch.ones(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
     out = with_loss(x, weight.square())
     assert torch.equal(out, x)

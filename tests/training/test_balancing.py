@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.training import trainer as trainer_module
 from smolseek.training.balancing import balance_speed, describe_load, set_balance
+from smolseek.training.optimizer import learning_rate
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import layers_of, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.training.trainers import stop_at
 
 
 @pytest.fixture
@@ -36,11 +39,6 @@ def trainer_of(tmp_path):
 
 def biases_of(trainer):
     return {name: t.clone() for name, t in trainer.model.state_dict().items() if name.endswith("correction_bias")}
-
-
-def stop_at(step):
-    seen = []
-    return Watcher(on_step=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1] >= step)
 
 
 @pytest.mark.parametrize("rule", ["proportional"])
@@ -88,7 +86,7 @@ def test_a_sequence_loss_is_the_same_in_micro_batches(trainer_of):
             (loss / trainer.settings.gradient_accumulation).backward()
         losses.append(float(loss))
         grads.append(trainer.model.model.layers[2].mlp.gate.weight.grad.clone())
-    assert losses[0] == losses[2], "the balance loss is no part of what is reported"
+    assert losses[0] == losses[2], "the reported loss must not include the balance loss"
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
     assert (grads[0] - grads[2]).abs().max() > 1e-4
 
@@ -139,3 +137,14 @@ def test_load_for_the_metrics():
 def test_the_speed_is_zero_once_the_biases_are_frozen():
     settings = TrainSettings(steps=10, balance_freeze_share=0.3, balance_rule="proportional")
     assert [balance_speed(step, settings, 0.5) for step in (0, 6, 7, 9)] == [1e-3, 1e-3, 0, 0]
+
+
+def test_the_biases_move_by_less_as_the_learning_rate_falls(trainer_of, monkeypatch):
+    speeds = []
+    monkeypatch.setattr(trainer_module, "update_biases", lambda model, counts, speed, rule: speeds.append(speed))
+    trainer = trainer_of("run", steps=12, balance_update_speed=1.0, learning_rate=1.0)
+    trainer.fit(Watcher())
+    rates = [learning_rate(step, trainer.settings) for step in range(trainer.settings.steps)]
+    assert speeds[:3] == [1.0, 1.0, 1.0]  # the warm-up, and the peak
+    assert speeds[2:] == pytest.approx([0.2 + 0.8 * rate for rate in rates[2:]])
+    assert speeds[-1] < 0.25

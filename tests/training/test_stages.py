@@ -1,4 +1,4 @@
-"""Stages: what each trains and for how long, early ends, and resuming in and between them."""
+"""Stages: which weights each trains and for how long, early ends, and resuming within and between stages."""
 
 import dataclasses
 import math
@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from smolseek.config import StageSettings, TrainSettings, load_recipe
 from smolseek.training.stages import StageProgress, stages_of, step_tokens
 from smolseek.training.watcher import Interrupted, Watcher
-from tests.training.test_trainer import assert_same_run, metrics, model_of, recipe, stop_at, trainer_of, with_train
-
-__all__ = ["recipe"]  # a fixture
+from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
 
 STAGES = (
     StageSettings(steps=5, trains="attention", learning_rate=2e-3, warmup_steps=1),
@@ -22,12 +20,12 @@ STAGES = (
 )
 
 
-def test_no_stages_are_one_of_the_whole_settings():
+def test_settings_without_stages_are_one_stage():
     train = TrainSettings(steps=7, patience=2)
     assert stages_of(train) == (train,)
 
 
-def test_a_stage_is_the_settings_with_its_own_in_front():
+def test_a_stage_has_the_runs_settings_and_its_own_override_them():
     train = TrainSettings(batch_windows=4, window_tokens=16, learning_rate=1e-3, distill_weight=0.0, stages=STAGES)
     first, second, third = stages_of(train)
     assert (first.steps, first.trains, first.learning_rate, first.optimizer) == (5, "attention", 2e-3, "adamw")
@@ -85,17 +83,17 @@ def test_each_stage_trains_its_own_weights(recipe, tmp_path):
     assert moved(11, 14) >= parameters
     assert "Stage 1/3 ends after step 4: all its steps" in (tmp_path / "run" / "logs.txt").read_text()
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
-    assert rates[0] == 2e-3 and rates[5] == rates[11] == 5e-4  # each stage warms up anew
+    assert rates[0] == 2e-3 and rates[5] == rates[11] == 5e-4  # each stage has a warm-up of its own
 
 
-def early(recipe, **changes):
-    """A second stage that cannot learn, so that its patience ends it: at step 5 + 4."""
+def with_early_end(recipe, **changes):
+    """Returns a recipe whose second stage cannot learn, so that its patience ends it early."""
     stages = (STAGES[0], StageSettings(steps=50, learning_rate=0.0, patience=2, trains="experts"), STAGES[2])
     return with_stages(recipe, stages, evaluate_every=1, balance_update_speed=0.0, **changes)
 
 
 def test_a_stage_ends_early_when_held_out_loss_stops_improving(recipe, tmp_path):
-    trainer = trainer_of(early(recipe), tmp_path / "run")
+    trainer = trainer_of(with_early_end(recipe), tmp_path / "run")
     trainer.fit(Watcher())
     assert trainer.step == trainer.stages.steps == 5 + 3 + 3
     logs = (tmp_path / "run" / "logs.txt").read_text()
@@ -117,7 +115,7 @@ def test_the_last_stage_may_end_early_too(recipe, tmp_path):
 
 @pytest.mark.parametrize("stopped_at", [3, 5, 6, 8, 10])
 def test_resuming_in_and_between_stages_is_exact(recipe, tmp_path, stopped_at):
-    recipe = early(recipe, optimizer="muon")
+    recipe = with_early_end(recipe, optimizer="muon")
     whole = trainer_of(recipe, tmp_path / "whole")
     whole.fit(Watcher())
     with pytest.raises(Interrupted):
