@@ -200,7 +200,7 @@ def _card(trainer: Trainer, origin: Path | None, losses: dict[str, float] | None
     """
     recipe, quality, config = trainer.recipe, trainer.quality, trainer.model.config.to_dict()
     own = {"trained": quality.loss} if quality else {}
-    training = Training(recipe, trainer.step, trainer.step * trainer.step_tokens, losses or own)
+    training = Training(recipe, trainer.step, trainer.trained_tokens, losses or own)
     tree = disk_config(config) if isinstance(trainer.model, DeepseekV3) else config
     licence, conversion = (licence_fields(origin), read_conversion(origin)) if origin else ({}, None)
     return Card(recipe.name, tree, licence, conversion, training).render()

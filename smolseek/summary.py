@@ -30,7 +30,7 @@ def summarize(rows: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
             maxvio = measure_balance(model, trainer.held_out.ids_T)
             summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
             summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
-    summary["trained_tokens"] = trainer.step * trainer.step_tokens
+    summary["trained_tokens"] = trainer.trained_tokens
     summary["held_out_tokens"] = len(trainer.held_out.ids_T)
     return summary
 

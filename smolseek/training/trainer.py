@@ -33,7 +33,7 @@ from smolseek.training.optimizer import build_optimizers, choose_trained, decay,
 from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
-from smolseek.training.settings import changed_settings, check_settings, steered
+from smolseek.training.settings import changed_settings, changed_steering, check_settings
 from smolseek.training.stages import StageProgress, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
@@ -227,6 +227,11 @@ class Trainer:
         return step_tokens(self.settings)
 
     @property
+    def trained_tokens(self) -> int:
+        """Number of tokens predicted in the run so far."""
+        return self.step * self.step_tokens
+
+    @property
     def stage_step(self) -> int:
         """Number of steps done in the running stage."""
         return self.step - self.stages.start
@@ -315,7 +320,7 @@ class Trainer:
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
         self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
-        for line in steered(plain["recipe"], asdict(self.recipe)):
+        for line in changed_steering(plain["recipe"], asdict(self.recipe)):
             self.log.line(f"Resumed at step {self.step} with {line}")
         return True
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from smolseek.numerics.muon import Muon, matrices_of, orthogonal
+from smolseek.numerics.muon import Muon, matrix_indices, orthogonal
 
 
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
@@ -23,10 +23,10 @@ def test_an_orthogonal_update_keeps_directions_and_levels_sizes(matrices, rows, 
     st.integers(1, 6),
     st.sampled_from(["experts.gate_up_proj", "down_proj.weight", "q_proj.weight", "kv_b_proj.weight", "o_proj.weight"]),
 )
-def test_the_matrices_of_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, name):
+def test_the_matrix_indices_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, name):
     for shape in ((experts, 2 * rows, 2 * columns), (2 * rows, 2 * columns)):
         count = torch.zeros(shape)
-        indices = list(matrices_of(name, count, heads=2))
+        indices = list(matrix_indices(name, count, heads=2))
         for index in indices:
             assert count[index].dim() == 2
             count[index] += 1
