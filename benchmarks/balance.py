@@ -1,13 +1,16 @@
-"""Does balancing by biases balance, and cost nothing? One model, one text, one order of batches; the balancing differs.
+"""Does balancing by biases balance the experts, and what does it cost? Runs that differ in their balancing alone.
 
 python benchmarks/balance.py [SOURCE] [--train TEXT ... --held-out TEXT ...] [--steps N] [--seeds 0 1 2] [--out NAME]
 
-The dense source gets experts once; the routing biases that the conversion set are put back to zero, so that every run
-starts unbalanced, as a router learns to be when nothing holds it. MaxVio is that of the worst layer: over all held-out
-tokens, and beside it the mean over batches of the size that a step trains on, whose noise floor is higher. An expert is
-dead that takes less than 1% of its fair share of the held-out tokens. `shuffled` is by how much the held-out loss rises
-when each token goes to random experts: 0 where routing means nothing, and such routers balance for free. Every run is a
-JSON line as soon as it is measured: the same command goes on where it stopped, within a run at its last checkpoint.
+The dense source gets experts once. The routing biases that the conversion set are then put back to zero, so that every
+run starts as unbalanced as a router becomes without balancing. MaxVio is that of the worst layer, over all held-out
+tokens; beside it stands the mean over batches of the size of a training step, whose noise floor is higher. An expert
+with less than 1% of its fair share of the held-out tokens counts as dead. `shuffled` is the rise of the held-out loss
+when each token goes to random experts: near 0 the routing means nothing, and balancing such a router costs nothing.
+Every run becomes a JSON line as soon as it is measured. The same command goes on where it stopped: within a run, at its
+last checkpoint.
+
+Shapes: B windows, E n_routed_experts, N tokens in one row, L num_hidden_layers (those with experts).
 """
 
 from __future__ import annotations
@@ -35,12 +38,13 @@ from smolseek.checkpoint.source import resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.evaluation import measure_quality
-from smolseek.model.balance import max_violation, take_expert_counts
+from smolseek.model.balance import max_violation, routers, take_expert_counts
 from smolseek.model.experts import TopkRouter
 from smolseek.reporting.figures import load_chart
 from smolseek.reporting.png import draw_png
 from smolseek.reporting.read import read_run
-from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 
 START, DEAD = "before training", 0.01
 
@@ -55,8 +59,8 @@ class Comparison:
     """Text to train on and to calibrate the conversion with."""
     held_out: tuple[str, ...] = ()
     """Text to measure on; none: the share of the training text that no run reads."""
-    methods: tuple[str, ...] = ("nothing", "sign", "proportional", "quantile", "loss:1e-3", "loss:1e-2")
-    """nothing; a rule of the bias updates, perhaps with its u (sign:3e-3); loss:WEIGHT, the auxiliary loss over the
+    methods: tuple[str, ...] = ("nothing", "sign", "proportional", "loss:1e-3", "loss:1e-2")
+    """nothing; a rule of the bias updates, with or without its u (sign:3e-3); loss:WEIGHT, the auxiliary loss over the
     batch without bias updates; or sequence:WEIGHT, sign updates with the sequence-wise loss."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each draws its own order of batches."""
@@ -71,9 +75,9 @@ class Comparison:
     text_tokens: int = 65536
     """Held-out tokens."""
     experts: Literal["carve", "upcycle"] = "carve"
-    """Where the experts come from: a router fitted to the neurons it divides, or copies that training tells apart."""
+    """carve: a router fitted to the neurons that it divides; upcycle: equal copies, which training makes different."""
     active: float = 0.5
-    """Share of the neurons that a token meets (carve). MaxVio cannot pass E / K - 1, so more would hide imbalance."""
+    """Share of the neurons that a token uses (carve). MaxVio is at most E / K - 1: a larger share hides more."""
     cache: float | None = None
     """Share of the source's cache to keep; none: the conversion's own choice."""
     refine_steps: int = 100
@@ -89,7 +93,7 @@ class Comparison:
 
 
 def train_settings(method: str, mine: Comparison) -> TrainSettings:
-    """The recipe's `train` of one method.
+    """Returns the `train` settings of one method.
 
     Raises:
         ValueError: a method of another form.
@@ -103,11 +107,11 @@ def train_settings(method: str, mine: Comparison) -> TrainSettings:
     fields: dict[str, Any] = {"balance_update_speed": 0.0} if kind in ("nothing", "loss") else {}
     if loss and value and value > 0:
         fields |= {"balance_loss": loss, "balance_loss_weight": value}
-    elif kind in ("sign", "proportional", "quantile") and (value is None or value > 0):
+    elif kind in ("sign", "proportional") and (value is None or value > 0):
         fields |= {"balance_rule": kind, "balance_update_speed": value}
     elif method != "nothing":
         raise ValueError(
-            f"methods {method}: is none of nothing, sign, proportional, quantile (with :u or without), loss:WEIGHT and "
+            f"methods {method}: is none of nothing, sign, proportional (with :u or without), loss:WEIGHT and "
             "sequence:WEIGHT"
         )
     return TrainSettings(
@@ -127,7 +131,7 @@ def train_settings(method: str, mine: Comparison) -> TrainSettings:
 
 
 def compare(mine: Comparison) -> Rows:
-    """Train and measure whatever of the comparison is not measured yet."""
+    """Train and measure the methods and seeds that are not measured yet; returns all rows."""
     for method in mine.methods:
         train_settings(method, mine)
     rows = Rows(mine.results, f"balance-{mine.out}", mine, free=("seeds", "methods", "pictures", "results", "work"))
@@ -151,7 +155,7 @@ def compare(mine: Comparison) -> Rows:
 
 
 def _converted(mine: Comparison, folder: Path) -> Path:
-    """The source with experts; an interrupted conversion goes on."""
+    """Returns the folder of the source with experts; an interrupted conversion goes on."""
     if not folder.exists():
         settings = ConvertSettings(
             calibration=mine.train,
@@ -166,9 +170,9 @@ def _converted(mine: Comparison, folder: Path) -> Path:
 
 
 def _trainer(mine: Comparison, start: Path, method: str, seed: int, folder: Path) -> Trainer:
-    """The run of one method, its biases at zero, at its last checkpoint if there is one."""
+    """Returns a trainer of one method, with biases at zero, or at its last checkpoint if there is one."""
     model = load(start)
-    for router in routers(model):
+    for router in routers(model).values():
         router.e_score_correction_bias.zero_()
     recipe = Recipe(
         source=mine.source,
@@ -183,7 +187,7 @@ def _trainer(mine: Comparison, start: Path, method: str, seed: int, folder: Path
 
 
 def _train(trainer: Trainer) -> Row:
-    """Trains to the end; what the run logged and what is measured then."""
+    """Trains to the end; returns what is measured then, and what the run logged."""
     trainer.fit(Watcher())
     lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "maxvio" in line]
@@ -197,7 +201,7 @@ def _train(trainer: Trainer) -> Row:
 
 
 def measure(trainer: Trainer) -> Row:
-    """Loss, balance and the worth of routing on the held-out text."""
+    """Returns loss, balance and the loss of random routing on the held-out text."""
     model, windows = trainer.model, []
     take_expert_counts(model)
     quality = measure_quality(
@@ -206,47 +210,42 @@ def measure(trainer: Trainer) -> Row:
         trainer.held_out.text_bytes,
         on_window=lambda done, count: windows.append([counts_E for _, counts_E in take_expert_counts(model)]),
     )
-    counts_WLE = torch.stack([torch.stack(layers) for layers in windows])
+    counts_BLE = torch.stack([torch.stack(layers) for layers in windows])
     with shuffled_routing(model):
         shuffled = trainer.measure(model)
     take_expert_counts(model)
     per_batch = max(1, round(trainer.step_tokens * len(windows) / len(trainer.held_out.ids_T)))
-    fair_L1 = counts_WLE.sum(0).double().mean(1, keepdim=True)
+    fair_L1 = counts_BLE.sum(0).double().mean(1, keepdim=True)
     return {
         "loss": quality.loss,
         "shuffled_loss": shuffled.loss,
-        "maxvio": worst(counts_WLE.sum(0)),
-        "maxvio_batch": statistics.mean(worst(part.sum(0)) for part in counts_WLE.split(per_batch)),
-        "dead": int((counts_WLE.sum(0) < DEAD * fair_L1).sum()),
-        "expert_layers": counts_WLE.shape[1],
-        "experts_per_layer": counts_WLE.shape[2],
+        "maxvio": worst(counts_BLE.sum(0)),
+        "maxvio_batch": statistics.mean(worst(part.sum(0)) for part in counts_BLE.split(per_batch)),
+        "dead": int((counts_BLE.sum(0) < DEAD * fair_L1).sum()),
+        "expert_layers": counts_BLE.shape[1],
+        "experts_per_layer": counts_BLE.shape[2],
     }
 
 
 def worst(counts_LE: Tensor) -> float:
-    """MaxVio of the worst layer."""
+    """Returns MaxVio of the worst layer."""
     return max(max_violation(counts_E) for counts_E in counts_LE)
-
-
-def routers(model: torch.nn.Module) -> list[TopkRouter]:
-    """The routers, first layer first."""
-    return [module for module in model.modules() if isinstance(module, TopkRouter)]
 
 
 @contextlib.contextmanager
 def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every token goes to random experts (groups stay whole), weighed by its scores for them."""
+    """While open, every token goes to random experts (groups stay whole), weighted by its scores for them."""
     generator = torch.Generator().manual_seed(0)
 
     def at_random(router: TopkRouter) -> Any:
         return lambda biased_NE: TopkRouter.choose(router, torch.rand(biased_NE.shape, generator=generator))
 
-    for router in routers(model):
+    for router in routers(model).values():
         router.choose = at_random(router)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for router in routers(model):
+        for router in routers(model).values():
             del router.choose
 
 
@@ -254,7 +253,7 @@ def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
 
 
 def report(rows: Rows, mine: Comparison, command: str) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     first = rows.rows[0]
     experts = f"{first['experts_per_layer']} experts in each of {first['expert_layers']} layers"
     about = (
@@ -290,7 +289,7 @@ def _late(curve: list[tuple[int, float]]) -> float:
 
 
 def plot(rows: Rows, mine: Comparison, path: Path) -> None:
-    """MaxVio of the global batch over the run, a line a method: the mean over seeds, smoothed over a twentieth."""
+    """Draw MaxVio of the global batch over the run, one line per method: the mean over seeds, smoothed over 1/20."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,8 @@ from circumstances import circumstances, command_line
 from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.data.stream import WindowStream
-from smolseek.training.loop import Trainer, Watcher
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 
 
 class OnDemand(WindowStream):

@@ -38,7 +38,7 @@ sample: {{every: 0, prompts: ["The "], max_new_tokens: 8}}
 DIES_ONCE = """
 import os, signal, sys
 from smolseek.cli import main
-from smolseek.training.loop import Trainer
+from smolseek.training.trainer import Trainer
 take = Trainer._train_step
 def step(trainer):
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and trainer.step == {step}:

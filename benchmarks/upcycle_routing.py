@@ -37,7 +37,8 @@ from smolseek.conversion.moments import collect_mlp_inputs
 from smolseek.conversion.upcycle import balancing_bias
 from smolseek.data.packing import pack
 from smolseek.data.sources import open_sources
-from smolseek.model.balance import expert_weights, max_violation, take_expert_counts, update_biases
+from smolseek.evaluation.specialisation import layer_weight_distances
+from smolseek.model.balance import max_violation, take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 
 WINDOW_TOKENS, BATCH_WINDOWS, HELD_OUT_WINDOWS = 256, 4, 64
@@ -173,7 +174,7 @@ def train_and_measure(model: Any, train_NT: Tensor, held_NT: Tensor, steps: int,
     row = {"start": before, "loss": after, "seconds": seconds}
     if list(blocks(model)):
         row["MaxVio"] = max(max_violation(counts_E) for _, counts_E in take_expert_counts(model))
-        row["apart"] = statistics.mean(expert_weights(model).values())
+        row["apart"] = statistics.mean(layer_weight_distances(model).values())
         swap(model)
         row["swapped"] = loss_of(model, held_NT) - after
     return row

@@ -146,8 +146,8 @@ class TrainSettings:
     mask_documents: bool = True
     """Prevent tokens from attending to other documents in their window."""
     balance_update_speed: float | None = None
-    """u of the loss-less load balancing: how far a routing bias moves per step; none: what suits balance_rule (1e-3,
-    1e-3, 0.1). 0: not at all. With sign it falls to a fifth as the learning rate falls to 0."""
+    """u of the auxiliary-loss-free load balancing: how far a routing bias moves per step; none: 1e-3; 0: not at all.
+    With sign it falls to a fifth as the learning rate falls to 0."""
     distill_weight: float = 0.0
     """Weight of KL to the dense source in the loss; cross-entropy has the remaining weight."""
     evaluate_every: int = 100
@@ -162,13 +162,12 @@ class TrainSettings:
     """Skip a step whose loss is above this many times the median of recent losses; 0: never."""
     max_skipped_steps: int = 10
     """Most steps in a row to skip (for a spike, or a loss or gradient that is not finite); one more stops the run."""
-    balance_rule: Literal["sign", "proportional", "quantile"] = "sign"
-    """How a routing bias moves: by u towards balance; by u times the expert's relative lack of tokens; or u of the way
-    to where the batch's scores would give the expert its fair share."""
+    balance_rule: Literal["sign", "proportional"] = "sign"
+    """How a routing bias moves: by u towards balance, or by u times the expert's relative lack of tokens."""
     balance_freeze_share: float = 0.0
     """Share of the steps, the last ones, in which the routing biases stay as they are."""
     balance_loss: Literal["sequence", "batch"] = "sequence"
-    """Over what the balance loss is taken: each window, or all windows of a micro-batch."""
+    """Tokens that share one balance loss: those of each window, or of all windows of a micro-batch."""
     balance_loss_weight: float = 0.0
     """Weight of the balance loss per expert layer; 0: none. DeepSeek-V3 has 1e-4 (sequence)."""
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -1,30 +1,30 @@
-"""Loss-less load balancing for who trains with transformers' Trainer, or TRL's, instead of ours.
+"""Auxiliary-loss-free load balancing in transformers' Trainer, or TRL's, in place of ours.
 
-Shapes: E routed experts.
+Shapes: E n_routed_experts.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from smolseek.model.balance import max_violation, proportional_bias, signed_bias
+from smolseek.model.balance import BalanceRule, max_violation, next_bias
 
 
 class BalanceCallback(TrainerCallback):
     """Updates `e_score_correction_bias` of a stock `DeepseekV3ForCausalLM` after every optimizer step, which
     transformers itself never does, and adds `maxvio` (worst layer, last global batch) to the Trainer's log history.
 
-    `Trainer(..., callbacks=[BalanceCallback()])` is all. Any model whose routers hold that buffer and return the chosen
-    experts last is balanced. Evaluation and recomputed activations do not count; micro-batches and processes add up.
-    Padding is routed too, and counts: pack, or keep it rare.
+    `Trainer(..., callbacks=[BalanceCallback()])` is all that is needed. It works with any model whose routers have that
+    buffer and return the chosen experts last. Micro-batches and processes add up; evaluation and recomputed activations
+    do not count. Padding tokens are routed and counted too, so pack the windows, or keep padding rare.
 
     Args:
-        update_speed: u of the update.
-        rule: `balance.signed_bias` or `balance.proportional_bias`.
+        update_speed: u of `balance.next_bias`.
+        rule: the rule of `balance.next_bias`.
         freeze_share: share of the steps, the last ones, in which the biases stay as they are.
 
     Raises:
@@ -35,11 +35,10 @@ class BalanceCallback(TrainerCallback):
         self,
         update_speed: float = 1e-3,
         *,
-        rule: Literal["sign", "proportional"] = "sign",
+        rule: BalanceRule = "sign",
         freeze_share: float = 0.0,
     ) -> None:
-        self.update_speed, self.freeze_share = update_speed, freeze_share
-        self.move = {"sign": signed_bias, "proportional": proportional_bias}[rule]
+        self.update_speed, self.rule, self.freeze_share = update_speed, rule, freeze_share
         self.maxvio: dict[str, float] = {}
         """MaxVio of each router in the last global batch, by the router's name."""
         self._routers: dict[str, Any] = {}
@@ -55,7 +54,7 @@ class BalanceCallback(TrainerCallback):
                 "DeepSeek-V3 model with expert layers, or leave the callback out"
             )
         for router in self._routers.values():
-            # Half precision would swallow steps of 1e-3; the scores that it is added to are fp32 anyway.
+            # In half precision a step of 1e-3 would round to nothing; the scores are fp32 anyway.
             router.e_score_correction_bias = router.e_score_correction_bias.float()
             self._handles.append(router.register_forward_hook(self._count))
 
@@ -68,12 +67,11 @@ class BalanceCallback(TrainerCallback):
             self.maxvio[name] = max_violation(counts_E)
             if not frozen:
                 bias_E = router.e_score_correction_bias
-                moved_E = self.move(bias_E, counts_E, self.update_speed)
-                bias_E.copy_(moved_E - moved_E.mean())
+                bias_E.copy_(next_bias(bias_E, counts_E, self.update_speed, self.rule))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.maxvio and logs is not None and "loss" in logs:
-            # The history has its own copy of what is logged.
+            # The history has its own copy of the logged values.
             for entry in (logs, state.log_history[-1]):
                 entry["maxvio"] = round(max(self.maxvio.values()), 4)
 
@@ -95,5 +93,5 @@ class BalanceCallback(TrainerCallback):
 
 
 def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as gradient checkpointing's second one does."""
+    """Returns whether this forward runs inside a backward pass, as the second one of gradient checkpointing does."""
     return torch._C._current_graph_task_id() != -1

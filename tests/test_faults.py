@@ -1,4 +1,4 @@
-"""Faults made for real, in processes of their own: kills, kills inside a checkpoint's write, full disks, damage."""
+"""Real faults in processes of their own: kills, kills while a checkpoint is written, full disks, damaged files."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def die(tensors, path):
         os.kill(os.getpid(), signal.SIGKILL)
 state.save_file = die
 """
-"""A child whose checkpoint number `call` is two thirds written when SIGKILL comes."""
+"""A child process that is killed when two thirds of its checkpoint number `call` are written."""
 DIES_RENAMING = """
 import os, pathlib, signal
 rename, calls = pathlib.Path.rename, []
@@ -39,11 +39,11 @@ def die(self, target):
     return rename(self, target)
 pathlib.Path.rename = die
 """
-"""A child killed when checkpoint number `call` is written and not yet in its place."""
+"""A child process that is killed when checkpoint number `call` is written but not yet renamed."""
 
 
 def result(runs):
-    """What a run ends in: its weights as bytes, and its logs without times."""
+    """Returns what a run wrote: its weights as bytes, and its logs without times."""
     folder = runs / "scratch"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     logs = (folder / "logs.txt").read_text().split("decode tok/s")[0]
@@ -63,7 +63,7 @@ def reference(tmp_path_factory):
 
 
 def kill_and_resume(recipe, runs, faults, draw):
-    """Start, let each fault strike, resume, and run to the end."""
+    """Start the run; let each fault stop it and resume it; at last let it run to the end."""
     for number, fault in enumerate(faults):
         options = ["--resume"] if number else []
         if fault in (DIES_WRITING, DIES_RENAMING):
@@ -79,7 +79,7 @@ def kill_and_resume(recipe, runs, faults, draw):
 
 
 def test_killed_three_times_the_run_ends_the_same(reference, tmp_path):
-    """At a random moment, inside a checkpoint's write, and before its renaming; bit for bit, logs and all."""
+    """Killed at a random moment, while a checkpoint is written, and before its renaming; the logs are equal too."""
     kill_and_resume(
         scratch_recipe(tmp_path), tmp_path / "runs", [signal.SIGKILL, DIES_WRITING, DIES_RENAMING], random.Random()
     )
@@ -101,7 +101,7 @@ def test_killed_twenty_times_the_run_ends_the_same(reference, tmp_path):
 
 
 def assert_starved(process, newest):
-    """It ended with one clear line and left the checkpoint that was there."""
+    """Check that the process ended with one clear line and left the earlier checkpoint as it was."""
     output = finish(process, 2)
     last = output.strip().splitlines()[-1]
     assert last.startswith("smolseek: ") and "free some space and go on with --resume" in last, output
@@ -111,8 +111,9 @@ def assert_starved(process, newest):
 
 
 def test_sigterm_then_damage_then_a_full_disk_and_the_run_ends_the_same(reference, tmp_path):
-    """SIGTERM saves within a step; the checkpoint truncated, the one before is used; a process that may write no file
-    as large as a checkpoint (a limit that any account can set) leaves it as it is; then the run ends bit for bit."""
+    """SIGTERM saves within a step. The newest checkpoint is then truncated, so the one before it is used. A process
+    that may not write files as large as a checkpoint (a limit that any account can set) leaves that one as it is. The
+    run still ends bit for bit the same."""
     recipe, runs = scratch_recipe(tmp_path), tmp_path / "runs"
     checkpoints = runs / "scratch" / "checkpoints"
     process = start(recipe, runs)
@@ -136,7 +137,7 @@ def test_sigterm_then_damage_then_a_full_disk_and_the_run_ends_the_same(referenc
 
 @pytest.mark.slow
 def test_a_full_file_system_leaves_the_previous_checkpoint_and_a_clear_line(reference, tmp_path):
-    """On a tmpfs that is full, where this account may mount one."""
+    """Uses a tmpfs that is full, and is skipped where this account may not mount one."""
     recipe, runs = scratch_recipe(tmp_path), tmp_path / "runs"
     runs.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(runs)]

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the CPU's numbers there, training in bf16 and compiled, FSDP, decode by the cache."""
+"""What only a CUDA device can show: the CPU's numbers there, training in bf16 and compiled, FSDP, decoding."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from smolseek.training.trainer import Trainer, Watcher
 
 from smolseek.checkpoint.hub import load, load_stock, save
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.generation import generate
 from smolseek.model import StockModel
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 from tests.factories import random_ids, tiny_llama, tiny_v3
 from tests.runs import ROOT, scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM, Trainer, TrainingArguments
 
 from smolseek.integrations import BalanceCallback
-from smolseek.model.balance import signed_bias
+from smolseek.model.balance import next_bias
 from tests.factories import VOCAB, enliven, tiny_v3_config
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate: pip install -e '.[dev]'")
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def skewed_model(**overrides: Any) -> DeepseekV3ForCausalLM:
-    """A lively stock model whose biases push most tokens to the same experts."""
+    """Returns a stock model whose biases push most tokens to the same experts."""
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(tiny_v3_config(**overrides))
     enliven(model)
@@ -88,7 +88,7 @@ def test_an_unbalanced_router_is_balanced_and_saved_with_its_biases(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_counts_are_those_of_the_global_step(tmp_path, reentrant):
-    """Two micro-batches are one update; evaluation does not count, nor does what is computed again."""
+    """Two micro-batches are one update; evaluation and recomputed activations do not count."""
     model, counted = skewed_model(), []
 
     class Spy(BalanceCallback):
@@ -113,8 +113,7 @@ def test_counts_are_those_of_the_global_step(tmp_path, reentrant):
     trainer.evaluate()
     assert [int(counts_E.sum()) for counts_E in counted[0]] == [2 * 4 * 24 * 3] * 2
     for bias, was, counts_E in zip(biases_of(model), before, counted[0], strict=True):
-        moved = signed_bias(was, counts_E, 0.01)
-        torch.testing.assert_close(bias, moved - moved.mean())
+        torch.testing.assert_close(bias, next_bias(was, counts_E, 0.01))
     assert not any(router._forward_hooks for router in routers_of(model))
 
 
@@ -149,7 +148,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_counts_of_all_processes_are_added(tmp_path, monkeypatch):
-    """As if another process had routed 1,000 tokens of every layer to expert 0."""
+    """Pretends that another process routed 1,000 tokens of every layer to expert 0."""
     model, reduced = skewed_model(), []
 
     def all_reduce(counts_E):
@@ -167,14 +166,13 @@ def test_counts_of_all_processes_are_added(tmp_path, monkeypatch):
     trainer_of(model, tmp_path, Distributed(0.01), max_steps=1).train()
     assert [int(counts_E.sum()) for counts_E in reduced] == [8 * 24 * 3 + 1000] * 2
     for bias, was, counts_E in zip(biases_of(model), before, reduced, strict=True):
-        moved = signed_bias(was, counts_E, 0.01)
-        torch.testing.assert_close(bias, moved - moved.mean())
+        torch.testing.assert_close(bias, next_bias(was, counts_E, 0.01))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_processes_add_up(tmp_path):
-    """Two processes with half the batch each move the biases as one with all of it."""
+    """Two processes with half the batch each move the biases like one process with the whole batch."""
     options: dict[str, Any] = {"count": 16, "max_steps": 1, "per_device_train_batch_size": 16}
     alone = skewed_model()
     trainer_of(alone, tmp_path, BalanceCallback(0.01), **options).train()

@@ -1,4 +1,4 @@
-"""The whole road on tiny models, in one process."""
+"""Whole recipes on tiny models, in one process."""
 
 import dataclasses
 import json
@@ -12,8 +12,9 @@ from smolseek.checkpoint.hub import load, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.model import StockModel
 from smolseek.reporting.report import write_report
-from smolseek.run import run_recipe, table
-from smolseek.training.loop import Interrupted, Watcher
+from smolseek.run import run_recipe
+from smolseek.summary import render_summary
+from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
@@ -52,7 +53,7 @@ def recipe(tmp_path, source):
     )
 
 
-def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
+def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     stages = []
     folder = tmp_path / "runs" / "tiny"
     summary = run_recipe(recipe, folder, watcher=Watcher(on_stage=stages.append))
@@ -70,7 +71,7 @@ def test_the_road_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert summary["converted"]["cache_bytes_per_token"] < 0.6 * summary["dense"]["cache_bytes_per_token"]
     assert summary["healed"]["loss"] < summary["converted"]["loss"]
     assert summary["maxvio"] >= 0
-    assert "healed" in table(summary) and summary["healed"]["samples"]["Anna "] in table(summary)
+    assert "healed" in render_summary(summary) and summary["healed"]["samples"]["Anna "] in render_summary(summary)
     started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
     assert started == ["convert", "heal:", "train", "measure"]
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
@@ -146,7 +147,7 @@ def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
         run_recipe(dataclasses.replace(recipe, **changes), tmp_path / "run")
 
 
-def test_a_softmax_router_trains_and_says_it_is_not_stock(tmp_path):
+def test_a_softmax_router_trains_and_its_card_says_it_is_not_stock(tmp_path):
     from smolseek.cli import main
 
     recipe = scratch_recipe(tmp_path, scoring_func="softmax")

@@ -42,8 +42,9 @@ def run_train(command: Train) -> None:
     quiet_libraries()
     from tqdm import tqdm
 
-    from smolseek.run import run_recipe, table
-    from smolseek.training.loop import Interrupted, Progress, Watcher
+    from smolseek.run import run_recipe
+    from smolseek.summary import render_summary
+    from smolseek.training.watcher import Interrupted, Progress, Watcher
 
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
     check_device(command.device)
@@ -84,7 +85,7 @@ def run_train(command: Train) -> None:
                 bar.close()
     if not leads:
         return
-    print(f"\n{table(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
+    print(f"\n{render_summary(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
     print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
     print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
 

@@ -1,11 +1,10 @@
 """Next-token loss from hidden states: cross-entropy, mixed with KL to a teacher, a bounded chunk of logits at a time.
 
-Shapes: N positions (batch × tokens), D hidden, V vocabulary.
+Shapes: N tokens in one row, t some of those tokens, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smolseek.numerics.precision import autocast_dtype
+from smolseek.numerics.slices import even_slices
 
 _MAX_CHUNK_BYTES = 2**28
-"""Logits held at once, in the dtype of the product that makes them."""
+"""Most bytes of logits held at once, in the dtype of the product that makes them."""
 _BLOCK_LOGITS = {"cpu": 2**18}
-"""Logits whose KL is taken at once, in fp32: few enough for a core's cache; elsewhere a whole chunk."""
+"""Number of logits whose KL is computed at once, in fp32: few enough for a core's cache. Elsewhere: a whole chunk."""
 IGNORED = -100
-"""The label of a position that has no part in the loss."""
+"""The label of a token that does not count in the loss."""
 
 
 def next_token_loss(
@@ -33,11 +33,11 @@ def next_token_loss(
     distill_weight: float = 0.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Mean of (1 - w) · cross-entropy + w · τ² KL(teacher ‖ student) in nats per token, and the cross-entropy alone.
+    """Returns the mean of (1 - w) · cross-entropy + w · τ² KL(teacher ‖ student), and the mean cross-entropy alone.
 
-    Both are over the positions whose label is not `IGNORED` (0 where there are none), and only their logits are made;
-    both distributions of the KL are at temperature τ (Hinton et al. 2015, section 2). The gradients are made along with
-    the loss, so that the logits of one chunk at most are ever held: it can be differentiated once.
+    Both are in nats per token, over the tokens whose label is not `IGNORED`; without any they are 0. Both distributions
+    of the KL are at temperature τ (Hinton et al. 2015, section 2). The gradients are computed together with the loss,
+    so that never more logits exist than those of one chunk. The loss can therefore be differentiated only once.
     """
     kept_N = labels_N != IGNORED
     if not kept_N.all():
@@ -50,14 +50,17 @@ def next_token_loss(
 
 
 def divergence(hidden_ND: Tensor, head_VD: Tensor, teacher_hidden_ND: Tensor, teacher_head_VD: Tensor) -> Tensor:
-    """Mean KL(teacher ‖ student) in nats per position; chunks as in `next_token_loss`."""
+    """Returns the mean KL(teacher ‖ student) in nats per token, in chunks as `next_token_loss`."""
     any_labels_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
     teacher = teacher_hidden_ND, teacher_head_VD
     return _HeadLoss.apply(hidden_ND, head_VD, any_labels_N, *teacher, 1.0, 1.0, torch.is_grad_enabled())[0]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """`next_token_loss` of kept positions: three products a chunk, where one that autograd recomputes takes four."""
+    """Computes `next_token_loss` of tokens with labels, and its gradients in the same pass.
+
+    A chunk takes three matrix products; recomputing its logits in the backward pass would take four.
+    """
 
     @staticmethod
     def forward(
@@ -77,7 +80,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         head_grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         sums = torch.zeros(2, device=hidden_ND.device)
-        for rows in _slices(len(labels_N), _MAX_CHUNK_BYTES // (dtype.itemsize * len(head_VD))):
+        for rows in _chunks(len(labels_N), _MAX_CHUNK_BYTES // (dtype.itemsize * len(head_VD))):
             logits_NV = F.linear(x_ND[rows], weight_VD)
             if teacher_hidden_ND is None or teacher_head_VD is None:
                 sums += _entropy_gradient(logits_NV, labels_N[rows])
@@ -96,27 +99,27 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # given away: whoever adds to them next needs no copy
+        gradients, ctx.gradients = ctx.gradients, None  # not held here: autograd can then add to them in place
         if loss_grad.device.type != "cpu" or loss_grad.item() != 1:
             gradients = [None if gradient is None else gradient.mul_(loss_grad) for gradient in gradients]
         return *gradients, *[None] * 6
 
 
 def _entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """The sum of the cross-entropies, whose gradient the logits become: softmax - onehot(label).
+    """Returns the sum of the cross-entropies, and overwrites the logits with its gradient, softmax - onehot(label).
 
-    A probability's own dtype has no digits left near 1: there it is 1 less the others. At most 87 nats, where it
-    underflows.
+    Near 1 a probability p has too few digits for 1 - p in its own dtype. There 1 - p is the sum of the other
+    probabilities. A cross-entropy is at most 87 nats, where the probability underflows.
     """
     every_N = torch.arange(len(labels_N), device=labels_N.device)
     torch.softmax(logits_NV, -1, out=logits_NV)
     label_N = logits_NV[every_N, labels_N].float()
     gradient_N, entropy_N = label_N - 1, -label_N.clamp_min(torch.finfo(torch.float32).tiny).log()
-    sure_S = (label_N > 0.5).nonzero().squeeze(1)
-    sure_SV = logits_NV[sure_S]
-    sure_SV[every_N[: len(sure_S)], labels_N[sure_S]] = 0
-    others_S = sure_SV.sum(-1, dtype=torch.float32)
-    gradient_N[sure_S], entropy_N[sure_S] = -others_S, -torch.log1p(-others_S)
+    sure_t = (label_N > 0.5).nonzero().squeeze(1)
+    sure_tV = logits_NV[sure_t]
+    sure_tV[every_N[: len(sure_t)], labels_N[sure_t]] = 0
+    others_t = sure_tV.sum(-1, dtype=torch.float32)
+    gradient_N[sure_t], entropy_N[sure_t] = -others_t, -torch.log1p(-others_t)
     logits_NV[every_N, labels_N] = gradient_N.to(logits_NV.dtype)  # scatter_ takes as long as the softmax
     return entropy_N.sum()
 
@@ -124,10 +127,10 @@ def _entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def _mixed_gradient(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor, distill_weight: float, temperature: float
 ) -> Tensor:
-    """The sums of loss and cross-entropy (2,); the logits become the gradient of the former."""
+    """Returns the sums of loss and cross-entropy (2,), and overwrites the logits with the gradient of the loss."""
     sums = torch.zeros(2, device=logits_NV.device)
     block = _BLOCK_LOGITS.get(logits_NV.device.type, logits_NV.numel()) // logits_NV.shape[1]
-    for rows in _slices(len(labels_N), block):
+    for rows in _chunks(len(labels_N), block):
         labels_N1, part_NV = labels_N[rows].unsqueeze(1), logits_NV[rows].float()
         log_NV = part_NV.log_softmax(-1)
         target_NV = (teacher_NV[rows].float() / temperature).log_softmax(-1)
@@ -137,27 +140,25 @@ def _mixed_gradient(
         loss = distill_weight * temperature**2 * divergence - (1 - distill_weight) * label_N1.sum()
         sums += torch.stack((loss, -label_N1.sum()))
         gradient_NV = log_NV.exp_().scatter_(1, labels_N1, label_N1.expm1()).mul_(1 - distill_weight)
-        apart_NV = student_NV.exp_().sub_(target_NV.exp_())
-        logits_NV[rows] = gradient_NV.add_(apart_NV, alpha=distill_weight * temperature)
+        difference_NV = student_NV.exp_().sub_(target_NV.exp_())
+        logits_NV[rows] = gradient_NV.add_(difference_NV, alpha=distill_weight * temperature)
     return sums
 
 
 def _add_transposed_product(total_VD: Tensor, left_NV: Tensor, right_ND: Tensor, scale: float) -> None:
-    """Add scale · leftᵀ right.
+    """Add scale · leftᵀ right to the total.
 
-    For bf16 on a CPU the small operand is transposed in place of the large one, and the product a part at a time while
-    it is in the core's cache: 172 ms for 307 at 2,048 × 49,152 × 576 on one core.
+    For bf16 on a CPU the small operand is transposed instead of the large one, and the product is computed in parts
+    that fit the core's cache: 172 ms instead of 307 at 2,048 × 49,152 × 576 on one core.
     """
     if left_NV.dtype != torch.bfloat16 or left_NV.device.type != "cpu":
         total_VD.add_(left_NV.t() @ right_ND, alpha=scale)
         return
     right_DN = right_ND.t().contiguous()
-    for part in _slices(len(total_VD), 2048):
+    for part in _chunks(len(total_VD), 2048):
         total_VD[part].add_((right_DN @ left_NV[:, part]).t().contiguous(), alpha=scale)
 
 
-def _slices(count: int, most: int) -> list[slice]:
-    """`count` rows in as few and as equal parts of at most `most` (at least one) as will do."""
-    parts = -(-count // max(1, most))
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [slice(*pair) for pair in itertools.pairwise(bounds)]
+def _chunks(count: int, most: int) -> list[slice]:
+    """Returns as few slices of `count` rows as possible, of even lengths of at most `most` (but at least one row)."""
+    return even_slices(count, -(-count // max(1, most)))

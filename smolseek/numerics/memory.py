@@ -1,4 +1,4 @@
-"""What this process asks of the C library's memory allocator."""
+"""Settings of the C library's memory allocator for this process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that a step frees, for the next step to use; glibc only, else nothing.
+    """Let this process keep the memory that a step frees, so that the next step can use it. Without glibc: no effect.
 
-    Otherwise tensors of 32 MiB and more go back to the system at once, and taking pages from it anew costs a CPU more
-    than writing them: a fifth of the loss's time at 49,152 vocabulary entries.
+    By default, tensors of 32 MiB and more go back to the system at once. On a CPU, getting new pages costs more than
+    writing them: a fifth of the loss's time at 49,152 vocabulary entries.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
@@ -22,6 +22,6 @@ def keep_freed_memory() -> None:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, which glibc keeps for later: half a model's weights after one window."""
+    """Give the freed memory that glibc has kept back to the system: after one window, half the size of the weights."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""In which dtype a model computes, by the recipe's wish and the hardware."""
+"""The dtype in which a model computes, by the recipe's `precision` and the hardware."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ _FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """bf16 autocast when asked for, or when the hardware multiplies bf16 itself."""
+    """Returns bf16 autocast if `precision` asks for it, or is auto and the hardware multiplies bf16 itself."""
     dtype = teacher_dtype(device, precision)
     return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
 def teacher_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What a model that is not trained is held in: the dtype of the computation, for nothing adds up in its weights."""
+    """Returns the dtype for the weights of a model that is not trained: that of the computation.
+
+    Trained weights stay in fp32, because small updates would be lost in bf16; these weights get no updates.
+    """
     use = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
     return torch.bfloat16 if use else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has bf16 matrix units (emulated bf16 is slower than fp32)."""
+    """Returns whether the device has bf16 matrix units (emulated bf16 is slower than fp32)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -35,7 +38,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the tensor's own."""
+    """Returns autocast's dtype if it is on, else the tensor's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 

@@ -1,4 +1,4 @@
-"""Which steps may touch the weights: one with a loss or gradient that is not finite, or a spike, may not."""
+"""Decides which steps may change the weights: none with a spike, or with a loss or gradient that is not finite."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from smolseek.config import TrainSettings
 
 RECENT_STEPS = 50
-"""Accepted losses that the median is taken over."""
+"""The median is taken over this many accepted losses."""
 FEWEST_STEPS = 10
-"""Accepted losses before a spike can be told from a start."""
+"""With fewer accepted losses no step counts as a spike: at the start, losses still change fast."""
 
 
 class StepGuard:
@@ -24,7 +24,7 @@ class StepGuard:
         self.skipped, self.in_a_row = 0, 0
 
     def objection(self, loss: float, gradient_norm: float) -> str | None:
-        """Why this step must be skipped, in a few words, or None; either way the step is counted."""
+        """Returns why this step must be skipped, in a few words, or None. The step is counted either way."""
         reason = self._reason(loss, gradient_norm)
         if reason is None:
             self.recent.append(loss)
@@ -46,7 +46,7 @@ class StepGuard:
         return None
 
     def state(self) -> dict[str, Any]:
-        """JSON-able; for `restore`."""
+        """Returns what `restore` needs, JSON-able."""
         return {"recent": list(self.recent), "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:

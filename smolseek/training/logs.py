@@ -1,4 +1,4 @@
-"""What a run leaves to read: logs.txt in the described form and metrics.jsonl, both rewindable to a checkpoint."""
+"""The log files of a run, logs.txt and metrics.jsonl; both can be rewound to the time of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ RULE = "-" * 80
 
 
 class RunLog:
-    """Appends to logs.txt and metrics.jsonl of a run's folder, and tells the trackers; nothing when muted.
+    """Appends to logs.txt and metrics.jsonl in a run's folder, and passes numbers to the trackers.
 
-    `track(step)` gives the trackers of a run that begins, or goes on, at `step`: asked for at the first metrics.
+    A muted log does nothing. `track(step)` returns the trackers of a run that begins, or goes on, at `step`; it is
+    called at the first metrics.
     """
 
     def __init__(
@@ -27,16 +28,16 @@ class RunLog:
         self.paths = {"logs": folder / "logs.txt", "metrics": folder / "metrics.jsonl"}
 
     def line(self, text: str) -> None:
-        """A line of logs.txt."""
+        """Append a line to logs.txt."""
         self._append("logs", text + "\n")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """A sample between rules, and as a line of metrics.jsonl."""
+        """Append a sample to logs.txt, between two rules, and to metrics.jsonl."""
         self.line(f"{RULE}\nSample at step {step} | Prompt: {prompt}\n{text}\n{RULE}")
         self.metrics(step, sample={"prompt": prompt, "text": text})
 
     def metrics(self, step: int, **values: Any) -> None:
-        """A line of metrics.jsonl; its numbers go to the trackers too."""
+        """Append a line to metrics.jsonl; its numbers go to the trackers too."""
         self._append("metrics", json.dumps({"step": step, **values}) + "\n")
         numbers = {} if self.muted else flatten(values)
         if numbers and self._trackers is None:
@@ -51,11 +52,11 @@ class RunLog:
         self._trackers = None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes written so far, for `rewind`."""
+        """Returns the bytes written so far, for `rewind`."""
         return {key: path.stat().st_size if path.exists() else 0 for key, path in self.paths.items()}
 
     def rewind(self, sizes: dict[str, int]) -> None:
-        """Drop what was written after `sizes` was taken, so that a resumed run repeats no line."""
+        """Drop everything written after `sizes` was taken, so that a resumed run repeats no line."""
         for key, size in () if self.muted else sizes.items():
             if self.paths[key].exists() and self.paths[key].stat().st_size > size:
                 os.truncate(self.paths[key], size)

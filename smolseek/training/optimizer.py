@@ -1,4 +1,4 @@
-"""AdamW and Muon, which weights each of them moves, and the learning-rate schedules."""
+"""AdamW and Muon, the weights that each of them trains, and the learning rate at a step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from smolseek.numerics.muon import Muon
 from smolseek.numerics.schedule import decayed
 
 GROUPS = ("attention", "experts", "router", "norms", "embeddings")
-"""Groups of weights that a recipe can give a learning rate of their own."""
+"""Groups of weights; a recipe can give each its own learning rate."""
 
 
 def weight_group(name: str, parameter: Tensor) -> str:
-    """The one of `GROUPS` that a parameter belongs to; dense MLPs count as experts, the head as an embedding."""
+    """Returns the group that a parameter belongs to; dense MLPs count as experts, the head as an embedding."""
     if ".self_attn." in name:
         return "attention"
     if name.endswith(".mlp.gate.weight"):
@@ -27,16 +27,17 @@ def weight_group(name: str, parameter: Tensor) -> str:
 
 
 def choose_trained(model: nn.Module, trains: str) -> None:
-    """Let only the weights that `trains` names learn: all, attention, or experts with their router."""
+    """Let only the weights that `trains` names train: all, attention, or experts with their router."""
     chosen = {"attention": {"attention"}, "experts": {"experts", "router"}}.get(trains, set(GROUPS))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(weight_group(name, parameter) in chosen)
 
 
 def build_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Fused AdamW (Loshchilov & Hutter 2019), β = (0.9, 0.95), for every trained weight, or behind Muon for the rest.
+    """Returns fused AdamW (Loshchilov & Hutter 2019) with β = (0.9, 0.95) for all trained weights.
 
-    Weight decay on matrices only. Every group carries the `factor` of its learning rate.
+    With `settings.optimizer` muon: Muon for the matrices of attention and experts, then AdamW for the rest. Weight
+    decay is for matrices only. Every parameter group has a `factor` for the learning rate.
     """
     adamw: dict[Any, dict[str, Any]] = {}
     muon: dict[Any, dict[str, Any]] = {}
@@ -57,7 +58,7 @@ def build_optimizers(model: nn.Module, settings: TrainSettings) -> list[torch.op
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up to the peak, then `decay` of it."""
+    """Returns the learning rate at a step: a linear warm-up to the peak, then the peak times `decay`."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     return settings.learning_rate * decay(step, settings)

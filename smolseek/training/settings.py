@@ -1,4 +1,4 @@
-"""Which training settings cannot work, and which of them a resumed run may not change."""
+"""Checks of the training settings, and which of them a resumed run may change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smolseek.training.stages import stages_of
 
 
 def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
-    """Refuse settings that cannot work, before anything runs."""
+    """Refuse settings that cannot work, before anything runs (ValueError)."""
     settings, limit = recipe.train, model.config.max_position_embeddings
     stages = stages_of(settings)
     for name in ("evaluate_every", "checkpoint_every", "keep_last"):
@@ -30,31 +30,32 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
 
 
 _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.trackers"}
-"""Settings that do not matter to the numbers of a run."""
+"""Settings that do not change a run's results."""
 _STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
-"""Settings that may be changed on the way, to get a run past a bad place; logs.txt says so."""
+"""Settings that a resumed run may change, for example to get past a spike; logs.txt names the change."""
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names of settings that differ and matter to the numbers of a run."""
+    """Returns the names and values of settings that differ and that a resumed run may not change."""
     return ", ".join(
         f"{name} {was!r} then, {now!r} now" for name, was, now in _differences(old, new, _FREE | _STEERING)
     )
 
 
-def steered(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each steering setting that was changed."""
+def changed_steering(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns a line for each changed setting that a resumed run may change."""
     return [f"{name} {now!r} (was {was!r})" for name, was, now in _differences(old, new, _FREE) if name in _STEERING]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, was, now) of settings that differ."""
+    """Yields (name, old value, new value) of the settings that differ."""
     pairs = [
-        (f"{room}.{key}", old[room].get(key), value) for room in ("data", "train") for key, value in new[room].items()
+        (f"{part}.{key}", old[part].get(key), value) for part in ("data", "train") for key, value in new[part].items()
     ]
     pairs.append(("seed", old["seed"], new["seed"]))
     return ((name, was, now) for name, was, now in pairs if name not in free and was != _plain(now))
 
 
 def _plain(value: Any) -> Any:
+    """Returns the value as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""The stages of a run: each is the run's settings with some fields changed, and may end early."""
+"""The stages of a run: each has the run's settings with some fields changed, and may end early."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smolseek.training.optimizer import GROUPS
 
 
 def stages_of(train: TrainSettings) -> tuple[TrainSettings, ...]:
-    """The settings of each stage, one of the whole settings where none is listed.
+    """Returns the settings of each stage; `train` itself is the only stage where it lists none.
 
     Raises:
         ValueError: a value that no stage can have.
@@ -26,12 +26,12 @@ def stages_of(train: TrainSettings) -> tuple[TrainSettings, ...]:
 
 
 def step_tokens(settings: TrainSettings) -> int:
-    """Tokens predicted in one optimizer step."""
+    """Returns the number of tokens predicted in one optimizer step."""
     return settings.batch_windows * settings.gradient_accumulation * settings.window_tokens
 
 
 def _settings_of(stage: StageSettings, train: TrainSettings) -> TrainSettings:
-    """`train` with what the stage sets, its length in steps."""
+    """Returns `train` with the fields that the stage sets, and its length in steps."""
     if (stage.steps is None) == (stage.tokens is None):
         raise ValueError(
             f"train.stages: a stage of steps {stage.steps} and tokens {stage.tokens}; give it one of the two"
@@ -44,6 +44,7 @@ def _settings_of(stage: StageSettings, train: TrainSettings) -> TrainSettings:
 
 
 def _check(stage: TrainSettings, where: str) -> None:
+    """Refuse values that no stage can have; `where` is the stage's key in the recipe."""
     for name in ("steps", "batch_windows", "gradient_accumulation", "window_tokens", "patience"):
         value = getattr(stage, name)
         if value is not None and value < 1:
@@ -59,41 +60,47 @@ def _check(stage: TrainSettings, where: str) -> None:
 
 
 @dataclass
-class Course:
-    """Where a run stands in its stages; steps are counted from the run's beginning."""
+class StageProgress:
+    """Which stage of a run is running and when it ends; steps are counted from the beginning of the run."""
 
-    stages: tuple[TrainSettings, ...]
+    settings_of_each: tuple[TrainSettings, ...]
+    """The settings of every stage, from `stages_of`."""
     index: int = 0
-    """The stage that runs; as many as there are: the run is over."""
+    """The running stage; the number of stages when the run is over."""
     start: int = 0
-    """The step at which it began."""
+    """The step at which the running stage began."""
     best: float = math.inf
-    """Its lowest held-out loss."""
+    """The lowest held-out loss in the running stage."""
     waited: int = 0
-    """Evaluations in a row since then."""
+    """Evaluations in a row without a lower one."""
 
     @property
     def settings(self) -> TrainSettings:
-        """Those of the running stage (of the last one when the run is over)."""
-        return self.stages[min(self.index, len(self.stages) - 1)]
+        """The running stage's settings; the last stage's when the run is over."""
+        return self.settings_of_each[min(self.index, len(self.settings_of_each) - 1)]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the last stage is running."""
+        return self.index == len(self.settings_of_each) - 1
 
     @property
     def done(self) -> bool:
-        """Whether there is nothing left to train."""
-        return self.index == len(self.stages)
+        """Whether every stage has ended."""
+        return self.index == len(self.settings_of_each)
 
     @property
     def steps(self) -> int:
         """Steps of the whole run, if no further stage ends early."""
-        return self.start + sum(stage.steps for stage in self.stages[self.index :])
+        return self.start + sum(stage.steps for stage in self.settings_of_each[self.index :])
 
-    def note(self, loss: float) -> None:
-        """A held-out loss was measured."""
+    def note_held_out_loss(self, loss: float) -> None:
+        """Compare a new held-out loss with the stage's best, for its patience."""
         self.waited = 0 if loss < self.best else self.waited + 1
         self.best = min(self.best, loss)
 
     def ends(self, step: int) -> bool:
-        """Whether the running stage is over after `step` steps, by its length or its patience."""
+        """Returns whether the running stage is over after `step` steps, by its length or its patience."""
         patience = self.settings.patience
         return step - self.start >= self.settings.steps or (patience is not None and self.waited >= patience)
 
@@ -102,9 +109,9 @@ class Course:
         self.index, self.start, self.best, self.waited = self.index + 1, step, math.inf, 0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, JSON-able."""
+        """Returns what `restore` needs, JSON-able."""
         return {name: getattr(self, name) for name in ("index", "start", "best", "waited")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was taken."""
+        """Go on where `state` was taken."""
         vars(self).update(state)

@@ -1,4 +1,4 @@
-"""What a run starts from: random weights, and a tokenizer trained on its own text."""
+"""The start of a run without a checkpoint: random weights, and a tokenizer trained on the run's own text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smolseek.model import DeepseekV3, StockModel
 
 
 def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
-    """A model of `recipe.model` with random weights drawn from `recipe.seed`.
+    """Returns a model of `recipe.model` with random weights drawn from `recipe.seed`.
 
     Raises:
         ValueError: an unknown model_type, a field that its config does not have, or sizes that do not fit.
@@ -39,6 +39,6 @@ def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
 
 
 def corpus_tokenizer(recipe: Recipe) -> Any:
-    """A byte-level BPE tokenizer of `recipe.train_tokenizer_entries` entries, trained on the training documents."""
+    """Returns a byte-level BPE tokenizer of `train_tokenizer_entries` entries, trained on the training documents."""
     texts = (document.text for document in training_documents(recipe.data))
     return train_tokenizer(texts, recipe.train_tokenizer_entries)

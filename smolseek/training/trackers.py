@@ -1,4 +1,4 @@
-"""Live metrics in TensorBoard, trackio or Weights & Biases; each is imported when a recipe chooses it, not before."""
+"""Live metrics in TensorBoard, trackio or Weights & Biases; each is imported only if a recipe names it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any, Protocol
 from smolseek.config import Recipe
 
 PROJECT = "smolseek"
-"""Under which trackio and Weights & Biases keep the runs."""
+"""The project under which trackio and Weights & Biases list the runs."""
 
 
 class Tracker(Protocol):
-    """Shows the numbers of a run while it goes on."""
+    """Shows the numbers of a run while it trains."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers by name, at a step."""
+        """Show the numbers of a step, by name."""
 
     def close(self) -> None:
-        """Send what is not sent yet."""
+        """Send all numbers that are not sent yet."""
 
 
 class TensorBoard:
-    """Event files in the run's folder; those of steps that a resumed run does again are left out."""
+    """Event files in the run's folder; events of steps that a resumed run repeats are dropped."""
 
     def __init__(self, recipe: Recipe, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -44,10 +44,10 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run of trackio, kept on this machine unless its own settings name another place."""
+    """A run in trackio, which keeps it on this machine unless its own settings name another place."""
 
     def __init__(self, recipe: Recipe, folder: Path, step: int) -> None:
-        name = f"{recipe.name}-{_identity(folder)}"
+        name = f"{recipe.name}-{_run_id(folder)}"
         trackio = import_module("trackio")
         self._run = trackio.init(project=PROJECT, name=name, config=asdict(recipe), resume="allow", embed=False)
 
@@ -59,11 +59,11 @@ class Trackio:
 
 
 class Wandb:
-    """A run of Weights & Biases; WANDB_MODE=offline keeps it in the run's folder."""
+    """A run in Weights & Biases; with WANDB_MODE=offline it stays in the run's folder."""
 
     def __init__(self, recipe: Recipe, folder: Path, step: int) -> None:
         wandb = import_module("wandb")
-        about = {"project": PROJECT, "name": recipe.name, "id": _identity(folder), "resume": "allow"}
+        about = {"project": PROJECT, "name": recipe.name, "id": _run_id(folder), "resume": "allow"}
         try:
             self._run = wandb.init(dir=str(folder), config=asdict(recipe), **about)
         except wandb.Error as error:
@@ -91,7 +91,7 @@ def check_trackers(recipe: Recipe) -> None:
 
 
 def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[Tracker]:
-    """The recipe's trackers of the run in `folder`, which goes on at `step`.
+    """Returns the recipe's trackers, for the run in `folder` that begins or goes on at `step`.
 
     Raises:
         ValueError: a tracker refuses the run (no account, say).
@@ -100,7 +100,7 @@ def open_trackers(recipe: Recipe, folder: Path, step: int) -> list[Tracker]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers in nested values, named by their path; lists (the load of every expert), text and None left out."""
+    """Returns the numbers in nested values by their path; lists (such as expert loads), text and None are left out."""
     numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -110,8 +110,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _identity(folder: Path) -> str:
-    """What a service knows the run by: drawn once, so that a resumed run goes on and one started over does not."""
+def _run_id(folder: Path) -> str:
+    """Returns the id of the run in a service.
+
+    It is drawn once and kept in the run's folder. A resumed run therefore goes on in the service; one that is started
+    over is a new run there.
+    """
     path = folder / "tracker-id"
     if not path.exists():
         path.write_text(uuid.uuid4().hex[:8], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The balancing comparison on a tiny model: what is measured, that it goes on where it stopped, and its report."""
+"""The comparison of balancing methods on a tiny model: its measurements, resuming, and its report."""
 
 import dataclasses
 import json
@@ -6,15 +6,17 @@ import json
 import balance
 import pytest
 import torch
-from balance import START, Comparison, compare, report, routers, shuffled_routing, train_settings
+from balance import START, Comparison, compare, report, shuffled_routing, train_settings
 
 from smolseek.checkpoint.hub import save
 from smolseek.model import StockModel
-from smolseek.training.loop import Interrupted, Trainer, Watcher
+from smolseek.model.balance import routers
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
-METHODS = ("nothing", "sign:2e-2", "quantile", "loss:1e-2")
+METHODS = ("nothing", "sign:2e-2", "proportional", "loss:1e-2")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def test_methods_that_cannot_be(mine, method):
 
 def test_methods_are_settings(mine):
     assert train_settings("nothing", mine).balance_update_speed == 0
-    assert train_settings("quantile", mine).balance_update_speed is None
+    assert train_settings("proportional", mine).balance_update_speed is None
     sequence = train_settings("sequence:1e-4", mine)
     assert (sequence.balance_rule, sequence.balance_loss, sequence.balance_loss_weight) == ("sign", "sequence", 1e-4)
 
@@ -96,7 +98,7 @@ def test_shuffled_routing_is_random_and_put_back():
         before = model(ids)
         with shuffled_routing(model):
             assert not torch.allclose(model(ids), before)
-            router = routers(model)[0]
+            router = routers(model)[1]
             groups = router.choose(torch.zeros(500, 8)).sort(-1).values
         assert (groups[:, 0] % 2 == 0).all() and (groups[:, 1] == groups[:, 0] + 1).all()
         assert len(groups[:, 0].unique()) == 4

@@ -87,7 +87,7 @@ def test_bias_chooses_and_never_weighs() -> None:
     weights, choice = router(x)
     assert choice.tolist() == plain_choice.tolist()
     assert torch.equal(weights, plain_weights)
-    router.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))  # another wins: its own score weighs
+    router.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 5.0]))  # another wins; it has its own weight
     weights, choice = router(x)
     scores = x.sigmoid()[0, choice[0]]
     assert 3 in choice[0].tolist()
@@ -127,7 +127,7 @@ def test_router_stays_fp32_under_autocast() -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(3, 6), st.sampled_from([1, 4, 16]), st.integers(0, 5))
-def test_rows_lie_with_their_expert_and_experts_end_at_multiples(
+def test_rows_are_sorted_by_expert_and_experts_end_at_multiples(
     tokens: int, choices: int, experts: int, unit: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +139,7 @@ def test_rows_lie_with_their_expert_and_experts_end_at_multiples(
     assert (token[rows] == torch.arange(tokens).unsqueeze(1)).all()
 
 
-def test_rows_of_nobody_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     moe, results = lively_moe(), []
     x = torch.randn(2, 33, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for unit in (1, 16):

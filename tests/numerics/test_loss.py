@@ -8,7 +8,7 @@ from smolseek.numerics.loss import IGNORED, divergence, next_token_loss
 
 @pytest.fixture
 def set_chunk(monkeypatch):
-    """Let a chunk hold at most that many fp32 logits, and a block of KL half of them."""
+    """Returns a function that limits a chunk to a number of fp32 logits, and a block of KL to half of it."""
 
     def set_(logits):
         monkeypatch.setattr(smolseek.numerics.loss, "_MAX_CHUNK_BYTES", 4 * logits)
@@ -61,7 +61,7 @@ def test_ignored_labels_have_no_part_in_loss_or_gradient(set_chunk, chunk_logits
     assert torch.autograd.grad(masked[0], hidden)[0][~kept].eq(0).all()
 
 
-def test_a_batch_without_labels_teaches_nothing():
+def test_a_batch_without_labels_has_loss_and_gradient_zero():
     hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8)
     loss, entropy = next_token_loss(hidden, head, torch.full((4,), IGNORED))
     assert loss.item() == entropy.item() == 0
@@ -75,7 +75,7 @@ def relative_error(got, wanted):
 @pytest.mark.parametrize("sureness", [0.3, 4.0, 9.0])
 @pytest.mark.parametrize("setting", ["autocast", "weights"])
 def test_bf16_is_as_near_to_fp64_as_the_plain_path(set_chunk, sureness, setting):
-    """Loss and gradients, from a model that hardly knows the label to one that gives it 0.999."""
+    """Loss and gradients, from a model that is unsure of the label to one that gives it probability 0.999."""
     set_chunk(300 * 16)
     torch.manual_seed(0)
     dtype = torch.float32 if setting == "autocast" else torch.bfloat16

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from smolseek.numerics.muon import Muon, matrices_of, orthogonal
+from smolseek.numerics.muon import Muon, matrix_indices, orthogonal
 
 
 @given(st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
@@ -23,10 +23,10 @@ def test_an_orthogonal_update_keeps_directions_and_levels_sizes(matrices, rows, 
     st.integers(1, 6),
     st.sampled_from(["experts.gate_up_proj", "down_proj.weight", "q_proj.weight", "kv_b_proj.weight", "o_proj.weight"]),
 )
-def test_the_matrices_of_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, name):
+def test_the_matrix_indices_a_parameter_are_its_whole_and_do_not_overlap(experts, rows, columns, name):
     for shape in ((experts, 2 * rows, 2 * columns), (2 * rows, 2 * columns)):
         count = torch.zeros(shape)
-        indices = list(matrices_of(name, count, heads=2))
+        indices = list(matrix_indices(name, count, heads=2))
         for index in indices:
             assert count[index].dim() == 2
             count[index] += 1
@@ -35,7 +35,7 @@ def test_the_matrices_of_a_parameter_are_its_whole_and_do_not_overlap(experts, r
 
 
 def test_muon_and_adamw_steps_are_of_one_size():
-    """A first step at one learning rate: the same root mean square within a factor of two."""
+    """The root mean squares of a first step at the same learning rate are of one order."""
     g = torch.Generator().manual_seed(0)
     weight, grad = torch.randn(24, 40, generator=g), torch.randn(24, 40, generator=g)
     sizes = []
@@ -44,4 +44,4 @@ def test_muon_and_adamw_steps_are_of_one_size():
         p.grad = grad.clone()
         optimizer(p).step()
         sizes.append(float((p.detach() - weight).square().mean().sqrt()))
-    assert 0.1 < sizes[0] / sizes[1] < 1  # 0.2 of AdamW's very first step, which is larger than its later ones
+    assert 0.1 < sizes[0] / sizes[1] < 1  # AdamW's very first step is larger than its later ones

@@ -1,14 +1,21 @@
-"""Balancing in a run: what it logs, that it resumes, freezes and is the same in micro-batches."""
+"""Balancing in a run: speed, settings and logs; it resumes, freezes and is the same in micro-batches."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
-from smolseek.training.loop import Interrupted, Trainer, Watcher
-from tests.factories import tiny_v3
+from smolseek.training import trainer as trainer_module
+from smolseek.training.balancing import balance_speed, describe_load, set_balance
+from smolseek.training.optimizer import learning_rate
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Interrupted, Watcher
+from tests.factories import layers_of, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.training.trainers import stop_at
 
 
 @pytest.fixture
@@ -34,12 +41,7 @@ def biases_of(trainer):
     return {name: t.clone() for name, t in trainer.model.state_dict().items() if name.endswith("correction_bias")}
 
 
-def stop_at(step):
-    seen = []
-    return Watcher(on_step=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1] >= step)
-
-
-@pytest.mark.parametrize("rule", ["proportional", "quantile"])
+@pytest.mark.parametrize("rule", ["proportional"])
 def test_every_rule_resumes_bit_for_bit(trainer_of, rule):
     options = {"balance_rule": rule, "balance_loss_weight": 0.1}
     whole = trainer_of("whole", **options)
@@ -53,7 +55,7 @@ def test_every_rule_resumes_bit_for_bit(trainer_of, rule):
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("rule", ["sign", "proportional", "quantile"])
+@pytest.mark.parametrize("rule", ["sign", "proportional"])
 def test_biases_move_until_they_are_frozen(trainer_of, rule):
     trainer = trainer_of("run", balance_rule=rule, balance_freeze_share=0.5)
     start = biases_of(trainer)
@@ -84,7 +86,7 @@ def test_a_sequence_loss_is_the_same_in_micro_batches(trainer_of):
             (loss / trainer.settings.gradient_accumulation).backward()
         losses.append(float(loss))
         grads.append(trainer.model.model.layers[2].mlp.gate.weight.grad.clone())
-    assert losses[0] == losses[2], "the balance loss is no part of what is reported"
+    assert losses[0] == losses[2], "the reported loss must not include the balance loss"
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-6)
     assert (grads[0] - grads[2]).abs().max() > 1e-4
 
@@ -97,3 +99,52 @@ def test_metrics_hold_the_load_and_how_different_the_experts_are(trainer_of):
     assert len(loads) == 6 and set(loads[0]) == {"1", "2"}
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for load in loads for shares in load.values())
     assert [set(line["experts"]) for line in lines if "experts" in line] == [{"weights", "routing"}] * 2
+
+
+def test_the_sign_rules_speed_falls_with_the_learning_rate():
+    settings = TrainSettings(steps=10, balance_update_speed=0.5)
+    assert [balance_speed(9, settings, decay) for decay in (1.0, 0.5, 0.0)] == pytest.approx([0.5, 0.3, 0.1])
+    proportional = dataclasses.replace(settings, balance_rule="proportional")
+    assert balance_speed(9, proportional, 0.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"balance_freeze_share": 1.5}, r"train\.balance_freeze_share 1\.5"),
+        ({"balance_loss_weight": -1.0}, r"train\.balance_loss_weight -1\.0"),
+    ],
+)
+def test_settings_that_cannot_balance(changes, words):
+    with pytest.raises(ValueError, match=words):
+        set_balance(tiny_v3(n_group=4, topk_group=2), TrainSettings(**changes))
+
+
+def test_the_loss_weighs_the_global_batch():
+    model = tiny_v3()
+    set_balance(model, TrainSettings(balance_loss_weight=0.4, gradient_accumulation=4, balance_loss="batch"))
+    gate = layers_of(model)[1].mlp.gate
+    assert gate.balance_loss_weight == pytest.approx(0.1) and gate.balance_loss_over_batch
+    set_balance(nn.Linear(2, 2), TrainSettings())
+
+
+def test_load_for_the_metrics():
+    assert describe_load([]) == {}
+    expected = {"maxvio": {"3": 1.0}, "load": {"3": [0.6667, 0.3333, 0.0]}}
+    assert describe_load([(3, torch.tensor([4, 2, 0]))]) == expected
+
+
+def test_the_speed_is_zero_once_the_biases_are_frozen():
+    settings = TrainSettings(steps=10, balance_freeze_share=0.3, balance_rule="proportional")
+    assert [balance_speed(step, settings, 0.5) for step in (0, 6, 7, 9)] == [1e-3, 1e-3, 0, 0]
+
+
+def test_the_biases_move_by_less_as_the_learning_rate_falls(trainer_of, monkeypatch):
+    speeds = []
+    monkeypatch.setattr(trainer_module, "update_biases", lambda model, counts, speed, rule: speeds.append(speed))
+    trainer = trainer_of("run", steps=12, balance_update_speed=1.0, learning_rate=1.0)
+    trainer.fit(Watcher())
+    rates = [learning_rate(step, trainer.settings) for step in range(trainer.settings.steps)]
+    assert speeds[:3] == [1.0, 1.0, 1.0]  # the warm-up, and the peak
+    assert speeds[2:] == pytest.approx([0.2 + 0.8 * rate for rate in rates[2:]])
+    assert speeds[-1] < 0.25

@@ -35,9 +35,9 @@ def test_warm_up_stable_decay():
 
 
 def names_of(model, optimizer):
-    """Names of the weights that an optimizer moves, and of those that decay."""
+    """Returns the names of the weights that an optimizer moves, and of those that decay."""
     by_id = {id(p): name for name, p in model.named_parameters()}
-    wholes = {id(view): whole for view, (whole, _) in getattr(optimizer, "wholes", {}).items()}
+    wholes = {id(view): whole for view, (whole, _) in getattr(optimizer, "origins", {}).items()}
     groups = [
         ({by_id[id(wholes.get(id(p), p))] for p in group["params"]}, group["weight_decay"])
         for group in optimizer.param_groups
@@ -61,7 +61,7 @@ def test_every_weight_has_one_optimizer_and_only_matrices_decay(model, optimizer
         assert any("embed_tokens" in name for name in rest)
 
 
-def test_muon_updates_each_expert_as_if_it_stood_alone():
+def test_muon_updates_each_expert_like_a_matrix_of_its_own():
     model = tiny_v3()
     experts = model.model.layers[1].mlp.experts
     lone: list[list[nn.Parameter]] = [[], []]
@@ -70,23 +70,23 @@ def test_muon_updates_each_expert_as_if_it_stood_alone():
     lone[1] = [nn.Parameter(part.clone()) for part in experts.down_proj.detach().unbind()]
     flat = [*lone[0], *lone[1]]
     muon = build_optimizers(model, TrainSettings(optimizer="muon", learning_rate=0.01, weight_decay=0.1))[0]
-    alone = torch.optim.Muon(flat, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon(flat, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(0)
     for step in range(3):
         experts.gate_up_proj.grad = torch.randn(experts.gate_up_proj.shape, generator=generator)
         experts.down_proj.grad = torch.randn(experts.down_proj.shape, generator=generator)
         if step == 1:
-            experts.down_proj.grad[3] = 0  # an expert that no token met
+            experts.down_proj.grad[3] = 0  # an expert that received no token
         halves = [half for part in experts.gate_up_proj.grad.unbind() for half in part.chunk(2)]
         for p, grad in zip(flat, [*halves, *experts.down_proj.grad.unbind()], strict=True):
             p.grad = grad.clone()
         muon.step()
-        alone.step()
+        theirs.step()
         muon.zero_grad()
         assert experts.gate_up_proj.grad is None
     ours = [half for part in experts.gate_up_proj.detach().unbind() for half in part.chunk(2)]
     for mine, p in zip([*ours, *experts.down_proj.detach().unbind()], flat, strict=True):
-        torch.testing.assert_close(mine, p.detach(), rtol=0, atol=5e-4)  # torch's iterates in bf16; a step is 2e-3
+        torch.testing.assert_close(mine, p.detach(), rtol=0, atol=5e-4)  # torch's Muon iterates in bf16; a step is 2e-3
 
 
 def test_groups_of_weights_have_their_own_rates():

@@ -1,4 +1,4 @@
-"""Stages: what each trains and for how long, early ends, and resuming in and between them."""
+"""Stages: which weights each trains and for how long, early ends, and resuming within and between stages."""
 
 import dataclasses
 import math
@@ -9,11 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import StageSettings, TrainSettings, load_recipe
-from smolseek.training.loop import Interrupted, Watcher
-from smolseek.training.stages import Course, stages_of, step_tokens
-from tests.training.test_loop import assert_same_run, metrics, model_of, recipe, stop_at, trainer_of, with_train
-
-__all__ = ["recipe"]  # a fixture
+from smolseek.training.stages import StageProgress, stages_of, step_tokens
+from smolseek.training.watcher import Interrupted, Watcher
+from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
 
 STAGES = (
     StageSettings(steps=5, trains="attention", learning_rate=2e-3, warmup_steps=1),
@@ -22,12 +20,12 @@ STAGES = (
 )
 
 
-def test_no_stages_are_one_of_the_whole_settings():
+def test_settings_without_stages_are_one_stage():
     train = TrainSettings(steps=7, patience=2)
     assert stages_of(train) == (train,)
 
 
-def test_a_stage_is_the_settings_with_its_own_in_front():
+def test_a_stage_has_the_runs_settings_and_its_own_override_them():
     train = TrainSettings(batch_windows=4, window_tokens=16, learning_rate=1e-3, distill_weight=0.0, stages=STAGES)
     first, second, third = stages_of(train)
     assert (first.steps, first.trains, first.learning_rate, first.optimizer) == (5, "attention", 2e-3, "adamw")
@@ -49,16 +47,16 @@ def test_a_token_budget_is_met_by_whole_steps(tokens, windows, micro_batches, wi
     assert tokens <= stage.steps * step_tokens(train) < tokens + step_tokens(train)
 
 
-def test_a_course_waits_with_patience():
-    course = Course((TrainSettings(steps=10, patience=2), TrainSettings(steps=4)))
+def test_progress_waits_with_patience():
+    progress = StageProgress((TrainSettings(steps=10, patience=2), TrainSettings(steps=4)))
     for loss, ended in ((3.0, False), (2.0, False), (2.5, False), (2.0, True)):
-        course.note(loss)
-        assert course.ends(6) == ended
-    assert course.steps == 14
-    course.advance(6)
-    assert course.steps == 10 and not course.ends(9) and course.ends(10) and not course.done
-    course.advance(10)
-    assert course.done and course.steps == 10 and course.settings.steps == 4
+        progress.note_held_out_loss(loss)
+        assert progress.ends(6) == ended
+    assert progress.steps == 14
+    progress.advance(6)
+    assert progress.steps == 10 and not progress.ends(9) and progress.ends(10) and not progress.done
+    progress.advance(10)
+    assert progress.done and progress.steps == 10 and progress.settings.steps == 4
 
 
 def with_stages(recipe, stages, **changes):
@@ -74,7 +72,7 @@ def test_each_stage_trains_its_own_weights(recipe, tmp_path):
 
     trainer = trainer_of(recipe, tmp_path / "run")
     trainer.fit(Watcher(on_step=keep))
-    assert max(states) == 14 == trainer.course.steps
+    assert max(states) == 14 == trainer.stages.steps
 
     def moved(first, last):
         return {name for name, tensor in states[first].items() if not torch.equal(tensor, states[last][name])}
@@ -85,19 +83,19 @@ def test_each_stage_trains_its_own_weights(recipe, tmp_path):
     assert moved(11, 14) >= parameters
     assert "Stage 1/3 ends after step 4: all its steps" in (tmp_path / "run" / "logs.txt").read_text()
     rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
-    assert rates[0] == 2e-3 and rates[5] == rates[11] == 5e-4  # each stage warms up anew
+    assert rates[0] == 2e-3 and rates[5] == rates[11] == 5e-4  # each stage has a warm-up of its own
 
 
-def early(recipe, **changes):
-    """A second stage that cannot learn, so that its patience ends it: at step 5 + 4."""
+def with_early_end(recipe, **changes):
+    """Returns a recipe whose second stage cannot learn, so that its patience ends it early."""
     stages = (STAGES[0], StageSettings(steps=50, learning_rate=0.0, patience=2, trains="experts"), STAGES[2])
     return with_stages(recipe, stages, evaluate_every=1, balance_update_speed=0.0, **changes)
 
 
 def test_a_stage_ends_early_when_held_out_loss_stops_improving(recipe, tmp_path):
-    trainer = trainer_of(early(recipe), tmp_path / "run")
+    trainer = trainer_of(with_early_end(recipe), tmp_path / "run")
     trainer.fit(Watcher())
-    assert trainer.step == trainer.course.steps == 5 + 3 + 3
+    assert trainer.step == trainer.stages.steps == 5 + 3 + 3
     logs = (tmp_path / "run" / "logs.txt").read_text()
     assert "Stage 2/3 ends after step 7: no lower held-out loss in 2 evaluations" in logs
     assert logs.count("Best loss achieved") == 1
@@ -111,13 +109,13 @@ def test_the_last_stage_may_end_early_too(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000003"]
     assert "Best loss achieved" in (tmp_path / "run" / "logs.txt").read_text()
     again = trainer_of(recipe, tmp_path / "run")
-    assert again.resume() and again.course.done
+    assert again.resume() and again.stages.done
     assert again.fit(Watcher()) == trainer.quality and again.step == 3
 
 
 @pytest.mark.parametrize("stopped_at", [3, 5, 6, 8, 10])
 def test_resuming_in_and_between_stages_is_exact(recipe, tmp_path, stopped_at):
-    recipe = early(recipe, optimizer="muon")
+    recipe = with_early_end(recipe, optimizer="muon")
     whole = trainer_of(recipe, tmp_path / "whole")
     whole.fit(Watcher())
     with pytest.raises(Interrupted):
@@ -143,12 +141,12 @@ def test_stages_in_a_recipe(tmp_path):
         load_recipe(path)
 
 
-def test_a_course_stands_where_it_was_saved():
-    course = Course((TrainSettings(), TrainSettings()))
-    course.note(2.0)
-    course.note(3.0)
-    course.advance(4)
-    course.note(1.5)
-    other = Course(course.stages)
-    other.restore(course.state())
-    assert other == course and other.best == 1.5 and math.isfinite(other.best)
+def test_progress_goes_on_where_it_was_saved():
+    progress = StageProgress((TrainSettings(), TrainSettings()))
+    progress.note_held_out_loss(2.0)
+    progress.note_held_out_loss(3.0)
+    progress.advance(4)
+    progress.note_held_out_loss(1.5)
+    other = StageProgress(progress.settings_of_each)
+    other.restore(progress.state())
+    assert other == progress and other.best == 1.5 and math.isfinite(other.best)

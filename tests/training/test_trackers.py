@@ -1,4 +1,4 @@
-"""Live metrics: what the trackers hear is what metrics.jsonl holds, also of a run that was stopped and resumed."""
+"""Live metrics: trackers get the numbers of metrics.jsonl, also from a run that was stopped and resumed."""
 
 import contextlib
 import dataclasses
@@ -13,9 +13,10 @@ import pytest
 from smolseek.cli import main
 from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.training import trackers
-from smolseek.training.loop import Trainer, Watcher
-from smolseek.training.parallel import Alone
+from smolseek.training.processes import OneProcess
 from smolseek.training.trackers import flatten, open_trackers
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Watcher
 from tests.factories import tiny_v3
 from tests.runs import ROOT, scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
@@ -37,7 +38,7 @@ def with_tracker(recipe, name):
 
 
 def train(recipe, folder, *, stop_at=None, **options):
-    """Trains to the end, or to a kill after `stop_at` steps, which leaves the last checkpoint some steps behind."""
+    """Trains to the end, or until it is killed after `stop_at` steps, with its last checkpoint some steps earlier."""
     trainer = Trainer(tiny_v3(vocab_size=ENTRIES), tiny_tokenizer(), recipe, folder, **options)
     trainer.resume()
 
@@ -50,7 +51,7 @@ def train(recipe, folder, *, stop_at=None, **options):
 
 
 def numbers_of(folder):
-    """(name, step) to number, as metrics.jsonl has them."""
+    """Returns the numbers of metrics.jsonl by (name, step)."""
     numbers = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
@@ -59,7 +60,7 @@ def numbers_of(folder):
     return numbers
 
 
-def test_only_numbers_are_told():
+def test_only_numbers_are_logged():
     assert flatten({"a": 1, "b": {"c": 0.5, "d": [1, 2]}, "e": None, "f": "text"}) == {"a": 1, "b/c": 0.5}
 
 
@@ -70,10 +71,10 @@ def test_tensorboard_reads_back_a_run_that_was_killed_and_resumed(recipe, tmp_pa
     train(recipe, folder)
     events = accumulator.EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    told = {(name, e.step): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
-    assert told == pytest.approx(numbers_of(folder))
+    logged = {(name, e.step): e.value for name in events.Tags()["scalars"] for e in events.Scalars(name)}
+    assert logged == pytest.approx(numbers_of(folder))
     losses = [event.step for event in events.Scalars("loss")]
-    assert losses == list(range(STEPS)) and ("held_out/loss", 5) in told and ("maxvio/1", 0) in told
+    assert losses == list(range(STEPS)) and ("held_out/loss", 5) in logged and ("maxvio/1", 0) in logged
 
 
 def test_the_services_go_on_with_the_same_run(recipe, tmp_path, monkeypatch):
@@ -97,10 +98,10 @@ def test_the_services_go_on_with_the_same_run(recipe, tmp_path, monkeypatch):
         first, second = (call[1] for call in calls if call[0] == "init")
         assert first == second and first["resume"] == "allow" and first["config"]["name"] == "tiny"
         assert calls.count(("finish",)) == 2
-        told = {}
+        logged = {}
         for call in calls:
-            told |= {(key, call[1]): number for key, number in call[2].items()} if call[0] == "log" else {}
-        assert told == numbers_of(folder)
+            logged |= {(key, call[1]): number for key, number in call[2].items()} if call[0] == "log" else {}
+        assert logged == numbers_of(folder)
 
 
 def test_a_service_that_refuses_is_a_line(recipe, tmp_path, monkeypatch):
@@ -139,8 +140,8 @@ assert name.startswith("scratch-") and len(losses) == 6, (name, losses)
     assert result.returncode == 0, result.stderr
 
 
-def test_a_process_that_does_not_lead_tells_nothing(recipe, tmp_path):
-    class Follower(Alone):
+def test_a_process_that_does_not_lead_logs_nothing(recipe, tmp_path):
+    class Follower(OneProcess):
         leads = False
 
     train(with_tracker(recipe, "tensorboard"), tmp_path / "run", processes=Follower())

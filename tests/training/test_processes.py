@@ -1,4 +1,4 @@
-"""Processes together do what one does alone (gloo on this machine)."""
+"""Several processes train as a single one does (gloo on this machine)."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
 
 from smolseek.cli import main
 from smolseek.config import ParallelSettings, TrainSettings
-from smolseek.training.parallel import Alone, Together, join, restarted
+from smolseek.training.processes import OneProcess, TorchrunProcesses, join_processes, restarted_by_torchrun
 from tests.text import write_stories
 
 pytestmark = pytest.mark.timeout(1200)
@@ -16,14 +16,14 @@ def recipe_of(folder, steps):
     return write_recipe(folder, steps, str(write_stories(folder / "a.txt")))
 
 
-def test_one_process_is_alone(monkeypatch):
-    with join(ParallelSettings(), "cpu") as (processes, device):
-        assert type(processes) is Alone and device == "cpu" and processes.leads
+def test_one_process_has_trivial_answers(monkeypatch):
+    with join_processes(ParallelSettings(), "cpu") as (processes, device):
+        assert type(processes) is OneProcess and device == "cpu" and processes.leads
         ids = torch.arange(6).view(3, 2)
-        assert processes.rows(ids) is ids and processes.mean(1.5) == 1.5 and processes.agree(True)
-    assert not restarted()
+        assert processes.own_windows(ids) is ids and processes.mean(1.5) == 1.5 and processes.any_of(True)
+    assert not restarted_by_torchrun()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
+    assert restarted_by_torchrun()
 
 
 @pytest.mark.parametrize(("expert", "size"), [(2, 1), (0, 1), (3, 4)])
@@ -31,15 +31,16 @@ def test_experts_must_divide_the_processes(monkeypatch, expert, size):
     monkeypatch.setenv("WORLD_SIZE", str(size))
     with (
         pytest.raises(ValueError, match=rf"parallel\.expert {expert}: .*{size}.*torchrun"),
-        join(ParallelSettings(expert), "cpu"),
+        join_processes(ParallelSettings(expert), "cpu"),
     ):
         pass
 
 
-def test_two_processes_follow_one_and_one_goes_on_from_two(tmp_path):
-    """With the experts divided between them; then the checkpoint that both wrote, taken up by one.
+def test_two_processes_train_like_one_and_one_resumes_from_two(tmp_path):
+    """Two processes that divide the experts; then one process resumes from the checkpoint that both wrote.
 
-    AdamW hides a wrong scale of the gradients until its moments meet gradients of another scale: resumed by one."""
+    AdamW hides a wrong scale of the gradients as long as the scale stays the same. The resumed process would have the
+    right scale, and meet moments of the wrong one."""
     recipe = recipe_of(tmp_path, steps=16)
     assert main(["train", str(recipe), "--runs", str(tmp_path / "1")]) == 0
     run(recipe, tmp_path / "2", 2, "--parallel.expert", "2")
@@ -49,8 +50,8 @@ def test_two_processes_follow_one_and_one_goes_on_from_two(tmp_path):
 
 
 @pytest.mark.slow
-def test_stages_that_freeze_weights_follow_too(tmp_path):
-    """What trains changes on the way, in sharded weights as in whole ones."""
+def test_stages_that_freeze_weights_train_alike_too(tmp_path):
+    """The weights that train change during the run, sharded as they are."""
     recipe = recipe_of(tmp_path, steps=12)
     stages = "stages: [{steps: 6, trains: attention}, {steps: 6, trains: experts}], batch_windows"
     recipe.write_text(recipe.read_text().replace("steps: 12, batch_windows", stages))
@@ -61,7 +62,7 @@ def test_stages_that_freeze_weights_follow_too(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_two_and_four_processes_follow_one_over_100_steps(tmp_path):
+def test_two_and_four_processes_train_like_one_over_100_steps(tmp_path):
     recipe = recipe_of(tmp_path, steps=100)
     run(recipe, tmp_path / "1", 1)
     for processes, expert in ((2, 1), (2, 2), (4, 1), (4, 2)):
@@ -79,8 +80,8 @@ def test_a_killed_process_is_restarted_and_the_run_finishes(tmp_path):
     run(recipe, tmp_path / "1", 1)
     script = tmp_path / "dies_once.py"
     script.write_text(DIES_ONCE.format(step=15))
-    said = run(recipe, tmp_path / "2", 2, script=script, restarts=2)
-    assert "train: steps 10 to 20 (resumed)" in said
+    output = run(recipe, tmp_path / "2", 2, script=script, restarts=2)
+    assert "train: steps 10 to 20 (resumed)" in output
     assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
 
 
@@ -116,7 +117,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_compiled_blocks_are_for_one_process():
-    together = object.__new__(Together)
-    together.size = 2
+    processes = object.__new__(TorchrunProcesses)
+    processes.size = 2
     with pytest.raises(ValueError, match=r"train\.compile with 2 processes"):
-        together.check(TrainSettings(compile=True))
+        processes.check_settings(TrainSettings(compile=True))

@@ -1,0 +1,80 @@
+"""The summary of a run: what is measured of each of its models, and the table that is printed at the end.
+
+Shapes: T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from smolseek.checkpoint.hub import load, load_for_evaluation
+from smolseek.evaluation import measure_balance, measure_decode_speed
+from smolseek.formats.deepseek_v3 import count_parameters
+from smolseek.generation import continue_text, repetition_rate
+from smolseek.model import DeepseekV3, StockModel
+from smolseek.planning import cache_bytes_per_token
+from smolseek.training.trainer import Trainer
+
+
+def summarize(rows: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
+    """Returns the summary of a run: for each name in `rows` what is measured of the model in that folder, and totals.
+
+    Quality is measured on the trainer's held-out text through stock transformers. MaxVio is that of the last
+    DeepSeek-V3 model that is not the untrained conversion.
+    """
+    summary: dict[str, Any] = {}
+    for name, folder in rows.items():
+        model = load(folder, device=str(trainer.device))
+        summary[name] = _measure(model, folder, trainer)
+        if isinstance(model, DeepseekV3) and name != "converted":
+            maxvio = measure_balance(model, trainer.held_out.ids_T)
+            summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
+            summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
+    summary["trained_tokens"] = trainer.trained_tokens
+    summary["held_out_tokens"] = len(trainer.held_out.ids_T)
+    return summary
+
+
+def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Returns quality, sizes, decode speed and samples of the model in `folder`."""
+    stock = load_for_evaluation(folder, device=str(trainer.device))
+    quality = trainer.measure(stock)
+    sample = trainer.recipe.sample
+    samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
+    ids = next(iter(samples.values()))[1]
+    config = model.config.to_dict()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    total, active = count_parameters(config) if isinstance(model, DeepseekV3) else (parameters, parameters)
+    prompt_T = trainer.held_out.ids_T[: min(128, model.config.max_position_embeddings // 2)]
+    return {
+        **quality.to_dict(),
+        "cache_bytes_per_token": cache_bytes_per_token(config),
+        "total_parameters": total,
+        "active_parameters": active,
+        "decode_tokens_per_second": round(measure_decode_speed(model, prompt_T), 1),
+        "samples": {prompt: text for prompt, (text, _) in samples.items()},
+        "repetition_rate": round(repetition_rate(ids), 4),
+    }
+
+
+def render_summary(summary: dict[str, Any]) -> str:
+    """Returns the summary as a text table, with a sample of each model under it."""
+    rows = {name: row for name, row in summary.items() if isinstance(row, dict) and "loss" in row}
+    head = (
+        f"{'':14}{'loss':>8}{'perplexity':>12}{'cache B/token':>15}{'parameters':>12}{'active':>12}{'decode tok/s':>14}"
+    )
+    lines = [head]
+    for name, row in rows.items():
+        lines.append(
+            f"{name.replace('_', ' '):14}{row['loss']:8.4f}{row['perplexity']:12.2f}{row['cache_bytes_per_token']:15,}"
+            f"{row['total_parameters']:12,}{row['active_parameters']:12,}{row['decode_tokens_per_second']:14,.0f}"
+        )
+    if summary.get("maxvio") is not None:
+        lines.append(
+            f"MaxVio of the worst layer over {summary['held_out_tokens']:,} held-out tokens: {summary['maxvio']:.3f}"
+        )
+    for name, row in rows.items():
+        sample = next(iter(row["samples"].values()))
+        lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", sample]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""How a run balances its experts: what the routers are told, the speed of the bias updates, the load in the metrics.
+
+`smolseek.model.balance` has the rule itself. Shapes: E n_routed_experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from smolseek.config import TrainSettings
+from smolseek.model.balance import max_violation, routers
+
+DEFAULT_UPDATE_SPEED = 1e-3
+"""u where a recipe names none: that of DeepSeek-V3, section 4.2."""
+LAST_SIGN_SPEED = 0.2
+"""Share of u at which the sign rule ends."""
+
+
+def set_balance(model: nn.Module, settings: TrainSettings) -> None:
+    """Give every router the balance loss that the settings name.
+
+    Each micro-batch has a loss of its own, so the weight is divided by their number: a global batch gets the mean.
+
+    Raises:
+        ValueError: a share, speed or weight is out of range.
+    """
+    _check(settings)
+    for router in routers(model).values():
+        router.balance_loss_weight = settings.balance_loss_weight / settings.gradient_accumulation
+        router.balance_loss_over_batch = settings.balance_loss == "batch"
+
+
+def _check(settings: TrainSettings) -> None:
+    if not 0 <= settings.balance_freeze_share <= 1:
+        raise ValueError(f"train.balance_freeze_share {settings.balance_freeze_share}: must be between 0 and 1")
+    for name in ("balance_update_speed", "balance_loss_weight"):
+        if (getattr(settings, name) or 0) < 0:
+            raise ValueError(f"train.{name} {getattr(settings, name)}: must not be negative; 0 switches it off")
+
+
+def balance_speed(step: int, settings: TrainSettings, decay: float) -> float:
+    """Returns u at a step: 0 in the last `balance_freeze_share` of the run (DeepSeek-V3, section 4.2: its last 3%).
+
+    The sign rule's steps do not shrink near balance. Its u therefore falls with the learning rate: `decay` is the
+    learning rate's share of its peak, and at `decay` 0 the share of u is `LAST_SIGN_SPEED`. (DeepSeek-V3 keeps u.)
+    """
+    if step >= settings.steps * (1 - settings.balance_freeze_share):
+        return 0.0
+    given = settings.balance_update_speed
+    speed = DEFAULT_UPDATE_SPEED if given is None else given
+    return speed * (LAST_SIGN_SPEED + (1 - LAST_SIGN_SPEED) * decay) if settings.balance_rule == "sign" else speed
+
+
+def describe_load(counts: Iterable[tuple[int, Tensor]]) -> dict[str, Any]:
+    """Returns MaxVio and every expert's share of the choices, per layer, for a line of metrics.
+
+    `counts` has a (layer index, counts (E,)) for each layer with experts; without any, nothing is returned.
+    """
+    by_layer = {str(layer): counts_E for layer, counts_E in counts}
+    if not by_layer:
+        return {}
+    shares = {layer: (counts_E / counts_E.sum()).tolist() for layer, counts_E in by_layer.items()}
+    return {
+        "maxvio": {layer: round(max_violation(counts_E), 4) for layer, counts_E in by_layer.items()},
+        "load": {layer: [round(share, 4) for share in layer_shares] for layer, layer_shares in shares.items()},
+    }

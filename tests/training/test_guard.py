@@ -1,0 +1,84 @@
+"""Steps that must not be taken: a loss or gradient that is not finite, and spikes."""
+
+import pytest
+import torch
+
+from smolseek.checkpoint.state import newest_state
+from smolseek.training.watcher import Interrupted, Watcher
+from tests.training.trainers import metrics, model_of, stop_at, trainer_of, with_train
+
+
+def spoil(trainer, steps, value):
+    """Multiply the loss of some steps by `value`, in the backward pass too."""
+    loss_of = trainer._loss
+
+    def spoiled(*arguments, **options):
+        loss, *rest = loss_of(*arguments, **options)
+        if trainer.step not in steps:
+            return loss, *rest
+        return loss * value, rest[0] * value, *rest[1:]
+
+    trainer._loss = spoiled
+    return trainer
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 4.0])
+def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, value):
+    steps = 24
+    recipe = with_train(recipe, steps=steps, checkpoint_every=steps)
+    trainer = spoil(trainer_of(recipe, tmp_path / "run"), {15, 16, 20}, value)
+    seen = []
+    take = trainer._train_step
+
+    def step():
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state_dict()["state"].values()]
+        result = take()
+        same = all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in before.items())
+        after = [s["exp_avg"] for s in trainer.optimizers[0].state_dict()["state"].values()]
+        seen.append(same and all(torch.equal(*pair) for pair in zip(moments, after, strict=True)) and trainer.step > 0)
+        return result
+
+    trainer._train_step = step
+    trainer.fit(Watcher())
+    assert [number for number, same in enumerate(seen) if same] == [15, 16, 20]
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 3
+    assert (tmp_path / "run" / "logs.txt").read_text().count("skipped: the loss is") == 3
+    resumed = trainer_of(recipe, tmp_path / "run")
+    assert resumed.resume() and resumed.guard.skipped == 3 and len(resumed.guard.recent) == 21
+
+
+def test_the_losses_that_a_spike_is_compared_with_are_saved(recipe, tmp_path):
+    """A run resumed just before the spike still knows the losses of earlier steps."""
+    recipe = with_train(recipe, steps=18)
+    whole = spoil(trainer_of(recipe, tmp_path / "whole"), {14}, 4.0)
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(14))
+    resumed = spoil(trainer_of(recipe, tmp_path / "cut"), {14}, 4.0)
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    assert whole.guard.skipped == 1
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_too_many_skipped_steps_stop_the_run_and_name_the_last_good_checkpoint(recipe, tmp_path):
+    recipe = with_train(recipe, steps=30, max_skipped_steps=3)
+    trainer = spoil(trainer_of(recipe, tmp_path / "run"), range(7, 30), float("nan"))
+    with pytest.raises(ValueError, match=r"step 10: the loss is nan, and 4 steps .*step-00000005: .*--resume") as stop:
+        trainer.fit(Watcher())
+    assert "\n" not in str(stop.value)
+    assert newest_state(tmp_path / "run" / "checkpoints").name == "step-00000005"
+    steered = trainer_of(with_train(recipe, learning_rate=5e-4), tmp_path / "run")
+    assert steered.resume() and steered.step == 5
+    assert "Resumed at step 5 with train.learning_rate 0.0005 (was 0.001)" in (tmp_path / "run/logs.txt").read_text()
+
+
+def test_weights_that_are_not_finite_stop_the_run(recipe, tmp_path):
+    model = model_of()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"step 0: the loss is nan.* lower train.learning_rate"):
+        trainer_of(with_train(recipe, max_skipped_steps=0), tmp_path / "run", model).fit(Watcher())

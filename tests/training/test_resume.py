@@ -1,0 +1,121 @@
+"""A run that goes on from a checkpoint is the uninterrupted one bit for bit; damaged and foreign checkpoints."""
+
+import pytest
+import torch
+
+from smolseek.data.sources.hub import SourceLost
+from smolseek.training.trainer import Trainer
+from smolseek.training.watcher import Interrupted, Watcher
+from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
+
+
+@pytest.mark.parametrize(("stopped_at", "optimizer"), [(1, "adamw"), (5, "muon"), (8, "adamw"), (8, "muon")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(recipe, tmp_path, stopped_at, optimizer):
+    recipe = with_train(recipe, optimizer=optimizer)
+    whole = trainer_of(recipe, tmp_path / "whole")
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted, match="--resume"):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(stopped_at))
+    torch.manual_seed(99)
+    resumed = trainer_of(recipe, tmp_path / "cut")
+    assert resumed.resume() and resumed.step == stopped_at
+    resumed.fit(Watcher())
+    assert_same_run(whole, resumed)
+
+
+def test_resume_goes_back_to_the_checkpoint_and_repeats_no_line(recipe, tmp_path):
+    """After a kill -9 the steps since the checkpoint are done again."""
+    trainer = trainer_of(recipe, tmp_path / "run")
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_train_step", _fails_after(trainer, 8))
+        trainer.fit(Watcher())
+    assert len(metrics(tmp_path / "run")) > 5
+    resumed = trainer_of(recipe, tmp_path / "run")
+    assert resumed.resume() and resumed.step == 5
+    resumed.fit(Watcher())
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(12))
+
+
+def _fails_after(trainer, steps):
+    train_step = trainer._train_step
+
+    def step():
+        if trainer.step == steps:
+            raise RuntimeError("killed")
+        return train_step()
+
+    return step
+
+
+def test_chat_data_trains_and_goes_on_bit_for_bit(chat, tmp_path):
+    recipe, tokenizer = chat
+    whole, cut, resumed = (Trainer(model_of(), tokenizer, recipe, tmp_path / n) for n in ("whole", "cut", "cut"))
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        cut.fit(stop_at(7))
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    logs = (tmp_path / "whole" / "logs.txt").read_text()
+    assert logs == (tmp_path / "cut" / "logs.txt").read_text()
+    assert f"Malformed lines skipped: {whole.stream.malformed}" in logs
+
+
+def test_a_lost_source_leaves_the_state_to_go_on_from(recipe, tmp_path):
+    whole, lost = trainer_of(recipe, tmp_path / "whole"), trainer_of(recipe, tmp_path / "lost")
+    whole.fit(Watcher())
+    draw = lost.stream.next
+
+    def next_windows(count):
+        if lost.step == 7:
+            raise SourceLost("data source hub:a/b: lost")
+        return draw(count)
+
+    lost.stream.next = next_windows
+    with pytest.raises(SourceLost):
+        lost.fit(Watcher())
+    resumed = trainer_of(recipe, tmp_path / "lost")
+    assert resumed.resume() and resumed.step == 7
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
+    trainer_of(with_train(recipe, steps=5), tmp_path / "run").fit(Watcher())
+    with pytest.raises(ValueError, match=r"train\.batch_windows 4 then, 3 now"):
+        trainer_of(with_train(recipe, steps=5, batch_windows=3), tmp_path / "run").resume()
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, lambda path: path.unlink()])
+def test_a_damaged_newest_checkpoint_is_passed_over(recipe, tmp_path, caplog, damage):
+    whole = trainer_of(recipe, tmp_path / "whole")
+    whole.fit(Watcher())
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "cut").fit(stop_at(8))
+    damage(tmp_path / "cut" / "checkpoints" / "step-00000008" / "tensors")
+    resumed = trainer_of(recipe, tmp_path / "cut")
+    assert resumed.resume() and resumed.step == 5
+    (warning,) = caplog.messages
+    assert "step-00000005" in warning and "damaged step-00000008 (" in warning
+    resumed.fit(Watcher())
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert [path.name for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())] == [
+        "step-00000010",
+        "step-00000012",
+    ]
