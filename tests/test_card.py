@@ -4,8 +4,8 @@ from pathlib import Path
 import yaml
 
 from smolseek.card import Card, Training
-from smolseek.formats.deepseek_v3 import disk_config
 from smolseek.config import Recipe
+from smolseek.formats.deepseek_v3 import disk_config
 from tests.factories import tiny_v3_config
 
 ROOT = Path(__file__).parent.parent

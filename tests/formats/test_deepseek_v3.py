@@ -2,8 +2,7 @@ import pytest
 from transformers import DeepseekV3Config
 
 from smolseek.checkpoint.hub import named_disk_tensors
-from smolseek.formats.deepseek_v3 import disk_config
-from smolseek.formats.deepseek_v3 import DEFAULTS, expected_tensors
+from smolseek.formats.deepseek_v3 import DEFAULTS, disk_config, expected_tensors
 from tests.factories import tiny_v3
 
 
