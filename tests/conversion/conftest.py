@@ -12,9 +12,15 @@ def dense():
     return tiny_llama()
 
 
+@pytest.fixture(scope="module")
+def teacher():
+    """The same, frozen."""
+    return tiny_llama().requires_grad_(False)
+
+
 @pytest.fixture
 def angles(dense):
-    """Radians per position of its rotary frequencies."""
+    """Radians per position of the dense model's rotary frequencies."""
     return dense.model.rotary_emb.inv_freq.clone()
 
 
