@@ -170,3 +170,9 @@ def tiny_dense(model_type: str, **overrides: Any) -> Any:
     enliven(model)
     assert liveliness(model) >= 1
     return model
+
+
+def stock_parameters(config: Any) -> int:
+    """Returns the number of parameters of the model that transformers builds; it takes no memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())

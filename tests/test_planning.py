@@ -1,4 +1,4 @@
-"""Numbers known before anything runs."""
+"""What a plan tells before anything runs: sizes, cache, the length from which it pays, cost."""
 
 import json
 import subprocess
@@ -6,30 +6,25 @@ import sys
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
+from transformers import AutoConfig, DeepseekV3Config
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.target import read_source, target_config
+from smolseek.conversion.target import target_config
+from smolseek.formats.deepseek_v3 import count_parameters
+from smolseek.formats.dense import read_source
 from smolseek.planning import (
     Machine,
     cache_bytes_per_token,
-    count_parameters,
     measure_machine,
     payoff_context_tokens,
     plan,
     render,
 )
 from tests.configs import SMOLLM2_135M, TINY
+from tests.factories import stock_parameters
 
 FAST_COMPUTE = Machine(flops_per_second=1e15, bytes_per_second=1e12)
 FAST_MEMORY = Machine(flops_per_second=1e11, bytes_per_second=1e12)
-
-
-def parameters_of(config: Any) -> int:
-    """What transformers builds, without memory for it."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def test_smollm2_135m() -> None:
@@ -39,36 +34,7 @@ def test_smollm2_135m() -> None:
     assert (result.target.cache_numbers_per_token_and_layer, result.target.cache_bytes_per_token) == (152, 9_120)
     assert result.target.cache_bytes_at_max_context == 9_120 * 8_192
     assert result.cache_share == pytest.approx(152 / 384)
-    assert result.config == target_config(SMOLLM2_135M, ConvertSettings())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ConvertSettings(),
-        ConvertSettings(exact=True),
-        ConvertSettings(experts="upcycle"),
-        ConvertSettings(experts="upcycle", moe_intermediate_size=8, n_shared_experts=2),
-        ConvertSettings(experts="carve", active=0.5),
-        ConvertSettings(profile="vllm", q_lora_rank=24, v_head_dim=128),
-    ],
-)
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_those_that_transformers_builds(settings: ConvertSettings, tied: bool) -> None:
-    source = TINY | {"tie_word_embeddings": tied}
-    target = target_config(source, settings)
-    assert count_parameters(source)[0] == parameters_of(LlamaConfig.from_dict(source))
-    total, active = count_parameters(target)
-    assert total == parameters_of(DeepseekV3Config.from_dict(target))
-    unused = target["n_routed_experts"] - target["num_experts_per_tok"] if settings.experts != "none" else 0
-    assert total - active == 2 * unused * 3 * 64 * target["moe_intermediate_size"]
-
-
-def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
-    target = target_config(TINY, ConvertSettings(experts="upcycle")) | {"first_k_dense_replace": 1}
-    for fields in ({"q_lora_rank": 24}, {"q_lora_rank": 24, "attention_bias": True}):
-        config = DeepseekV3Config.from_dict(target | fields)
-        assert count_parameters(config.to_dict())[0] == parameters_of(config)
+    assert result.config == target_config(read_source(SMOLLM2_135M), ConvertSettings())
 
 
 @pytest.mark.parametrize(
@@ -84,10 +50,10 @@ def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
 @pytest.mark.parametrize("exact", [False, True])
 def test_parameters_of_every_family(fields: dict[str, Any], exact: bool) -> None:
     source = TINY | fields
-    exact = exact and not read_source(source)["qk_norms"]
+    exact = exact and not read_source(source).qk_norms
     result = plan(source, ConvertSettings(exact=exact), FAST_COMPUTE)
-    assert result.source.total_parameters == parameters_of(AutoConfig.for_model(**source))
-    assert result.target.total_parameters == parameters_of(DeepseekV3Config.from_dict(result.config))
+    assert result.source.total_parameters == stock_parameters(AutoConfig.for_model(**source))
+    assert result.target.total_parameters == stock_parameters(DeepseekV3Config.from_dict(result.config))
     assert result.profile == ("transformers" if exact else "portable")
 
 
@@ -107,14 +73,13 @@ def test_profile_vllm_is_one_that_vllm_loads() -> None:
 
 def test_cache_bytes() -> None:
     assert cache_bytes_per_token(TINY) == 2 * 2 * 2 * 16 * 2  # layers, key and value, KV heads, head_dim, bf16
-    assert (
-        cache_bytes_per_token(target_config(TINY, ConvertSettings(kv_lora_rank=20, qk_rope_head_dim=4))) == 2 * 24 * 2
-    )
+    target = target_config(read_source(TINY), ConvertSettings(kv_lora_rank=20, qk_rope_head_dim=4))
+    assert cache_bytes_per_token(target) == 2 * 24 * 2
 
 
 def test_payoff_is_where_the_two_decoding_times_meet() -> None:
     settings = ConvertSettings(kv_lora_rank=120, qk_rope_head_dim=32)
-    target = target_config(SMOLLM2_135M, settings)
+    target = target_config(read_source(SMOLLM2_135M), settings)
     length = payoff_context_tokens(SMOLLM2_135M, target, FAST_COMPUTE)
     assert length is not None
 
@@ -129,22 +94,22 @@ def test_payoff_is_where_the_two_decoding_times_meet() -> None:
 
 
 def test_payoff_never_where_arithmetic_costs_more_than_the_cache_saves() -> None:
-    target = target_config(SMOLLM2_135M, ConvertSettings())
+    target = target_config(read_source(SMOLLM2_135M), ConvertSettings())
     assert payoff_context_tokens(SMOLLM2_135M, target, FAST_MEMORY) is None
     assert "never" in render(plan(SMOLLM2_135M, ConvertSettings(), FAST_MEMORY))
 
 
 def test_payoff_at_once_where_there_are_fewer_weights_too() -> None:
     source = TINY | {"num_key_value_heads": 4, "hidden_size": 512}
-    target = target_config(source, ConvertSettings(kv_lora_rank=8, qk_rope_head_dim=2))
-    assert count_parameters(target)[0] < count_parameters(source)[0]
+    target = target_config(read_source(source), ConvertSettings(kv_lora_rank=8, qk_rope_head_dim=2))
+    assert count_parameters(target)[0] < read_source(source).parameters()
     assert payoff_context_tokens(source, target, FAST_COMPUTE) == 0
 
 
 def test_an_untied_embedding_table_is_not_read_while_decoding() -> None:
     wide = SMOLLM2_135M | {"tie_word_embeddings": False}
     lengths = [
-        payoff_context_tokens(source, target_config(source, ConvertSettings()), FAST_COMPUTE)
+        payoff_context_tokens(source, target_config(read_source(source), ConvertSettings()), FAST_COMPUTE)
         for source in (SMOLLM2_135M, wide, wide | {"vocab_size": 2 * 49152})
     ]
     assert lengths[0] is not None and len(set(lengths)) == 1
@@ -192,7 +157,7 @@ def test_impossible_settings_are_refused() -> None:
 
 
 def test_measured_machine_is_plausible() -> None:
-    machine = measure_machine(0.1)
+    machine = measure_machine(seconds=0.1)
     assert 1e7 < machine.flops_per_second < 1e15 and 1e7 < machine.bytes_per_second < 1e14
 
 

@@ -1,4 +1,4 @@
-"""Carving: what is split is all there once, the stock block computes what was fitted, every stage lowers the error."""
+"""Carving: every neuron is kept once, the stock block computes what was fitted, every stage lowers the error."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ CONFIG = {"n_shared_experts": 2, "n_routed_experts": 6, "num_experts_per_tok": 2
 
 
 def dense_mlp(seed=0, neurons=NEURONS):
-    """A SwiGLU whose neurons answer to topics, and inputs that each belong to one: something to split."""
+    """Returns a SwiGLU whose neurons respond to one topic each, and inputs that have one topic each."""
     g = torch.Generator().manual_seed(seed)
     topics = torch.randn(TOPICS, HIDDEN, generator=g)
     owner = torch.arange(neurons) % TOPICS
@@ -48,9 +48,9 @@ def test_a_split_holds_every_neuron_once(shared, routed, width, silent, seed):
     g = torch.Generator().manual_seed(seed)
     activations, down = torch.randn(20, neurons, generator=g), torch.randn(5, neurons, generator=g)
     parts = split(activations, down, shared, routed, width)
-    assert parts.shape == (shared + routed, width)
-    assert sorted(parts[parts >= 0].tolist()) == list(range(neurons))
-    assert bool((parts[:shared] >= 0).all())
+    assert len(parts) == shared + routed and all(len(part) <= width for part in parts)
+    assert sorted(neuron for part in parts for neuron in part) == list(range(neurons))
+    assert all(len(part) == width for part in parts[:shared])
 
 
 def test_clusters_find_what_belongs_together():
@@ -78,7 +78,7 @@ def test_the_router_learns_a_linear_oracle():
 
 @pytest.mark.parametrize("neurons", [NEURONS, NEURONS - 3], ids=["full", "silent places"])
 def test_stock_blocks_compute_what_was_carved(neurons):
-    """Ours and transformers'."""
+    """Our block and transformers'."""
     weights, inputs = dense_mlp(neurons=neurons)
     carving = refine_carving(carve(weights, inputs, CONFIG), weights, inputs, 2, steps=5, generator=torch.Generator())
     expected = apply_carving(carving, inputs[:64], 2)[0]
@@ -95,7 +95,7 @@ def test_stock_blocks_compute_what_was_carved(neurons):
 
 
 def test_all_experts_chosen_is_the_dense_mlp():
-    """Every expert then weighs nearly 1, and the refit makes up for the rest."""
+    """Then every expert weighs nearly 1, and the refit corrects the difference."""
     weights, inputs = dense_mlp()
     everything = CONFIG | {"num_experts_per_tok": 6}
     assert relative_error(carve(weights, inputs, everything), weights, inputs, 6) < 1e-3

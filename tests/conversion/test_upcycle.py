@@ -1,4 +1,4 @@
-"""Upcycling keeps the function whatever the router says, and starts balanced."""
+"""Upcycling keeps the function whichever copy the router chooses, and starts balanced."""
 
 import torch
 from hypothesis import given, settings
@@ -12,16 +12,16 @@ def swiglu(weights, x):
     return (F.silu(x @ weights["gate_proj"].T) * (x @ weights["up_proj"].T)) @ weights["down_proj"].T
 
 
-def made(shared, shards, copies, width, seed, padding=0):
+def made(shared, chosen, copies, width, seed, padding=0):
     g = torch.Generator().manual_seed(seed)
-    neurons = (shared + shards) * width
+    neurons = (shared + chosen) * width
     shapes = {"gate_proj": (neurons, 10), "up_proj": (neurons, 10), "down_proj": (10, neurons)}
     weights = {name: torch.randn(shape, generator=g).double() for name, shape in shapes.items()}
     config = {
         "intermediate_size": neurons,
         "n_shared_experts": shared,
-        "num_experts_per_tok": shards,
-        "n_routed_experts": copies * shards,
+        "num_experts_per_tok": chosen,
+        "n_routed_experts": copies * chosen,
         "moe_intermediate_size": width + padding,
     }
     rows, bias = torch.randn(copies, 10, generator=g), torch.randn(copies, generator=g)
@@ -32,19 +32,19 @@ def made(shared, shards, copies, width, seed, padding=0):
     st.integers(0, 3), st.integers(2, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 999)
 )
 @settings(max_examples=20, deadline=None)
-def test_the_shared_part_and_any_one_copy_are_the_dense_mlp(shared, shards, copies, width, padding, seed):
-    weights, rows, bias, tensors, g = made(shared, shards, copies, width, seed, padding)
+def test_the_shared_part_and_any_one_copy_are_the_dense_mlp(shared, chosen, copies, width, padding, seed):
+    weights, rows, bias, tensors, g = made(shared, chosen, copies, width, seed, padding)
     x = torch.randn(7, 10, generator=g).double()
 
     def expert(prefix):
         return swiglu({name: tensors[f"{prefix}.{name}.weight"] for name in weights}, x)
 
     for copy in range(copies):
-        whole = expert("shared_experts") + sum(expert(f"experts.{copy * shards + s}") for s in range(shards))
+        whole = expert("shared_experts") + sum(expert(f"experts.{copy * chosen + part}") for part in range(chosen))
         torch.testing.assert_close(whole, swiglu(weights, x))
     assert tensors["experts.0.down_proj.weight"].shape == (10, width + padding)
-    assert torch.equal(tensors["gate.weight"].view(copies, shards, 10), rows[:, None].expand(-1, shards, -1))
-    assert torch.equal(tensors["gate.e_score_correction_bias"], bias.repeat_interleave(shards))
+    assert torch.equal(tensors["gate.weight"].view(copies, chosen, 10), rows[:, None].expand(-1, chosen, -1))
+    assert torch.equal(tensors["gate.e_score_correction_bias"], bias.repeat_interleave(chosen))
 
 
 def test_tensors_share_no_memory():
@@ -53,7 +53,7 @@ def test_tensors_share_no_memory():
 
 
 def test_router_starts_balanced_on_other_tokens_too():
-    """Inputs far off centre, as a network's are: without care one copy would get everything."""
+    """The inputs are far from the origin, as in a network: random rows would send all tokens to one copy."""
     g = torch.Generator().manual_seed(0)
     mean = 3 * torch.randn(24, generator=g)
     sample, fresh = (mean + torch.randn(4096, 24, generator=g) for _ in range(2))
@@ -67,7 +67,7 @@ def test_router_starts_balanced_on_other_tokens_too():
 
 
 def test_kinds_of_tokens_go_to_copies_of_their_own_whatever_their_text():
-    """Inputs are a mean, a text's own part, which is large and no kind, and the part of one of four kinds of token."""
+    """An input is a mean, plus a large part that its whole text shares, plus the part of one of four kinds of token."""
     g = torch.Generator().manual_seed(0)
     kinds, kind = torch.randn(4, 24, generator=g), torch.arange(4).repeat(64)
     texts = 3 * torch.randn(24, generator=g) + torch.randn(6, 1, 2, generator=g) @ torch.randn(2, 24, generator=g)

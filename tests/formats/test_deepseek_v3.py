@@ -1,9 +1,15 @@
+"""Names, shapes and counts of a DeepSeek-V3 folder's tensors."""
+
 import pytest
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, LlamaConfig
 
 from smolseek.checkpoint.hub import named_disk_tensors
-from smolseek.formats.deepseek_v3 import DEFAULTS, disk_config, expected_tensors
-from tests.factories import tiny_v3
+from smolseek.config import ConvertSettings
+from smolseek.conversion.target import target_config
+from smolseek.formats.deepseek_v3 import DEFAULTS, count_parameters, disk_config, expected_tensors
+from smolseek.formats.dense import read_source
+from tests.configs import TINY
+from tests.factories import stock_parameters, tiny_v3
 
 
 @pytest.mark.parametrize(
@@ -17,7 +23,7 @@ from tests.factories import tiny_v3
         {"first_k_dense_replace": 0, "n_shared_experts": 3},
     ],
 )
-def test_they_are_what_a_folder_holds(overrides):
+def test_expected_tensors_are_what_a_folder_holds(overrides):
     model = tiny_v3(**overrides)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_disk_tensors(model)}
     assert expected_tensors(disk_config(model.config.to_dict())) == shapes
@@ -31,3 +37,32 @@ def test_fields_left_out_are_what_transformers_takes():
 def test_a_size_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="hidden_size 'wide': must be a whole number"):
         expected_tensors({"hidden_size": "wide"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ConvertSettings(),
+        ConvertSettings(exact=True),
+        ConvertSettings(experts="upcycle"),
+        ConvertSettings(experts="upcycle", moe_intermediate_size=8, n_shared_experts=2),
+        ConvertSettings(experts="carve", active=0.5),
+        ConvertSettings(profile="vllm", q_lora_rank=24, v_head_dim=128),
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_that_transformers_builds(settings: ConvertSettings, tied: bool) -> None:
+    source = TINY | {"tie_word_embeddings": tied}
+    target = target_config(read_source(source), settings)
+    assert read_source(source).parameters() == stock_parameters(LlamaConfig.from_dict(source))
+    total, active = count_parameters(target)
+    assert total == stock_parameters(DeepseekV3Config.from_dict(target))
+    unused = target["n_routed_experts"] - target["num_experts_per_tok"] if settings.experts != "none" else 0
+    assert total - active == 2 * unused * 3 * 64 * target["moe_intermediate_size"]
+
+
+def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
+    target = target_config(read_source(TINY), ConvertSettings(experts="upcycle")) | {"first_k_dense_replace": 1}
+    for fields in ({"q_lora_rank": 24}, {"q_lora_rank": 24, "attention_bias": True}):
+        config = DeepseekV3Config.from_dict(target | fields)
+        assert count_parameters(config.to_dict())[0] == stock_parameters(config)

@@ -13,12 +13,13 @@ from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import expected_tensors
+from smolseek.formats.dense import read_source
 from smolseek.formats.headers import Header
 from smolseek.formats.runtimes import RULES, RUNTIMES, check, verdict
 from tests.configs import TINY
 from tests.factories import logits_of, random_ids, tiny_v3
 
-PORTABLE = target_config(TINY, ConvertSettings(experts="upcycle"))
+PORTABLE = target_config(read_source(TINY), ConvertSettings(experts="upcycle"))
 EVERYWHERE = PORTABLE | {
     "tie_word_embeddings": False,
     "q_lora_rank": 16,
@@ -54,15 +55,15 @@ def test_a_config_in_vllm_s_sizes_loads_everywhere() -> None:
 
 CASES: list[tuple[dict[str, Any], set[str]]] = [
     (PORTABLE, {"vllm"}),
-    (target_config(TINY, ConvertSettings(profile="vllm", experts="carve")), set()),
-    (target_config(TINY | {"model_type": "qwen2"}, ConvertSettings()), {"vllm"}),
+    (target_config(read_source(TINY), ConvertSettings(profile="vllm", experts="carve")), set()),
+    (target_config(read_source(TINY | {"model_type": "qwen2"}), ConvertSettings()), {"vllm"}),
     (
-        target_config(TINY | {"model_type": "qwen2"}, ConvertSettings(profile="transformers")),
+        target_config(read_source(TINY | {"model_type": "qwen2"}), ConvertSettings(profile="transformers")),
         {"vllm", "sglang", "llama.cpp"},
     ),
     (EVERYWHERE | {"rope_parameters": {"rope_type": "llama3"}}, {"vllm", "sglang", "llama.cpp"}),
     (EVERYWHERE | {"rope_parameters": {"rope_type": "yarn"}}, set()),
-    (target_config(TINY, ConvertSettings(exact=True)), {"vllm", "sglang", "llama.cpp"}),
+    (target_config(read_source(TINY), ConvertSettings(exact=True)), {"vllm", "sglang", "llama.cpp"}),
     (EVERYWHERE | {"tie_word_embeddings": True}, {"vllm"}),
     (EVERYWHERE | {"v_head_dim": 64}, {"vllm"}),
     (EVERYWHERE | {"attention_bias": True}, {"vllm", "sglang", "llama.cpp"}),

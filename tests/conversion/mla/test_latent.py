@@ -1,0 +1,81 @@
+"""The latent: its encoder is the best of its rank, and the slots and the latent together lose nothing at full rank."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolseek.conversion.mla.algebra import damping, root
+from smolseek.conversion.mla.latent import LATENT_RMS, compress, latent_errors, refit_decoder
+from smolseek.conversion.mla.rope_slots import rope_plans, to_complex, to_real
+from smolseek.conversion.moments import NormMoments
+from tests.conversion.mla.blocks import in_source_sizes, quick, random_layer, shapes
+
+
+@given(shapes)
+@quick
+def test_slots_and_latent_together_stand_for_keys_and_values_where_nothing_turns(shape):
+    """With equal gradients on all paths the regression gives keys - slot keys and values; at full rank all is kept."""
+    kv_heads, repeats, head_dim, seed = shape
+    weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
+    rank = min(20, 2 * kv_heads * head_dim)
+    for plan in rope_plans(head_dim, head_dim // 2):
+        compression = compress(weights, moments, plan, head_dim, rank)
+        slots = compression.slot_decoder_cs @ compression.slot_encoder_sc @ to_complex(weights.key, head_dim)
+        together = compression.target_YX + torch.cat([to_real(slots, head_dim), torch.zeros_like(weights.value)])
+        torch.testing.assert_close(together, torch.cat([weights.key, weights.value]))
+        y = x @ compression.target_YX.T
+        c = x @ compression.encoder_CX.T
+        again = torch.linalg.lstsq(c, y, driver="gelsd").solution
+        torch.testing.assert_close(c @ again, y, rtol=1e-4, atol=1e-4)
+        assert float(c.square().mean().sqrt()) == pytest.approx(LATENT_RMS)
+
+
+@given(shapes, st.integers(1, 6))
+@quick
+def test_encoder_is_the_best_of_its_rank_under_the_fisher_weight(shape, rank):
+    """Eckart and Young: the weighted error left over is the tail of the spectrum."""
+    kv_heads, repeats, head_dim, seed = shape
+    weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
+    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim, rank)
+    fisher = moments.fisher([0, 1], [0, 1])
+    y = x @ compression.target_YX.T @ root(fisher + damping(fisher))
+    c = x @ compression.encoder_CX.T
+    left = y - c @ torch.linalg.lstsq(c, y, driver="gelsd").solution
+    spectrum = torch.linalg.svdvals(y)
+    assert float(left.square().sum()) == pytest.approx(float(spectrum[rank:].square().sum()), rel=1e-6, abs=1e-6)
+
+
+@given(shapes)
+@quick
+def test_refit_is_least_squares_and_its_error_is_what_is_reported(shape):
+    kv_heads, repeats, head_dim, seed = shape
+    weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
+    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim, 3)
+    c = x @ compression.encoder_CX.T
+    n = c / c.square().mean(-1, keepdim=True).sqrt()
+    norm = NormMoments(n.T @ n / len(x), x.T @ n / len(x))
+    y = x @ compression.target_YX.T
+    decoder = refit_decoder(compression.target_YX, norm)
+    torch.testing.assert_close(decoder, torch.linalg.lstsq(n, y).solution.T, rtol=1e-3, atol=1e-3)
+    _, plain = latent_errors(compression, decoder, moments, norm)
+    assert plain == pytest.approx(float((y - n @ decoder.T).square().sum() / y.square().sum()), rel=1e-6)
+
+
+def test_dead_channels_do_no_harm():
+    """A value that the loss does not feel and a frequency that carries nothing give zeros, not NaN."""
+    weights, moments, _ = random_layer(2, 1, 4, 0)
+    weights.key[0] = weights.key[2] = weights.key[4] = weights.key[6] = 0.0
+    moments.fisher_4k4k[1, 3] = 0.0
+    moments.fisher_4k4k[:, :, 1, 3] = 0.0
+    for plan in rope_plans(4, 2):
+        compression = compress(weights, moments, plan, 4, 5)
+        tensors = in_source_sizes(weights, compression, torch.zeros(16, 5).double(), 4, moments, torch.eye(5).double())
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_an_emptied_plan_leaves_all_keys_to_the_latent():
+    weights, moments, _ = random_layer(2, 1, 4, 0)
+    compression = compress(weights, moments, rope_plans(4, 4)[0].emptied(), 4, rank=5)
+    assert not compression.slot_encoder_sc.any() and compression.rope_energy_kept == pytest.approx(0.0)
+    torch.testing.assert_close(compression.target_YX, torch.cat([weights.key, weights.value]))

@@ -1,0 +1,119 @@
+"""Sizes of latent attention and lengths of the stages: shares of the cache, profiles, steps, refusals."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smolseek.config import ConvertSettings
+from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps
+from smolseek.conversion.target import target_config
+from smolseek.formats.dense import read_source
+from tests.configs import SMOLLM2_135M, TINY
+
+
+@given(
+    kv_heads=st.integers(1, 6),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 16, 32, 64, 96, 128]),
+    hidden=st.integers(4, 40).map(lambda n: 64 * n),
+)
+def test_default_sizes_keep_their_share_of_the_cache(kv_heads: int, group: int, head_dim: int, hidden: int) -> None:
+    heads = {"num_attention_heads": kv_heads * group, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    config = target_config(read_source({**TINY, **heads, "hidden_size": hidden}), ConvertSettings())
+    rank, rope_dim, numbers = config["kv_lora_rank"], config["qk_rope_head_dim"], 2 * kv_heads * head_dim
+    assert rope_dim % 2 == 0 and head_dim % rope_dim == 0 and rope_dim <= max(2, CACHE_SHARE * numbers / 2)
+    assert rank % (8 if CACHE_SHARE * numbers >= 64 else 4) == 0 or rank == hidden
+    assert 8 <= rank <= min(hidden, numbers)
+    if 8 < rank < hidden:
+        assert abs(rank + rope_dim - CACHE_SHARE * numbers) <= 4
+
+
+def test_a_share_of_the_cache_picks_the_sizes() -> None:
+    """6 heads / 2 KV of 32, 8 / 4 of 8 and 9 / 3 of 32."""
+    first, second, third = (
+        read_source(TINY | {"num_attention_heads": h, "num_key_value_heads": g, "head_dim": d, "hidden_size": 192})
+        for h, g, d in ((6, 2, 32), (8, 4, 8), (9, 3, 32))
+    )
+    shares = (0.75, 0.5, 0.375, 0.25)
+    assert [cache_sizes(first, share, "portable") for share in shares] == [(64, 32), (32, 32), (32, 16), (16, 16)]
+    assert [cache_sizes(second, share, "portable") for share in shares] == [(40, 8), (24, 8), (16, 8), (8, 8)]
+    assert [cache_sizes(third, share, "portable") for share in shares] == [(112, 32), (64, 32), (40, 32), (32, 16)]
+
+
+@given(share=st.floats(0.2, 1.0), head_dim=st.sampled_from([16, 24, 64, 80, 96]), kv_heads=st.integers(2, 8))
+def test_the_cache_is_the_share_asked_for(share: float, head_dim: int, kv_heads: int) -> None:
+    heads = {"num_attention_heads": kv_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    config = target_config(read_source(TINY | heads | {"hidden_size": 4096}), ConvertSettings(cache=share))
+    kept = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+    assert abs(kept - share * 2 * kv_heads * head_dim) <= 4
+
+
+def test_a_cache_share_and_a_rope_width_leave_the_rank() -> None:
+    config = target_config(read_source(SMOLLM2_135M), ConvertSettings(cache=0.5, qk_rope_head_dim=16))
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (176, 16)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads"), [(32, (64, 64, 128)), (64, (64, 64, 128)), (80, (128, 64, 128)), (160, (192, 64, 256))]
+)
+def test_profile_vllm_takes_its_head_sizes_and_an_untied_head(head_dim: int, heads: tuple[int, ...]) -> None:
+    source = TINY | {"head_dim": head_dim, "hidden_size": 640}
+    config = target_config(read_source(source), ConvertSettings(profile="vllm"))
+    assert tuple(config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")) == heads
+    assert config["tie_word_embeddings"] is False
+    wide = target_config(read_source(source), ConvertSettings(profile="vllm", qk_nope_head_dim=192, v_head_dim=256))
+    assert (wide["qk_nope_head_dim"], wide["v_head_dim"]) == (192, 256)
+
+
+def test_smollm2_sizes() -> None:
+    config = target_config(read_source(SMOLLM2_135M), ConvertSettings())
+    wanted = {"qk_rope_head_dim": 64, "kv_lora_rank": 88, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    assert {name: config[name] for name in wanted} == wanted
+    assert config["first_k_dense_replace"] == config["num_hidden_layers"]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"qk_rope_head_dim": 3}, "qk_rope_head_dim 3.*even"),
+    ({"qk_nope_head_dim": 0}, "qk_nope_head_dim 0"),
+    ({"v_head_dim": -1}, "v_head_dim -1"),
+    ({"cache": 0.0}, "cache 0.0"),
+    ({"cache": 1.5}, "cache 1.5"),
+    ({"cache": 0.04}, "cache 0.04.*leave no latent; use 0."),
+    ({"cache": 0.5, "kv_lora_rank": 8}, "cache 0.5.*kv_lora_rank"),
+    ({"profile": "vllm", "v_head_dim": 64}, "vLLM takes"),
+    ({"profile": "vllm", "qk_rope_head_dim": 8}, "vLLM takes"),
+    ({"profile": "vllm", "cache": 0.5}, "leave no latent"),
+    ({"qk_rope_head_dim": 0}, "qk_rope_head_dim 0"),
+    ({"kv_lora_rank": 0}, "kv_lora_rank 0.*1 to 64"),
+    ({"kv_lora_rank": 65}, "kv_lora_rank 65.*1 to 64"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        target_config(read_source(TINY), ConvertSettings(**fields))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "steps"),
+    [
+        (2, {}, 600),
+        (400, {}, 172),
+        (2000, {}, 0),
+        (2, {"refine_steps": 0}, 0),
+        (2000, {"distill_steps": 7}, 7),
+        (2, {"refine_steps": 0, "distill_steps": 7}, 7),
+    ],
+)
+def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
+    assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
+
+
+@pytest.mark.parametrize("field", ["refine_steps", "distill_steps"])
+def test_negative_steps_are_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field} -1: must be 0 or more"):
+        distill_steps(read_source(TINY), ConvertSettings(**{field: -1}))
