@@ -47,6 +47,8 @@ NOT_RUN = {
     r".* --tasks ": "the tasks' data is on the hub: tests/evaluation/test_tasks.py",
     r"smolseek push (?!.*--dry-run)": "uploads: tests/checkpoint/test_push.py",
     r"python benchmarks/healing\.py": "many runs: tests/benchmarks/test_healing.py",
+    r"python benchmarks/same_bytes\.py": "many conversions",
+    r"pytest ": "runs tests",
     r"python docs/serving/": "needs llama.cpp or a server: tests/test_serving.py",
     r"(llama-|vllm |echo |python -m sglang)": "another program",
 }
@@ -163,5 +165,5 @@ def read(line: str) -> None:
         ]
         named = [name for group in re.findall(r"\[(.*?)\]", line) for name in group.split(",")]
         assert set(named) <= set(extras), line
-    elif words[0] == "python" and words[1] != "-m":
+    elif words[0] == "pytest" or (words[0] == "python" and words[1] != "-m"):
         assert (ROOT / words[1]).is_file(), line

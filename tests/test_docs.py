@@ -24,13 +24,23 @@ PAGES = {
     path.relative_to(ROOT / "docs").as_posix(): path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "docs").rglob("*.md"))
 }
-METHOD, TRAINING = PAGES["method.md"], PAGES["training.md"]
+METHOD, README = PAGES["method.md"], (ROOT / "README.md").read_text(encoding="utf-8")
 PROSE = re.sub(r"```.*?```", "", METHOD, flags=re.DOTALL)
-MODULES = {path.stem for path in (ROOT / "smolseek" / "conversion").glob("*.py")}
+MODULES = {path.stem for path in (ROOT / "smolseek" / "conversion").iterdir()}
 NAMED = sorted(set(re.findall(r"`([\w/.\-]+)`", PROSE)))
 FUNCTIONS = [
     n for n in NAMED if re.fullmatch(r"[\w.]+\.\w+", n) and n.split(".")[0] in MODULES | {"smolseek", "benchmarks"}
 ]
+CODE = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in ("smolseek", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def cited_sections(code: str) -> list[str]:
+    """The titles of docs/method.md's sections that docstrings and comments of a file cite."""
+    return re.findall(r'docs/method\.md, "([^"\\]+)"', re.sub(r"\s+(?:# )?", " ", code))
 
 
 def function_cells() -> list[str]:
@@ -68,12 +78,33 @@ def test_every_row_names_functions_alone():
 
 def test_a_function_that_does_not_exist_is_noticed():
     with pytest.raises(AttributeError):
-        lookup("attention.no_such_function")
+        lookup("mla.latent.no_such_function")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMED if "/" in name])
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        set(re.findall(r"`((?:smolseek|tests|benchmarks|recipes|docs)/[\w/.\-]*)`", "".join([README, *PAGES.values()])))
+    ),
+)
 def test_files_exist(name):
     assert (ROOT / name).exists()
+
+
+def test_the_sections_that_code_cites_exist():
+    cited = {title: name for name, text in CODE.items() for title in cited_sections(text)}
+    assert len(cited) > 5
+    assert {title: name for title, name in cited.items() if f"\n## {title}\n" not in METHOD} == {}
+
+
+def test_a_section_cited_over_two_lines_is_seen():
+    assert cited_sections('"""See (docs/method.md,\n    "Rope slots")."""') == ["Rope slots"]
+    assert cited_sections('# docs/method.md, "Rope\n# slots"') == ["Rope slots"]
+
+
+def test_nothing_cites_the_design_note():
+    texts = CODE | PAGES
+    assert [name for name, text in texts.items() if re.search("design (?:§|section)", text, re.IGNORECASE)] == []
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
