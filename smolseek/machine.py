@@ -44,8 +44,9 @@ def _measure_accelerator(device: str) -> Machine:
     """Returns the rates of a GPU: products in the dtype that it trains in, a copy of memory, float64 products."""
     import torch
 
-    from smolseek.numerics.precision import has_float64, teacher_dtype
+    from smolseek.numerics.precision import check_device, has_float64, teacher_dtype
 
+    check_device(device)
     place = torch.device(device)
 
     def best_seconds(work: Callable[[], object], runs: int = 5) -> float:

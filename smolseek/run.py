@@ -55,7 +55,7 @@ def run_recipe(
     with join_processes(recipe.parallel, device) as (processes, own_device):
         with processes.leader_first():  # it downloads, converts and clears away; the others find that done
             _prepare_folder(recipe, folder, resume, force, processes)
-            model, tokenizer = _load_start(recipe, folder, watcher)
+            model, tokenizer = _load_start(recipe, folder, own_device, watcher)
         return _train_and_compare(recipe, folder, model.to(own_device), tokenizer, resume, watcher, processes)
 
 
@@ -134,7 +134,7 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("recipe: random weights need a tokenizer; set tokenizer or train_tokenizer_entries")
 
 
-def _load_start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[DeepseekV3 | StockModel, Any]:
+def _load_start(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> tuple[DeepseekV3 | StockModel, Any]:
     """Returns the model to train and its tokenizer; converts the source first if the recipe says so."""
     if recipe.source is None:
         tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else corpus_tokenizer(recipe)
@@ -155,7 +155,7 @@ def _load_start(recipe: Recipe, folder: Path, watcher: Watcher) -> tuple[Deepsee
                 watcher.on_stage(f"convert: {stage}")
 
         settings = dataclasses.replace(recipe.convert, calibration=calibration)
-        convert(recipe.source, out, settings=settings, on_progress=on_progress)
+        convert(recipe.source, out, settings=settings, device=device, on_progress=on_progress)
     return load(out), tokenizer
 
 

@@ -1,9 +1,6 @@
 """What only a CUDA device can show: the CPU's numbers there, training in bf16 and compiled, FSDP, decoding."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +8,14 @@ import pytest
 import torch
 
 from smolseek.checkpoint.hub import load, load_stock, save
-from smolseek.config import DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.config import DataSettings, ParallelSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.generation import generate
 from smolseek.model import StockModel
+from smolseek.training.processes import TorchrunProcesses
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Watcher
 from tests.factories import random_ids, tiny_llama, tiny_v3
-from tests.runs import ROOT, scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 pytestmark = [
@@ -109,12 +106,16 @@ def test_converted_experts_heal(experts, source, text, tmp_path):
     assert trainer.fit(Watcher()).loss < before
 
 
-def test_fsdp_on_one_device(tmp_path):
-    """torchrun with two processes would need two devices; FSDP over one still shards, gathers and saves."""
-    recipe, runs = scratch_recipe(tmp_path), tmp_path / "runs"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    options = ["--device", "cuda", "--train.steps", "10", "--runs", str(runs)]
-    command = [*launch, str(ROOT / "train.py"), str(recipe), *options]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (runs / "scratch" / "model" / "model.safetensors").is_file()
+def test_fsdp_on_one_device(text, tmp_path):
+    """FSDP over one device still shards, gathers and saves as over several."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    try:
+        processes = TorchrunProcesses(ParallelSettings(), "cuda")
+        model = tiny_v3(vocab_size=ENTRIES).cuda()
+        trainer = Trainer(model, tiny_tokenizer(), recipe_of(text), tmp_path / "run", processes=processes)
+        before = trainer.evaluate().loss
+        assert trainer.fit(Watcher()).loss < before - 1
+        assert load(trainer.save_model("model")).config.vocab_size == ENTRIES
+    finally:
+        torch.distributed.destroy_process_group()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from smolseek.cli.shared import progress_bars, quiet_libraries
+from smolseek.cli.shared import Device, progress_bars, quiet_libraries
 from smolseek.config import ConvertSettings, load_recipe
 
 
@@ -21,6 +21,8 @@ class Plan:
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
     heal_tokens: int = 10_000_000
     """Training tokens after the conversion, for the estimate of the training time."""
+    device: Device = "cpu"
+    """Where the conversion and the training would run; it is measured, so it must be here."""
     json: bool = False
     """Print JSON."""
 
@@ -36,6 +38,8 @@ class Convert:
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
     force: bool = False
     """Replace OUT if it exists."""
+    device: Device = "cpu"
+    """Where to compute."""
 
 
 def run_plan(command: Plan) -> None:
@@ -49,7 +53,7 @@ def run_plan(command: Plan) -> None:
         if recipe.source is None:
             raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
         settings, source = recipe.convert or settings, recipe.source
-    result = plan(fetch_config(source), settings, measure_machine(), heal_tokens=command.heal_tokens)
+    result = plan(fetch_config(source), settings, measure_machine(command.device), heal_tokens=command.heal_tokens)
     print(json.dumps(result.to_dict(), indent=2) if command.json else render(result))
 
 
@@ -60,7 +64,12 @@ def run_convert(command: Convert) -> None:
 
     with progress_bars() as on_progress:
         out = convert(
-            command.source, command.out, settings=command.settings, force=command.force, on_progress=on_progress
+            command.source,
+            command.out,
+            settings=command.settings,
+            device=command.device,
+            force=command.force,
+            on_progress=on_progress,
         )
     report = read_conversion(out)
     assert report is not None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from smolseek.cli.shared import Device, Dtype, align_table, check_device, progress_bars, quiet_libraries, torch_dtype
+from smolseek.cli.shared import Device, Dtype, align_table, progress_bars, quiet_libraries, torch_dtype
 from smolseek.config import SEPARATOR, DataSettings
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def run_eval(command: Eval) -> None:
     quiet_libraries()
     from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
     from smolseek.evaluation.tasks import find_tasks
+    from smolseek.numerics.precision import check_device
 
     names = [name for name in (command.tasks or "").split(",") if name]
     if not (command.text or names or command.needle):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from smolseek.cli.shared import Device, check_device, quiet_libraries, torch_dtype
+from smolseek.cli.shared import Device, quiet_libraries, torch_dtype
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def _load_for_generation(command: Generate) -> tuple[Any, Any]:
     """Returns the model, with its weights laid out for generation, and its tokenizer."""
     from smolseek.checkpoint.hub import load, load_tokenizer
     from smolseek.model.inference import prepare_for_generation
+    from smolseek.numerics.precision import check_device
 
     check_device(command.device)
     int8 = command.dtype == "int8"

@@ -76,15 +76,6 @@ def torch_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError if this machine does not have the device."""
-    import torch
-
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device]:
-        raise ValueError(f"--device {device}: not available here; use {', '.join(d for d in there if there[d])}")
-
-
 def quiet_libraries() -> None:
     """Shows only warnings of ours; turns off progress bars and advice of the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.cli.shared import Device, StoppedBySignal, check_device, deferred_signals, quiet_libraries
+from smolseek.cli.shared import Device, StoppedBySignal, deferred_signals, quiet_libraries
 from smolseek.config import Recipe
 
 
@@ -42,6 +42,7 @@ def run_train(command: Train) -> None:
     quiet_libraries()
     from tqdm import tqdm
 
+    from smolseek.numerics.precision import check_device
     from smolseek.run import run_recipe
     from smolseek.summary import render_summary
     from smolseek.training.watcher import Interrupted, Progress, Watcher

@@ -18,6 +18,7 @@ from smolseek.conversion.sizes import distill_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import DenseSource, read_source
+from smolseek.numerics.precision import check_device
 
 OnProgress = Callable[[str, int, int], None]
 """Told (stage, done, count)."""
@@ -77,8 +78,9 @@ def read_job(
 
     Raises:
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, or `out` exists and `force` is not set.
+            text, `out` exists and `force` is not set, or the device is not there.
     """
+    check_device(device)
     folder = resolve_folder(source)
     config = read_config(folder)
     dense = read_source(config)

@@ -35,14 +35,14 @@ def convert(
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
 
     `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
-    several. `device` is where it computes. Every refusal comes before anything heavy runs, and `out` is complete or
-    absent. An interrupted conversion leaves its finished layers beside `out`, and the same call goes on from there.
-    `on_progress(stage, done, count)` tells how far it is.
+    several. `device` (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and `out`
+    is complete or absent. An interrupted conversion leaves its finished layers beside `out`, and the same call goes on
+    from there. `on_progress(stage, done, count)` tells how far it is.
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, or `out` exists and `force` is not set.
+            text, `out` exists and `force` is not set, or the device is not there.
     """
     began = time.perf_counter()
     if "calibration" in fields:

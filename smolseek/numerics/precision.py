@@ -56,3 +56,10 @@ def algebra_device(device: torch.device) -> torch.device:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) in _FLOAT64_CAPABILITIES:
         return device
     return torch.device("cpu")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError if this machine does not have the device (cpu, cuda or mps, with or without a number)."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(device.partition(":")[0]):
+        raise ValueError(f"device {device}: not available here; use {', '.join(d for d in there if there[d])}")
