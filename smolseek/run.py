@@ -106,17 +106,17 @@ def _train_and_compare(
     trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
     _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
     origin, trained = _starting_folder(recipe, folder), "healed" if recipe.convert else "trained"
-    rows = {trained: trainer.save_model("model", _card(trainer, origin), origin=origin)}
+    folders = {trained: trainer.save_model("model", _card(trainer, origin), origin=origin)}
     if recipe.convert and recipe.source:
-        rows = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | rows
+        folders = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | folders
         if recipe.compare_dense:
-            rows["dense_trained"] = _train_dense(trainer, resume, watcher)
+            folders["dense_trained"] = _train_dense(trainer, resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
     summary: dict[str, Any] = {}
     if processes.leads:
-        summary = summarize(rows, trainer)
-        losses = {name: summary[name]["loss"] for name in rows}
-        _write(rows[trained] / "README.md", _card(trainer, origin, losses))
+        summary = summarize(folders, trainer)
+        losses = {name: summary[name]["loss"] for name in folders}
+        _write(folders[trained] / "README.md", _card(trainer, origin, losses))
         _write_json(folder / "summary.json", summary)
         trainer.log.line(render_summary(summary))
     return processes.from_leader(summary)

@@ -1,4 +1,4 @@
-"""The summary of a run: what is measured of each of its models, and the table that is printed at the end.
+"""The summary of a run: measurements of each of its models, and the table that is printed at the end.
 
 Shapes: T tokens.
 """
@@ -17,14 +17,14 @@ from smolseek.planning import cache_bytes_per_token
 from smolseek.training.trainer import Trainer
 
 
-def summarize(rows: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
-    """Returns the summary of a run: for each name in `rows` what is measured of the model in that folder, and totals.
+def summarize(folders: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
+    """Returns the summary of a run: measurements of the model in each folder, by name, and totals.
 
     Quality is measured on the trainer's held-out text through stock transformers. MaxVio is that of the last
     DeepSeek-V3 model that is not the untrained conversion.
     """
     summary: dict[str, Any] = {}
-    for name, folder in rows.items():
+    for name, folder in folders.items():
         model = load(folder, device=str(trainer.device))
         summary[name] = _measure(model, folder, trainer)
         if isinstance(model, DeepseekV3) and name != "converted":

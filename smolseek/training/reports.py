@@ -1,4 +1,7 @@
-"""What a run reports while it trains: loss lines, metrics, held-out quality, samples. Shapes: E n_routed_experts."""
+"""What a run reports while it trains: loss lines, metrics, held-out quality, samples.
+
+Shapes: E n_routed_experts.
+"""
 
 from __future__ import annotations
 
