@@ -40,7 +40,7 @@ SHORT = {
 NOT_RUN = {
     r"make ": "makes an environment; tests/test_run.py runs the recipe",
     r"(python -m )?pip ": "installs packages",
-    r"torchrun ": "several processes: tests/training/test_parallel.py",
+    r"torchrun ": "several processes: tests/training/test_processes.py",
     r".* --device cuda": "needs a GPU",
     r".*\b(smollm2|scratch)-135m\.yaml": "its text is streamed from the hub",
     r".* --tasks ": "the tasks' data is on the hub: tests/evaluation/test_tasks.py",
