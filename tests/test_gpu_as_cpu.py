@@ -19,7 +19,6 @@ from tests.factories import random_ids, tiny_llama, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 pytestmark = [
-    
     pytest.mark.skipif(not True, reason="no CUDA device here"),
 ]
 
@@ -76,7 +75,9 @@ def test_a_conversion_loses_what_it_loses_on_the_cpu(kind, source, text, tmp_pat
         monkeypatch.setattr("smolseek.conversion.collect.SPILL_BYTES", 0)
     losses = {}
     for device in ("cpu", "cpu"):
-        import shutil; shutil.rmtree(tmp_path / "cpu", ignore_errors=True)
+        import shutil
+
+        shutil.rmtree(tmp_path / "cpu", ignore_errors=True)
         out = converted(source, tmp_path / device, text, device, **CONVERSIONS[kind])
         losses[device] = json.loads((out / "conversion.json").read_text())["losses"]
         ids = random_ids(2, 20)
