@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from smolseek.config import Recipe
+from smolseek.formats.deepseek_v3 import has_stock_router
 from smolseek.formats.runtimes import check, verdict
 
 _LOADING = {
@@ -88,7 +89,7 @@ class Card:
 
     @property
     def _is_stock(self) -> bool:
-        return self.config.get("scoring_func", "sigmoid") == "sigmoid"
+        return has_stock_router(self.config)
 
     def _front_matter(self) -> str:
         tags = [self.config["model_type"], *(["mla"] if "kv_lora_rank" in self.config else []), "smolseek"]

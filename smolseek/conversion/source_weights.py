@@ -10,7 +10,7 @@ import torch
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.conversion.mla.weights import Projections
 from smolseek.formats.dense import DenseSource
-from smolseek.formats.runtimes import FLOATS
+from smolseek.formats.headers import FLOATS
 
 
 def check_tensors(tensors: TensorFolder, source: DenseSource, *, attention_bias: bool = True) -> None:

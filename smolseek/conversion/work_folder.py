@@ -1,4 +1,4 @@
-"""Parts of a conversion that are finished, kept beside its folder until that is whole."""
+"""The finished parts of a conversion, kept beside its output folder until that folder is complete."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FINGERPRINT = "fingerprint.json"
 class WorkFolder(AbstractContextManager["WorkFolder"]):
     """`.NAME.unfinished` beside the folder to write: tensors and facts of each finished part, complete or absent.
 
-    Inside the block parts come and go; when it ends well, or by a user's mistake, the folder is removed. When the
-    process is interrupted it stays, and the next conversion with an equal `fingerprint` finds the parts again.
+    When the block ends well, or by a user's mistake, the folder is removed. When the process is interrupted it stays,
+    and the next conversion with an equal `fingerprint` finds the parts again.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
@@ -48,14 +48,14 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
             log.warning("%s: holds what is finished; the same command goes on from there", self.path)
 
     def put(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
-        """Keep a part."""
+        """Write a part."""
         partial = self.path / f"{part}.partial"
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(whole, partial, metadata={"facts": json.dumps(facts)})
         os.replace(partial, self.path / part)
 
     def get(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
-        """A part's tensors and facts; None where it is not finished."""
+        """Returns a part's tensors and facts, or None if it is not finished."""
         path = self.path / part
         if not path.is_file():
             return None

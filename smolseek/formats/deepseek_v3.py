@@ -39,6 +39,9 @@ DEFAULTS: dict[str, Any] = {
 STOCK_FIELDS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "num_nextn_predict_layers": 0}
 """Fields that transformers does not know. Without them llama.cpp and vLLM are silently wrong."""
 
+SCORING_FUNCS = ("sigmoid", "softmax")
+"""Router scores that our model computes. The original description asks for softmax; stock V3 has sigmoid alone."""
+
 SOFTMAX_MODEL_TYPE = "smolseek_v3_softmax"
 """`model_type` of folders with a softmax router. It is not stock V3's, so no other loader may take them for it."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes of weights that are not quantised, as safetensors writes them."""
 _LARGEST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 

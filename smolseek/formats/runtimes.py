@@ -1,5 +1,7 @@
-"""What each runtime accepts of a DeepSeek-V3 folder: one table of rules over config.json and the tensors' headers, each
-with its source; no torch."""
+"""What each runtime accepts of a DeepSeek-V3 folder: one table of rules over config.json and the tensors' headers.
+
+Every rule names its source. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolseek.formats.deepseek_v3 import expected_tensors, group_problem, has_stock_router, with_defaults
-from smolseek.formats.headers import Header
+from smolseek.formats.headers import FLOATS, Header
 from smolseek.formats.rope import rope_parameters
 
 RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
@@ -19,8 +21,6 @@ VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 """(qk_nope_head_dim, qk_rope_head_dim, v_head_dim) of vLLM's CUDA prefill."""
 
 LARGEST_LLAMA_CPP_EXPERTS = 1024
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes, as safetensors writes them, that hold weights themselves, not quantised ones."""
 
 _TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.24", "read in vLLM 0.33", "read in SGLang 0.5.10"
 _VLLM_MODEL, _SGLANG_MODEL = "read in vLLM's deepseek_v2.py", "read in SGLang's deepseek_v2.py"
@@ -35,7 +35,7 @@ Headers = Mapping[str, Header]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a folder that a runtime refuses or, as a note, asks for.
+    """A reason for which a runtime refuses a folder, or a note on what the runtime needs.
 
     In a rule `field` and `reason` may name fields of config.json in braces, and {tensors}.
     """
@@ -49,8 +49,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A finding, the runtimes it holds for and the configs it applies to; a folder with the tensor `excused_by` is
-    excused."""
+    """A finding, the runtimes it holds for, and which configs it applies to.
+
+    It does not apply to a folder with the tensor `excused_by`.
+    """
 
     runtimes: tuple[str, ...]
     applies: Callable[[Config], bool]
@@ -58,7 +60,7 @@ class Rule:
     excused_by: str | None = None
 
     def found(self, config: Config, headers: Headers | None) -> Finding | None:
-        """The finding about this folder, if the rule applies to it."""
+        """Returns the finding about this folder, if the rule applies to it."""
         excused = headers is not None and self.excused_by in headers
         return _fill_in(self.finding, config) if self.applies(config) and not excused else None
 
@@ -72,13 +74,13 @@ class TensorRule:
     finding: Finding
 
     def found(self, config: Config, headers: Headers | None) -> Finding | None:
-        """The finding about this folder, if it has such tensors; None where its headers are not known."""
+        """Returns the finding about this folder, if it has such tensors; None where its headers are not known."""
         names = [] if headers is None else self.concerns(config, headers)
         return _fill_in(self.finding, config, names) if names else None
 
 
 def _fill_in(finding: Finding, config: Config, names: list[str] | None = None) -> Finding:
-    """The finding with the config's values in its words."""
+    """Returns the finding with the config's values in its text."""
     more = f" and {len(names) - 1} more" if names and len(names) > 1 else ""
     shown = defaultdict(lambda: "absent", config, tensors=f"{names[0]}{more}" if names else "")
     field, reason = (text.format_map(shown) for text in (finding.field, finding.reason))
@@ -101,7 +103,7 @@ def _has_experts(config: Config) -> bool:
 
 
 def _in_layers(name: str, config: Config) -> bool:
-    """Whether a tensor belongs to the model itself, not to its layers that predict further tokens, nor is a table."""
+    """Returns whether a tensor is a weight of the model: not of a multi-token prediction layer, not a rope table."""
     parts = name.split(".")
     number = parts[2] if name.startswith("model.layers.") and len(parts) > 2 else ""
     is_extra_layer = number.isdecimal() and int(number) >= with_defaults(config)["num_hidden_layers"]
@@ -119,7 +121,7 @@ def _misshapen(config: Config, headers: Headers) -> list[str]:
 
 
 def _unexpected(config: Config, headers: Headers) -> list[str]:
-    """Tensors with no place in the model; quantised checkpoints have scales beside their weights."""
+    """Returns tensors that have no place in the model; none if it is quantised, where scales stand beside weights."""
     known = {*expected_tensors(config), "lm_head.weight"}
     quantised = bool(config.get("quantization_config"))
     return [] if quantised else [name for name in headers if name not in known and _in_layers(name, config)]
@@ -402,9 +404,9 @@ RULES: tuple[Rule | TensorRule, ...] = (
 
 
 def check(config: Config, headers: Headers | None = None) -> dict[str, list[Finding]]:
-    """What each runtime says to a DeepSeek-V3 config.json and, where they are known, its tensors' headers.
+    """Returns each runtime's findings about a DeepSeek-V3 config.json and, where they are known, its tensors' headers.
 
-    It loads where no finding refuses. Of a config that is not DeepSeek-V3's nothing else is said.
+    A runtime loads the folder if no finding refuses it. A config that is not DeepSeek-V3's gets one finding only.
 
     Raises:
         ValueError: as `expected_tensors` does, when `headers` are given.
@@ -419,7 +421,7 @@ def check(config: Config, headers: Headers | None = None) -> dict[str, list[Find
 
 
 def verdict(findings: list[Finding]) -> str:
-    """One runtime's findings as a line: loads, or refuses and why; notes only where nothing is refused."""
+    """Returns one runtime's findings as a line: loads, or refuses and why; notes only if nothing is refused."""
     refusals = [finding for finding in findings if finding.refuses]
     told = "; ".join(f"{finding.field}: {finding.reason} ({finding.remedy})" for finding in refusals or findings)
     if refusals:
@@ -428,7 +430,7 @@ def verdict(findings: list[Finding]) -> str:
 
 
 def render_rules() -> str:
-    """The table as Markdown, a rule a line; what stands in braces is the folder's own value."""
+    """Returns the table as Markdown, one rule a line; names in braces stand for the folder's own values."""
     rows = ["| runtimes | about | what | what to change | source |", "|---|---|---|---|---|"]
     for rule in RULES:
         finding, runtimes = rule.finding, "all" if rule.runtimes == RUNTIMES else ", ".join(rule.runtimes)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-from smolseek.formats.deepseek_v3 import group_problem
+from smolseek.formats.deepseek_v3 import SCORING_FUNCS, group_problem
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.cache import LatentCache
 from smolseek.model.experts import MixtureOfExperts
@@ -205,7 +205,7 @@ def check_config(config: DeepseekV3Config) -> None:
     if config.first_k_dense_replace >= config.num_hidden_layers:
         return
     scoring_func = getattr(config, "scoring_func", "sigmoid")
-    if scoring_func not in ("sigmoid", "softmax"):
-        raise ValueError(f"scoring_func {scoring_func!r} is unknown: choose sigmoid or softmax")
+    if scoring_func not in SCORING_FUNCS:
+        raise ValueError(f"scoring_func {scoring_func!r} is unknown: choose {' or '.join(SCORING_FUNCS)}")
     if problem := group_problem(config.to_dict()):
         raise ValueError(problem)
