@@ -1,13 +1,16 @@
-"""Does balancing by biases balance, and cost nothing? One model, one text, one order of batches; the balancing differs.
+"""Does balancing by biases balance the experts, at no cost? Runs that differ only in their balancing.
 
 python benchmarks/balance.py [SOURCE] [--train TEXT ... --held-out TEXT ...] [--steps N] [--seeds 0 1 2] [--out NAME]
 
-The dense source gets experts once; the routing biases that the conversion set are put back to zero, so that every run
-starts unbalanced, as a router learns to be when nothing holds it. MaxVio is that of the worst layer: over all held-out
-tokens, and beside it the mean over batches of the size that a step trains on, whose noise floor is higher. An expert is
-dead that takes less than 1% of its fair share of the held-out tokens. `shuffled` is by how much the held-out loss rises
-when each token goes to random experts: 0 where routing means nothing, and such routers balance for free. Every run is a
-JSON line as soon as it is measured: the same command goes on where it stopped, within a run at its last checkpoint.
+The dense source is converted to experts once. The routing biases that the conversion found are set to zero, so every
+run starts unbalanced, as routers become when nothing balances them. MaxVio is that of the worst layer, over all
+held-out tokens; beside it is the mean over batches as large as a training step's, whose noise floor is higher. An
+expert is dead if it takes less than 1% of its fair share of the held-out tokens. `shuffled` is the rise of the held-out
+loss when each token goes to random experts. It is 0 where routing has no meaning, and such routers balance at no cost.
+Every run is written as a JSON line once it is measured: the same command goes on where it stopped, within a run at its
+last checkpoint.
+
+Shapes: B windows, L layers with experts, E n_routed_experts, N tokens in one row.
 """
 
 from __future__ import annotations
@@ -54,12 +57,12 @@ class Comparison:
     train: tuple[str, ...] = ("builtin:python",)
     """Text to train on and to calibrate the conversion with."""
     held_out: tuple[str, ...] = ()
-    """Text to measure on; none: the share of the training text that no run reads."""
+    """Text to measure on; none: the part of the training text that is held out."""
     methods: tuple[str, ...] = ("nothing", "sign", "proportional", "quantile", "loss:1e-3", "loss:1e-2")
-    """nothing; a rule of the bias updates, perhaps with its u (sign:3e-3); loss:WEIGHT, the auxiliary loss over the
-    batch without bias updates; or sequence:WEIGHT, sign updates with the sequence-wise loss."""
+    """What balances: nothing; a rule of the bias updates, optionally with its speed (sign:3e-3); loss:WEIGHT, the
+    auxiliary loss over the batch without bias updates; or sequence:WEIGHT, sign updates with the sequence-wise loss."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its own order of batches."""
+    """Each draws another order of batches."""
     steps: int = 600
     """Optimizer steps of a run."""
     batch_windows: int = 8
@@ -71,15 +74,15 @@ class Comparison:
     text_tokens: int = 65536
     """Held-out tokens."""
     experts: Literal["carve", "upcycle"] = "carve"
-    """Where the experts come from: a router fitted to the neurons it divides, or copies that training tells apart."""
+    """How experts are made: carved neurons with a fitted router, or copies that only training makes different."""
     active: float = 0.5
-    """Share of the neurons that a token meets (carve). MaxVio cannot pass E / K - 1, so more would hide imbalance."""
+    """Share of the neurons that a token meets (carve). MaxVio is at most E / K - 1: a larger share hides imbalance."""
     cache: float | None = None
     """Share of the source's cache to keep; none: the conversion's own choice."""
     refine_steps: int = 100
     """Layer-wise steps of the conversion."""
     pictures: tuple[str, ...] = ("nothing", "sign")
-    """Methods whose load of every expert over the first seed's run is drawn."""
+    """Methods for which a picture shows every expert's load over the first seed's run."""
     out: str = "run"
     """NAME in results/DATE-balance-NAME.md."""
     results: Path = Path(__file__).parent / "results"
@@ -89,10 +92,10 @@ class Comparison:
 
 
 def train_settings(method: str, mine: Comparison) -> TrainSettings:
-    """The recipe's `train` of one method.
+    """Returns the recipe's `train` for one method.
 
     Raises:
-        ValueError: a method of another form.
+        ValueError: the method is none of those above.
     """
     kind, _, number = method.partition(":")
     try:
@@ -127,7 +130,7 @@ def train_settings(method: str, mine: Comparison) -> TrainSettings:
 
 
 def compare(mine: Comparison) -> Rows:
-    """Train and measure whatever of the comparison is not measured yet."""
+    """Train and measure everything in the comparison that has no row yet."""
     for method in mine.methods:
         train_settings(method, mine)
     rows = Rows(mine.results, f"balance-{mine.out}", mine, free=("seeds", "methods", "pictures", "results", "work"))
@@ -150,7 +153,7 @@ def compare(mine: Comparison) -> Rows:
 
 
 def _converted(mine: Comparison, folder: Path) -> Path:
-    """The source with experts; an interrupted conversion goes on."""
+    """Convert the source to experts if that is not done yet; an interrupted conversion goes on."""
     if not folder.exists():
         settings = ConvertSettings(
             calibration=mine.train,
@@ -165,7 +168,7 @@ def _converted(mine: Comparison, folder: Path) -> Path:
 
 
 def _trainer(mine: Comparison, start: Path, method: str, seed: int, folder: Path) -> Trainer:
-    """The run of one method, its biases at zero, at its last checkpoint if there is one."""
+    """Returns the run of one method, from biases of zero, or at its last checkpoint if there is one."""
     model = load(start)
     for router in routers(model):
         router.e_score_correction_bias.zero_()
@@ -182,7 +185,7 @@ def _trainer(mine: Comparison, start: Path, method: str, seed: int, folder: Path
 
 
 def _train(trainer: Trainer) -> Row:
-    """Trains to the end; what the run logged and what is measured then."""
+    """Train to the end; returns what the run logged and what is measured afterwards."""
     trainer.fit(Watcher())
     lines = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "maxvio" in line]
@@ -196,7 +199,7 @@ def _train(trainer: Trainer) -> Row:
 
 
 def measure(trainer: Trainer) -> Row:
-    """Loss, balance and the worth of routing on the held-out text."""
+    """Returns loss, balance and the loss with shuffled routing, all on the held-out text."""
     model, windows = trainer.model, []
     take_expert_counts(model)
     quality = measure_quality(
@@ -205,36 +208,36 @@ def measure(trainer: Trainer) -> Row:
         trainer.held_out.text_bytes,
         on_window=lambda done, count: windows.append([counts_E for _, counts_E in take_expert_counts(model)]),
     )
-    counts_WLE = torch.stack([torch.stack(layers) for layers in windows])
+    counts_BLE = torch.stack([torch.stack(layers) for layers in windows])
     with shuffled_routing(model):
         shuffled = trainer.measure(model)
     take_expert_counts(model)
     per_batch = max(1, round(trainer.step_tokens * len(windows) / len(trainer.held_out.ids_T)))
-    fair_L1 = counts_WLE.sum(0).double().mean(1, keepdim=True)
+    fair_L1 = counts_BLE.sum(0).double().mean(1, keepdim=True)
     return {
         "loss": quality.loss,
         "shuffled_loss": shuffled.loss,
-        "maxvio": worst(counts_WLE.sum(0)),
-        "maxvio_batch": statistics.mean(worst(part.sum(0)) for part in counts_WLE.split(per_batch)),
-        "dead": int((counts_WLE.sum(0) < DEAD * fair_L1).sum()),
-        "expert_layers": counts_WLE.shape[1],
-        "experts_per_layer": counts_WLE.shape[2],
+        "maxvio": worst(counts_BLE.sum(0)),
+        "maxvio_batch": statistics.mean(worst(part.sum(0)) for part in counts_BLE.split(per_batch)),
+        "dead": int((counts_BLE.sum(0) < DEAD * fair_L1).sum()),
+        "expert_layers": counts_BLE.shape[1],
+        "experts_per_layer": counts_BLE.shape[2],
     }
 
 
 def worst(counts_LE: Tensor) -> float:
-    """MaxVio of the worst layer."""
+    """Returns the MaxVio of the worst layer."""
     return max(max_violation(counts_E) for counts_E in counts_LE)
 
 
 def routers(model: torch.nn.Module) -> list[TopkRouter]:
-    """The routers, first layer first."""
+    """Returns the routers, first layer first."""
     return [module for module in model.modules() if isinstance(module, TopkRouter)]
 
 
 @contextlib.contextmanager
 def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, every token goes to random experts (groups stay whole), weighed by its scores for them."""
+    """Sends every token to random experts inside the block, by groups as always, weighed by its own scores."""
     generator = torch.Generator().manual_seed(0)
 
     def at_random(router: TopkRouter) -> Any:
@@ -253,7 +256,7 @@ def shuffled_routing(model: torch.nn.Module) -> Iterator[None]:
 
 
 def report(rows: Rows, mine: Comparison, command: str) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     first = rows.rows[0]
     experts = f"{first['experts_per_layer']} experts in each of {first['expert_layers']} layers"
     about = (
@@ -289,7 +292,7 @@ def _late(curve: list[tuple[int, float]]) -> float:
 
 
 def plot(rows: Rows, mine: Comparison, path: Path) -> None:
-    """MaxVio of the global batch over the run, a line a method: the mean over seeds, smoothed over a twentieth."""
+    """Plot MaxVio of the global batch over the run, a line for each method: the mean over seeds, smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
