@@ -246,10 +246,8 @@ def _measure_baselines(
     models = {split: x_ecomla(bench.dense.model, bench.config, windows_BT, split) for split in splits}
     best = min(splits, key=lambda split: mean_loss(models[split], windows_BT))
     about |= {"split": f"{best.rank}+{best.rope}", "seconds": time.perf_counter() - start}
-    for row in [
-        *rows,
-        about | {"what": SVD} | _measure_written(bench, models[best]),
-    ]:  # all or none
+    rows.append(about | {"what": SVD} | _measure_written(bench, models[best]))
+    for row in rows:  # only now, so that an interruption leaves all of them or none
         bench.kept.add(**row)
 
 
