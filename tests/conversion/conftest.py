@@ -19,7 +19,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def teacher():
-    """The same, frozen."""
+    """The same dense model, frozen."""
     return tiny_llama().requires_grad_(False)
 
 
@@ -31,7 +31,7 @@ def angles(dense):
 
 @pytest.fixture
 def fp32(monkeypatch):
-    """Products in fp32 wherever the test runs, as in the slow versions that it compares with."""
+    """Products in fp32 on every machine, as in the slow versions that the tests compare with."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
 
 

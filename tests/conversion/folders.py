@@ -1,4 +1,4 @@
-"""Tiny folders to convert, and what stock transformers makes of one."""
+"""Tiny folders to convert, and how stock transformers reads them."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def edit(folder, **changes):
 
 
 def stock(folder):
-    """Returns the folder's model in stock transformers, which must find every tensor and no other."""
+    """Returns the folder's model in stock transformers, which must find every tensor and no others."""
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     return model.eval()

@@ -1,4 +1,4 @@
-"""Folder to folder, through unmodified transformers."""
+"""Whole conversions, folder to folder, read by unmodified transformers."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_refinement_brings_the_logits_nearer_stage_by_stage(source, quick, text,
         errors.append(float((logits(stock(out), text) - dense).square().mean()))
     assert errors[0] > errors[1] > errors[2]
     report = json.loads((out / "conversion.json").read_text())
-    losses = report["losses"]  # of random weights, which know no text: nearer to the dense model is not lower
+    losses = report["losses"]  # random weights predict no text, so the losses need not fall
     assert set(losses) == {"dense", "closed_form", "refined", "distilled"} and min(losses.values()) > 0
     assert all(layer["attention_error_refined"] < layer["attention_error"] for layer in report["layers"])
     assert "distilled" in (out / "README.md").read_text()
@@ -77,7 +77,7 @@ def test_carving_leaves_fewer_active_neurons_and_refinement_wins_back(exact, sou
         model = stock(out)
         torch.testing.assert_close(logits(smolseek.load(out), text), logits(model, text), rtol=1e-3, atol=1e-3)
         errors.append(float((logits(model, text) - dense).square().mean()))
-    if not exact:  # there the closed form loses next to nothing
+    if not exact:  # with exact attention the closed form loses next to nothing
         assert errors[0] > errors[1]
     config = json.loads((out / "config.json").read_text())
     met = config["n_shared_experts"] + config["num_experts_per_tok"]
@@ -119,7 +119,7 @@ def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, m
 
 
 def test_one_kv_head_with_full_rope_and_rank_loses_only_what_the_norm_does(tmp_path, quick, text):
-    """All scores are kept; the error left is the latent's, which is as wide as keys and values."""
+    """The slots keep all scores; only the latent's norm loses something, for it is as wide as keys and values."""
     single = write_source(tmp_path / "single", num_key_value_heads=1)
     out = convert(single, tmp_path / "out", settings=quick(kv_lora_rank=16, qk_rope_head_dim=8))
     report = json.loads((out / "conversion.json").read_text())
@@ -137,7 +137,7 @@ def test_exact_conversion_keeps_the_logits(changes, quick, text, tmp_path):
 
 
 def test_the_exact_form_can_be_trained(source, text, tmp_path):
-    """Its large constant is out of reach of the first steps."""
+    """The first steps of training do not move its large constant."""
     model = smolseek.load(convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))).train()
     ids = tiny_tokenizer()(Path(text).read_text()[:2000], return_tensors="pt")["input_ids"][:, :64]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -196,7 +196,7 @@ def test_mistral_without_a_window_converts(source, quick, text, tmp_path):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not beside the checkout")
 def test_stories260k_keeps_its_sense_at_half_its_cache(tmp_path):
-    """Half the cache, little calibration text; the limits leave room around what was measured."""
+    """Half the cache and little calibration text; the limits leave room around the measured values."""
     from smolseek.data import calibration_windows
 
     source, text = DATA / "stories260K", str(DATA / "text" / "tinystories-train.txt")
