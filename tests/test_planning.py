@@ -134,7 +134,7 @@ def test_costs_grow_with_the_work() -> None:
     [("135M", 30, 1.56), ("1.7B", 24, 12.84), ("1.7B", 2, 4.19)],
 )
 def test_memory_to_convert_is_what_was_measured(shape: str, layers: int, measured_gb: float) -> None:
-    """Peaks from benchmarks/results: moments in memory, moments in files, and a fit that needs more than calibration."""
+    """Peaks from benchmarks/results: moments in memory, in files, and a fit that needs more than calibration."""
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32}
     source = SMOLLM2_135M | (wide if shape == "1.7B" else {}) | {"num_hidden_layers": layers}
     memory = plan(source, ConvertSettings(), FAST_COMPUTE).convert.memory_bytes
