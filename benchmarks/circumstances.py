@@ -1,4 +1,4 @@
-"""Where and from what a result was measured, in the words of every report."""
+"""The command, machine and versions of a measurement, as every report states them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 
 def command_line() -> str:
-    """The command line of this process, from the repository's root."""
+    """Returns the command line of this process, from the repository's root."""
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def circumstances() -> str:
-    """Machine, threads, versions and commit, one sentence."""
+    """Returns machine, threads, versions and commit in one sentence."""
     git = subprocess.run(
         ["git", "log", "-1", "--format=%h (%s)"], cwd=Path(__file__).parent, capture_output=True, text=True
     )

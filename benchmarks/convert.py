@@ -2,8 +2,9 @@
 
 python benchmarks/convert.py [--shape 1.7B] [--tokenizer FOLDER] [--experts none carve upcycle] ...
 
-Neither memory nor the time of the decompositions depends on the weights, and memory depends on the steps and the
-windows as little; the short defaults show it. Linux only: a stage's peak is the kernel's own, set back as it begins.
+The weights change neither the memory nor the time of the decompositions, and the numbers of steps and windows do not
+change the memory. The defaults are therefore short. Linux only: a stage's peak is the kernel's count, reset when the
+stage begins.
 """
 
 from __future__ import annotations
@@ -27,10 +28,9 @@ from circumstances import circumstances, command_line
 from smolseek.checkpoint.folder import FolderWriter
 from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
-from smolseek.conversion.sources import expected_tensors
-from smolseek.conversion.target import read_source
 from smolseek.data.tokenizer import train_tokenizer
-from smolseek.planning import Cost, count_parameters, measure_machine, plan
+from smolseek.formats.dense import read_source
+from smolseek.planning import Cost, measure_machine, plan
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -68,17 +68,17 @@ class Measurement:
     shape: Literal["135M", "1.7B"] = "135M"
     """SmolLM2's."""
     layers: int | None = None
-    """Fewer layers than that."""
+    """Number of layers; none: as many as that shape has."""
     tokenizer: Path | None = None
-    """Folder with a tokenizer.json; none: one of bytes alone, which needs more text for as many tokens or fewer."""
+    """Folder with a tokenizer.json; none: a tokenizer of single bytes, which needs more text."""
     calibration: tuple[str, ...] = ("builtin:python",)
     """Text for the conversion."""
     calibration_windows: int = 4
     """Windows for the moments."""
     refine_steps: tuple[int, ...] = (0, 2)
-    """Layer-wise steps, a conversion each."""
+    """Layer-wise steps; one conversion for each."""
     experts: tuple[Literal["none", "carve", "upcycle"], ...] = ("none",)
-    """MLPs, each with each number of steps."""
+    """Kinds of MLPs; each is converted with each number of steps."""
     threads: int | None = None
     """Threads of a conversion; none: torch's choice."""
     out: str | None = None
@@ -90,10 +90,10 @@ class Measurement:
 
 
 def write_checkpoint(config: dict[str, Any], folder: Path, tokenizer: Path | None) -> None:
-    """A random bf16 checkpoint, a shard at most in memory."""
+    """Write a random bf16 checkpoint; at most one shard is in memory."""
     generator = torch.Generator().manual_seed(0)
     with FolderWriter(folder, force=True) as writer:
-        for name, shape in expected_tensors(read_source(config)):
+        for name, shape in read_source(config).tensors().items():
             random = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
             writer.add(name, torch.ones_like(random) if name.endswith("norm.weight") else random)
         writer.write_json("config.json", config)
@@ -114,12 +114,12 @@ class Stages:
         self.begin("read, calibrate")
 
     def begin(self, stage: str) -> None:
-        """End the stage before; a stage that goes on by steps stays one."""
+        """End the stage before, unless it is the same one."""
         if self.rows and self.rows[-1]["stage"] == stage:
             return
         self.end()
         self.rows.append({"stage": stage, "seconds": -time.perf_counter()})
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at the present use
 
     def end(self) -> None:
         """End the last stage."""
@@ -129,13 +129,13 @@ class Stages:
 
 
 def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
-    """Memory of this process now, or its peak."""
+    """Returns the bytes that this process has in memory now, or its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def measure(source: str, out: str, threads: int | None, fields: dict[str, Any]) -> Row:
-    """Convert here; memory is above what is resident after the imports."""
+    """Convert in this process; returns seconds and peaks, less the memory in use after the imports."""
     if threads:
         torch.set_num_threads(threads)
     _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoTokenizer  # lazy imports
@@ -156,7 +156,7 @@ def measure(source: str, out: str, threads: int | None, fields: dict[str, Any]) 
 
 
 def measure_all(mine: Measurement, config: dict[str, Any]) -> Iterator[Row]:
-    """One conversion after the other."""
+    """Returns a row for each conversion, one after the other."""
     source = mine.work / "source"
     write_checkpoint(config, source, mine.tokenizer)
     for experts in mine.experts:
@@ -178,8 +178,8 @@ def measure_all(mine: Measurement, config: dict[str, Any]) -> Iterator[Row]:
 
 
 def report(mine: Measurement, config: dict[str, Any], rows: list[Row]) -> str:
-    """Markdown: each conversion by stage, and what `smolseek plan` said it would take."""
-    weights = 4 * count_parameters(read_source(config) | config)[0]
+    """Returns Markdown: each conversion by stage, and the cost that `smolseek plan` predicted."""
+    weights = 4 * read_source(config).parameters()
     lines = [
         f"# Cost of converting, {mine.out or mine.shape}, {datetime.date.today()}",
         f"`{command_line()}`\n\n{circumstances()}",

@@ -1,10 +1,10 @@
-"""How well a conversion keeps the model: ours by stage and the published baselines, at every size, on any source.
+"""How well a conversion keeps the model: our stages and the published baselines, at every size, on any source.
 
 python benchmarks/convert_quality.py SOURCE --calibration TEXT ... --held-out TEXT ... [--other-domain TEXT ...]
 
 Perplexity is the project's own (`measure_quality`), through stock transformers from the written folder, on text that no
-conversion saw; KL to the dense model is on text of another domain. Every measurement is a JSON line beside the report
-as soon as it is made: the same command goes on where it stopped.
+conversion saw; KL to the dense model is on text of another domain. Every measurement is at once written as a JSON line
+beside the report, so the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokeni
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, SampleSettings, load_recipe, recipes_folder
 from smolseek.conversion.pipeline import convert
-from smolseek.conversion.target import read_source, target_config
+from smolseek.conversion.target import target_config
 from smolseek.data import calibration_windows
 from smolseek.data.packing import Packed, pack
 from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import measure_divergence, measure_quality
+from smolseek.formats.dense import read_source
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.run import run_recipe
 
@@ -55,7 +56,7 @@ class Comparison:
     source: tyro.conf.Positional[str]
     """Dense checkpoint: folder, hub id or builtin:base."""
     calibration: tuple[str, ...]
-    """Text that conversion and healing read."""
+    """Text for conversion and healing."""
     held_out: tuple[str, ...]
     """Text for perplexity; builtin:python is its held-out split, any other text must not be calibration text."""
     other_domain: tuple[str, ...] = ()
@@ -63,15 +64,15 @@ class Comparison:
     shares: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25)
     """Shares of the source's cache to keep."""
     sizes: tuple[str, ...] = ()
-    """Sizes RANK+ROPE in place of shares; the baselines then take these too, and otherwise their best of that total."""
+    """Sizes RANK+ROPE in place of shares, for baselines too; otherwise a baseline takes its best split of the total."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its own calibration windows, and everything else."""
+    """Each draws calibration windows, batches and everything else anew."""
     active: tuple[float, ...] = (0.75, 0.5)
     """Shares of the neurons that a token meets, for carving."""
     parts: tuple[Literal["attention", "carve", "upcycle"], ...] = ("attention", "carve", "upcycle")
-    """What to compare; carve and upcycle leave the attention exact."""
+    """What to compare; for carve and upcycle the attention is exact."""
     stages: tuple[Literal["closed", "refined", "distilled"], ...] = ("closed", "refined", "distilled")
-    """How far ours goes; healing starts from the last."""
+    """Stages of ours; healing starts from the last."""
     refine_steps: int | None = None
     """Layer-wise steps; none: the conversion's own number."""
     distill_steps: int | None = None
@@ -95,7 +96,7 @@ class Comparison:
 
 
 class Bench:
-    """What every measurement of one comparison shares: the dense model, the texts and the rows measured so far."""
+    """The dense model, the texts and the rows measured so far, shared by all measurements of one comparison."""
 
     def __init__(self, comparison: Comparison) -> None:
         both = set(comparison.calibration) & set(comparison.held_out) - {BUILTIN_TEXT}
@@ -105,7 +106,7 @@ class Bench:
         self.folder = resolve_folder(comparison.source)
         self.config = read_config(self.folder)
         self.source = read_source(self.config)
-        self.whole = 2 * self.source["num_key_value_heads"] * self.source["head_dim"]
+        self.whole = self.source.cache_numbers
         self.tokenizer = load_tokenizer(self.folder)
         self.dense = load_stock(self.folder)
         self.held_out_T, _, self.held_out_bytes = self._text(comparison.held_out)
@@ -120,7 +121,7 @@ class Bench:
         return pack(self.tokenizer, held_out_documents(settings), self.comparison.text_tokens)
 
     def measure(self, model: DeepseekV3 | StockModel) -> Row:
-        """Loss and perplexity on the held-out text, KL to the dense model on the other domain's."""
+        """Returns loss and perplexity on the held-out text, and KL to the dense model on the other domain's."""
         quality = measure_quality(model, self.held_out_T, self.held_out_bytes)
         row: Row = {"loss": quality.loss, "perplexity": quality.perplexity}
         if self.other_T is not None:
@@ -130,7 +131,7 @@ class Bench:
         return row
 
     def settings(self, seed: int, **fields: Any) -> ConvertSettings:
-        """Settings of one conversion of ours."""
+        """Returns the settings of one conversion of ours."""
         mine = self.comparison
         return ConvertSettings(
             calibration=mine.calibration,
@@ -142,19 +143,19 @@ class Bench:
         )
 
     def sizes(self) -> dict[str, dict[str, Any]]:
-        """Label of each cache size and the settings that ask for it."""
+        """Returns the label of each cache size and the settings for it."""
         if not self.comparison.sizes:
             return {f"{100 * share:g}%": {"cache": share} for share in self.comparison.shares}
         given = {}
         for label in self.comparison.sizes:
             rank, _, rope = label.partition("+")
-            if not (rank.isdecimal() and rope.isdecimal() and int(rope) and self.source["head_dim"] % int(rope) == 0):
+            if not (rank.isdecimal() and rope.isdecimal() and int(rope) and self.source.head_dim % int(rope) == 0):
                 raise ValueError(f"sizes {label}: must be RANK+ROPE, and ROPE must divide head_dim; for example 24+8")
             given[label] = {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(rope)}
         return given
 
     def stage_fields(self, stage: str) -> dict[str, Any]:
-        """Settings that stop ours after `stage`."""
+        """Returns settings that end a conversion after `stage`."""
         fields: dict[str, Any] = {"refine_steps": self.comparison.refine_steps}
         fields |= {"distill_steps": self.comparison.distill_steps if stage == "distilled" else 0}
         if stage == "closed":
@@ -162,6 +163,7 @@ class Bench:
         return {name: steps for name, steps in fields.items() if steps is not None}
 
     def stages(self) -> list[str]:
+        """Returns the stages to measure, in order."""
         return [stage for stage in STAGES if stage in self.comparison.stages]
 
 
@@ -169,7 +171,7 @@ class Bench:
 
 
 def compare(comparison: Comparison) -> Bench:
-    """Measure whatever of the comparison is not measured yet."""
+    """Measure everything in the comparison that has no row yet."""
     bench = Bench(comparison)
     if not bench.kept.find(what="dense"):
         bench.kept.add(
@@ -191,47 +193,47 @@ def compare(comparison: Comparison) -> Bench:
 
 
 def _compare_attention(bench: Bench, seed: int) -> None:
-    """Baselines and ours at every cache size."""
+    """Measure baselines and ours at every cache size."""
     mine = bench.comparison
-    windows_NT = calibration_windows(
+    windows_BT = calibration_windows(
         bench.tokenizer,
         mine.calibration,
         windows=mine.calibration_windows,
-        window_tokens=min(mine.calibration_window_tokens, bench.source["max_position_embeddings"]),
+        window_tokens=min(mine.calibration_window_tokens, bench.source.max_position_embeddings),
         separator=mine.separator,
         seed=seed,
     )
 
     @functools.cache
     def rotate(rope: int) -> TransMLA:  # the same at every rank
-        return TransMLA(bench.dense.model, bench.config, windows_NT, rope)
+        return TransMLA(bench.dense.model, bench.config, windows_BT, rope)
 
     for size, fields in bench.sizes().items():
-        target = target_config(bench.config, bench.settings(seed, **fields))
+        target = target_config(bench.source, bench.settings(seed, **fields))
         given = Sizes(target["kv_lora_rank"], target["qk_rope_head_dim"])
         print(f"cache {size}, seed {seed}: {given.rank} + {given.rope} numbers per token and layer", flush=True)
         if not supports(bench.dense.model):
             print("  no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
         elif not bench.kept.find(size=size, what=SVD, seed=seed):
-            _measure_baselines(bench, size, seed, windows_NT, rotate, [given] if mine.sizes else _splits(bench, given))
+            _measure_baselines(bench, size, seed, windows_BT, rotate, [given] if mine.sizes else _splits(bench, given))
         _compare_ours(bench, seed, "attention", size, fields)
 
 
 def _splits(bench: Bench, given: Sizes) -> list[Sizes]:
-    """The ways to spend as many numbers on rank and rope that the baselines can use: rope divides the head."""
-    head_dim, total = bench.source["head_dim"], sum(given)
+    """Returns the ways to divide the same total between rank and rope; baselines need a rope that divides the head."""
+    head_dim, total = bench.source.head_dim, sum(given)
     ropes = [head_dim // part for part in (1, 2, 4) if head_dim % (2 * part) == 0]
     return [Sizes(total - rope, rope) for rope in ropes if 1 <= total - rope <= bench.whole - rope]
 
 
 def _measure_baselines(
-    bench: Bench, size: str, seed: int, windows_NT: Tensor, rotate: Callable[[int], TransMLA], splits: list[Sizes]
+    bench: Bench, size: str, seed: int, windows_BT: Tensor, rotate: Callable[[int], TransMLA], splits: list[Sizes]
 ) -> None:
-    """Each published method at the split that is best for it on calibration text."""
+    """Measure each published method at its best split on the calibration text."""
     about = {"part": "attention", "size": size, "seed": seed, "numbers": sum(splits[0])}
     start = time.perf_counter()
     cuts = {split: rotate(split.rope).cut(split.rank) for split in splits}
-    best = min(splits, key=lambda split: mean_loss(cuts[split].repaired, windows_NT))
+    best = min(splits, key=lambda split: mean_loss(cuts[split].repaired, windows_BT))
     seconds, rotated, cut = time.perf_counter() - start, rotate(best.rope), cuts[best]
     about_transmla = about | {"split": f"{best.rank}+{best.rope}", "fold": rotated.fold, "seconds": seconds}
     memory = {
@@ -242,15 +244,16 @@ def _measure_baselines(
     for what, model in ((PUBLISHED, cut.published), (REPAIRED, cut.repaired)):
         rows.append(about_transmla | {"what": what} | _measure_written(bench, model))
     start = time.perf_counter()
-    models = {split: x_ecomla(bench.dense.model, bench.config, windows_NT, split) for split in splits}
-    best = min(splits, key=lambda split: mean_loss(models[split], windows_NT))
+    models = {split: x_ecomla(bench.dense.model, bench.config, windows_BT, split) for split in splits}
+    best = min(splits, key=lambda split: mean_loss(models[split], windows_BT))
     about |= {"split": f"{best.rank}+{best.rope}", "seconds": time.perf_counter() - start}
-    for row in [*rows, about | {"what": SVD} | _measure_written(bench, models[best])]:  # all or, interrupted, none
+    rows.append(about | {"what": SVD} | _measure_written(bench, models[best]))
+    for row in rows:  # only now, so that an interruption leaves all of them or none
         bench.kept.add(**row)
 
 
 def _measure_written(bench: Bench, model: DeepseekV3) -> Row:
-    """A model in memory, written as a stock folder and read by stock transformers."""
+    """Returns the row of a model that is written as a stock folder and read by stock transformers."""
     folder = bench.comparison.work / bench.comparison.out / "baseline"
     save(model, folder, tokenizer_from=bench.folder, force=True)
     row = bench.measure(load_for_evaluation(folder))
@@ -261,7 +264,7 @@ def _measure_written(bench: Bench, model: DeepseekV3) -> Row:
 def _compare_ours(
     bench: Bench, seed: int, part: str, size: str, fields: dict[str, Any], stages: list[str] | None = None
 ) -> None:
-    """Ours by stage, then healed from the last of them."""
+    """Measure ours after each stage, and healed after the last of them."""
     stages = stages or bench.stages()
     about: dict[str, Any] = {"part": part, "size": size, "seed": seed}
     healing = bool(bench.comparison.heal_steps) and not bench.kept.find(**about, what=HEALED)
@@ -290,17 +293,17 @@ def _compare_ours(
 
 @torch.inference_mode()
 def _logit_difference(bench: Bench, model: Any) -> float:
-    """The largest difference to the dense model's logits over eight windows of held-out text, in fp32."""
-    size = min(512, bench.source["max_position_embeddings"])
+    """Returns the largest difference of a logit to the dense model's, over eight windows of held-out text, in fp32."""
+    size = min(512, bench.source.max_position_embeddings)
     windows = bench.held_out_T[: 8 * size].split(size)
     return max(float((model(ids_T[None]) - bench.dense(ids_T[None])).abs().max()) for ids_T in windows)
 
 
 def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
-    """`start` trained by recipes/heal.yaml on the calibration text; the dense source itself by cross-entropy alone."""
+    """Train `start` by recipes/heal.yaml on the calibration text (the dense source by cross-entropy), and measure."""
     mine, control = bench.comparison, start == bench.folder
     heal = load_recipe(recipes_folder() / "heal.yaml")
-    builtin = BUILTIN_TEXT in mine.held_out  # its held-out split is what training leaves out by itself
+    builtin = BUILTIN_TEXT in mine.held_out  # training leaves out its held-out split anyway
     recipe = dataclasses.replace(
         heal,
         source=str(start),
@@ -315,7 +318,7 @@ def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
         train=dataclasses.replace(
             heal.train,
             steps=mine.heal_steps,
-            window_tokens=min(heal.train.window_tokens, bench.source["max_position_embeddings"]),
+            window_tokens=min(heal.train.window_tokens, bench.source.max_position_embeddings),
             warmup_steps=min(heal.train.warmup_steps, mine.heal_steps // 10),
             distill_weight=0.0 if control else heal.train.distill_weight,
             evaluate_every=mine.heal_steps,
@@ -334,7 +337,7 @@ def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
 
 
 def grouped(rows: list[Row], **about: Any) -> dict[tuple[str, str], list[Row]]:
-    """(size, what) to its rows, one a seed, in the order of measurement."""
+    """Returns the rows of each (size, what), one for each seed, in the order of measurement."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if about.items() <= row.items():
@@ -343,14 +346,16 @@ def grouped(rows: list[Row], **about: Any) -> dict[tuple[str, str], list[Row]]:
 
 
 def mean_and_spread(values: list[float], digits: int = 3) -> str:
-    """Mean, and behind ± half the distance from the lowest to the highest."""
+    """Returns the mean and, behind ±, half the distance from the lowest to the highest."""
     spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def excess_below(rows: list[Row], what: str) -> dict[str, float]:
-    """Per cache size, how far the excess loss of `what` (nats over dense) is below the best stock baseline's, as a
-    share of the latter; the mean over seeds."""
+    """Returns for each cache size how far the excess loss of `what` is below the best stock baseline's.
+
+    Excess loss is nats over the dense model. The difference is a share of the baseline's, averaged over seeds.
+    """
     dense = next(row["loss"] for row in rows if row["what"] == "dense")
     groups = grouped(rows, part="attention")
     below: dict[str, float] = {}
@@ -369,7 +374,7 @@ def excess_below(rows: list[Row], what: str) -> dict[str, float]:
 
 
 def report(bench: Bench, command: str) -> str:
-    """The whole comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     rows, mine = bench.rows, bench.comparison
     parts = [f"# Conversion quality: {mine.out}, {bench.lines.name[:10]}", _circumstances(bench, command)]
     titles = {
@@ -401,7 +406,7 @@ def _circumstances(bench: Bench, command: str) -> str:
 
 
 def _table(bench: Bench, part: str) -> Iterator[str]:
-    """Lines of one part's table, with the dense model above (and, where there is one, its control)."""
+    """Returns the lines of one part's table; the dense model and its control, if there is one, come first."""
     dense = bench.rows[0]["perplexity"]
     head = {"attention": "cache", "carve": "active", "upcycle": ""}[part]
     columns = [head, "", "rank + rope", "perplexity", "over dense", "KL, other domain", "same top token", "seconds"]
@@ -422,7 +427,7 @@ def _table(bench: Bench, part: str) -> Iterator[str]:
 
 
 def _excess_table(bench: Bench, below: dict[str, dict[str, float]]) -> Iterator[str]:
-    """Per size and on the mean over sizes, how far ours is below the best stock baseline (negative: above it)."""
+    """Returns a table: how far ours is below the best stock baseline (negative: above), by size and on average."""
     sizes = list(bench.sizes())
     yield "| | " + " | ".join(sizes) + " | mean |"
     yield "|" + "---|" * (len(sizes) + 2)
@@ -433,7 +438,7 @@ def _excess_table(bench: Bench, below: dict[str, dict[str, float]]) -> Iterator[
 
 
 def plot(bench: Bench, path: Path) -> None:
-    """Perplexity over dense against the share of the cache kept, a line a method, bars from lowest to highest seed."""
+    """Plot perplexity over dense against the share of the cache kept: a line for each method, bars over the seeds."""
     groups = grouped(bench.rows, part="attention")
     if not groups:
         return

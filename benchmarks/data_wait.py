@@ -1,10 +1,10 @@
-"""Does training wait for its text? The share of step time that goes by in `WindowStream.next` (issue 4, data).
+"""Does training wait for its text? The share of step time that is spent in `WindowStream.next`.
 
     python benchmarks/data_wait.py SOURCE TEXT [STEPS]
 
-Trains SOURCE (a folder, hub id or builtin:base) on TEXT twice, windows made ahead by the thread and made when asked
-for, and prints the share of waiting from metrics.jsonl (its first line, in which the shuffle buffer is filled, left
-out), steps per second, and how fast windows are made when nothing else is done.
+Trains SOURCE (a folder, hub id or builtin:base) on TEXT twice: with windows that a thread makes ahead, and with windows
+made on demand. Prints the share of waiting from metrics.jsonl (without its first line, when the shuffle buffer fills),
+steps per second, and how fast windows are made when nothing else runs.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from smolseek.training.watcher import Watcher
 
 
 class OnDemand(WindowStream):
-    """Windows made when they are asked for."""
+    """Windows made on demand."""
 
     def next(self, count: int) -> torch.Tensor:
-        """As always, without a thread."""
+        """Returns the next windows, without a thread."""
         if self._ahead is None:
             self._ahead = self.windows()  # type: ignore[assignment]
         return super().next(count)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     source, text, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     settings = TrainSettings(steps=int(rest[0]) if rest else 100, evaluate_every=10**9, checkpoint_every=10**9)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def tokens_per_second(recipe: Recipe) -> float:
-    """How fast one thread makes windows."""
+    """Returns the tokens per second that one thread turns into windows."""
     size = recipe.train.window_tokens + 1
     stream = WindowStream(load_tokenizer(str(recipe.source)), recipe.data, window_tokens=size, seed=0)
     windows = stream.windows()
@@ -67,7 +67,7 @@ def tokens_per_second(recipe: Recipe) -> float:
 
 
 def train(recipe: Recipe, kind: type[WindowStream]) -> tuple[list[float], float]:
-    """Shares of waiting by log line after the first, and steps per second over the same steps."""
+    """Returns the shares of waiting by log line after the first, and steps per second over the same steps."""
     with tempfile.TemporaryDirectory() as name:
         tokenizer: Any = load_tokenizer(str(recipe.source))
         trainer = Trainer(load(str(recipe.source)), tokenizer, recipe, Path(name))

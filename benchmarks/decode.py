@@ -2,11 +2,14 @@
 
 python benchmarks/decode.py [--experts] [--prompts 512 1024 4096] [--batches 1 8 64] [--device cuda] [--out NAME]
 
-SmolLM2-135M's shape with random weights, the dense one with grouped heads and a cache of 384 numbers per token and
-layer, V3 with 160; ours and transformers' V3 hold the same weights. Caches are filled with random numbers in place of
-a prefill, which decoding does not notice. The competitors take turns, round by round, in one process; a figure is the
-median over the rounds, the spread half their range. The limit is the time to read the active weights and the cache
-once at the memory bandwidth measured in the same process: no decoder of one token at a time can be faster.
+All models have SmolLM2-135M's shape and random weights. The dense one has grouped heads and a cache of 384 numbers per
+token and layer, V3 one of 160; ours and transformers' V3 have the same weights. Caches are filled with random numbers
+instead of a prefill: decoding takes the same time. The competitors take turns, round by round, in one
+process. A figure is the median over the rounds, its spread half their range. The limit is the time to read the active
+weights and the cache once, at the memory bandwidth measured in the same process: no decoder of one token at a time can
+be faster.
+
+Shapes: B sequences.
 """
 
 from __future__ import annotations
@@ -52,15 +55,15 @@ class Comparison:
     batches: tuple[int, ...] = (1,)
     """Sequences at once."""
     competitors: tuple[str, ...] = (OURS, INT8, V3, DENSE)
-    """Who runs; "dense, compiled" is transformers' static cache with torch.compile, and costs minutes to compile."""
+    """Competitors; "dense, compiled" is transformers' static cache with torch.compile, which compiles for minutes."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and caches."""
     experts: bool = False
-    """One shared and eight routed experts of 512 neurons, two of them per token, in place of the dense MLP."""
+    """Replace the dense MLP by one shared and eight routed experts of 512 neurons, two of them per token."""
     layers: int = 30
     """Layers of both models."""
     rounds: int = 5
-    """How often each takes its turn."""
+    """Turns of each competitor."""
     steps: int = 16
     """Tokens per turn and sequence."""
     threads: int | None = None
@@ -74,7 +77,7 @@ class Comparison:
 
 
 def configs(mine: Comparison) -> tuple[DeepseekV3Config, LlamaConfig]:
-    """SmolLM2-135M's shape as V3 at 42% of its cache, and as it is."""
+    """Returns SmolLM2-135M's shape as V3 with 42% of its cache, and as the dense Llama."""
     shared = {
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -109,7 +112,7 @@ def configs(mine: Comparison) -> tuple[DeepseekV3Config, LlamaConfig]:
 
 
 class Models:
-    """Every competitor's weights, made once."""
+    """The weights of every competitor, made once."""
 
     def __init__(self, mine: Comparison) -> None:
         torch.manual_seed(0)
@@ -131,7 +134,7 @@ class Models:
         self.active_bytes = _active_bytes(ours)
 
     def start(self, name: str, batch: int, prompt: int) -> Step:
-        """A step of one competitor behind a cache of `prompt` random tokens: (B, 1) ids to (B, 1) ids."""
+        """Returns one competitor's step, (B, 1) ids to (B, 1) ids, with `prompt` random tokens in its cache."""
         model, room = self.by_name[name], prompt + self.mine.steps + 2
         if name in (OURS, INT8):
             cache = model.new_cache(batch, room)
@@ -162,7 +165,7 @@ class Models:
 
 
 def _active_bytes(model: DeepseekV3) -> int:
-    """Bytes of the weights that one token reads: all but the embedding's rows and the experts that are not chosen."""
+    """Returns the bytes of the weights that one token reads: all but the embedding table and unchosen experts."""
     parameters = dict(model.named_parameters())
     total = sum(p.nbytes for p in parameters.values())  # the tied embedding counts once, as the head
     routed = sum(p.nbytes for name, p in parameters.items() if ".mlp.experts." in name)
@@ -170,7 +173,7 @@ def _active_bytes(model: DeepseekV3) -> int:
 
 
 def measure_bandwidth(device: str) -> float:
-    """Bytes per second read by a sum over 512 MiB, the best of ten."""
+    """Returns the bytes per second that a sum over 512 MiB reads, the best of ten."""
     numbers = torch.ones(128 * 2**20, device=device)
     seconds = []
     for _ in range(10):
@@ -181,7 +184,8 @@ def measure_bandwidth(device: str) -> float:
 
 
 @contextlib.contextmanager
-def _quiet_memory() -> Iterator[None]:
+def _no_garbage_collection() -> Iterator[None]:
+    """Collects garbage before the block, and none inside it."""
     gc.collect()
     gc.disable()
     try:
@@ -192,11 +196,11 @@ def _quiet_memory() -> Iterator[None]:
 
 @torch.inference_mode()
 def turn(step: Step, batch: int, steps: int, device: str) -> float:
-    """Seconds per step, after two that warm up."""
+    """Returns the seconds per step, after two steps of warm-up."""
     ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=device)
     for _ in range(2):
         ids_B1 = step(ids_B1)
-    with _quiet_memory():
+    with _no_garbage_collection():
         if device == "cuda":
             torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -207,7 +211,7 @@ def turn(step: Step, batch: int, steps: int, device: str) -> float:
 
 
 def compare(mine: Comparison) -> Rows:
-    """Measure whatever cell is not measured yet."""
+    """Measure every combination that has no row yet."""
     if mine.threads:
         torch.set_num_threads(mine.threads)
     rows = Rows(mine.results, f"decode-{mine.out}", mine, free=("prompts", "batches", "competitors", "results"))
@@ -237,7 +241,7 @@ def compare(mine: Comparison) -> Rows:
 
 
 def _limit(mine: Comparison, models: Models, name: str, batch: int, prompt: int) -> float:
-    """Bytes that a step must read: with a batch every expert may be met, so that its limit is of the chosen share."""
+    """Returns the bytes that a step must read, with the experts of one token; a batch may meet more of them."""
     numbers = 384 if name in (DENSE, COMPILED) else 160
     size = models.dtype.itemsize
     weights = (
@@ -251,7 +255,7 @@ def _limit(mine: Comparison, models: Models, name: str, batch: int, prompt: int)
 
 
 def report(mine: Comparison, rows: list[Row], command: str) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     shape = "one shared and eight routed experts of 512, two a token" if mine.experts else "dense MLPs"
     bandwidth = statistics.median(row["bandwidth"] for row in rows) / 1e9
     about = (

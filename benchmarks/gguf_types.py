@@ -1,8 +1,10 @@
-"""What each type of GGUF file costs: llama.cpp on exported folders against our own fp32 forward.
+"""What each type of GGUF file loses: llama.cpp on exported folders against our own fp32 forward pass.
 
 python benchmarks/gguf_types.py --folders v3 --texts held-out.txt [--out benchmarks/results/DATE-gguf.md]
 
-(Not gguf.py: beside this script that name would hide the gguf package.)
+(The name gguf.py would hide the gguf package from this folder.)
+
+Shapes: N tokens in one row, T tokens of one window, V vocab_size.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Types:
-    """Size, perplexity and distance from our fp32 logits of every type, on converted folders."""
+    """Measure every type on converted folders: size, perplexity and distance from our fp32 logits."""
 
     folders: tuple[str, ...]
     """Converted DeepSeek-V3 folders."""
@@ -58,7 +60,7 @@ class Types:
 
 @dataclass(frozen=True)
 class Cost:
-    """One type of one folder. KL(ours ‖ llama.cpp) and the largest difference of a logit are over every token."""
+    """One type of one folder; KL(ours ‖ llama.cpp) and the largest difference of a logit are over all tokens."""
 
     kind: str
     size_bytes: int
@@ -72,7 +74,7 @@ class Cost:
 
 
 def windows_of(folder: str, text: str, count: int) -> list[Tensor]:
-    """The first `count` windows of the held-out text, as `smolseek eval` cuts it."""
+    """Returns the first `count` windows of the held-out text, cut as in `smolseek eval`."""
     texts = {"train" if text == "builtin:python" else "held_out": (text,)}
     ids_T, *_ = pack(load_tokenizer(folder), held_out_documents(DataSettings(**texts)))  # type: ignore[arg-type]
     positions = transformers.AutoConfig.from_pretrained(resolve_folder(folder)).max_position_embeddings
@@ -81,7 +83,7 @@ def windows_of(folder: str, text: str, count: int) -> list[Tensor]:
 
 @torch.inference_mode()
 def measure(folder: str, windows: list[Tensor]) -> tuple[float, list[Cost]]:
-    """Our own loss, and what each type costs."""
+    """Returns our own loss, and the cost of each type."""
     model = load(folder)
     ours = [model(window_T[None])[0].float() for window_T in windows]
     costs = []
@@ -115,14 +117,14 @@ def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], t
 
 
 def _loss(windows: list[Tensor], logits: list[Tensor]) -> float:
-    """Nats per token, each token but a window's first predicted."""
+    """Returns nats per token; the first token of a window is not predicted."""
     pairs = list(zip(windows, logits, strict=True))
     total = sum(F.cross_entropy(logits_TV[:-1], window_T[1:], reduction="sum").item() for window_T, logits_TV in pairs)
     return total / sum(len(window_T) - 1 for window_T in windows)
 
 
 def table(name: str, tokens: int, ours: float, costs: list[Cost]) -> list[str]:
-    """One folder's rows in Markdown."""
+    """Returns one folder's section in Markdown."""
     rows = [
         f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
         f"| {math.expm1(cost.loss - ours):+.3%} | {cost.kl:.1e} | {cost.agreement:.2%} | {cost.clear_agreement:.2%} "
@@ -141,10 +143,10 @@ def table(name: str, tokens: int, ours: float, costs: list[Cost]) -> list[str]:
 
 
 def report(types: Types) -> str:
-    """The report in Markdown.
+    """Returns the report in Markdown.
 
     Raises:
-        ValueError: as many texts as folders are needed; or as `export_gguf` does.
+        ValueError: there are not as many texts as folders; or as `export_gguf`.
     """
     if len(types.folders) != len(types.texts):
         raise ValueError(f"{len(types.folders)} folders and {len(types.texts)} texts: name one text for each folder")
@@ -168,7 +170,7 @@ def report(types: Types) -> str:
 
 
 def main() -> int:
-    """Measure what the command line names, write and print the report."""
+    """Measure, write and print the report."""
     types = tyro.cli(Types, description=__doc__)
     transformers.logging.set_verbosity_error()
     try:

@@ -1,10 +1,10 @@
-"""What heals a converted model best: held-out perplexity against tokens trained, by loss and by optimizer.
+"""What heals a converted model best? Held-out perplexity against tokens trained, by loss and by optimizer.
 
 python benchmarks/healing.py CONVERTED --teacher DENSE --train TEXT ... --held-out TEXT ...
 
-Cross-entropy, distillation, and distillation followed by cross-entropy, each with AdamW and with Muon, and the dense
-model trained on the same tokens: what a user would do instead. Every run is a JSON line beside the report as soon as it
-ends, and goes on from its last checkpoint when the same command is given again.
+Compares cross-entropy, distillation, and distillation followed by cross-entropy, each with AdamW and with Muon. The
+control is the dense model trained on the same tokens, which is what a user could do instead. Every run is written as a
+JSON line beside the report when it ends. The same command goes on from the last checkpoint of an interrupted run.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Healing:
     held_out: tuple[str, ...]
     """Text for perplexity; builtin:python is its held-out split, any other text must not be training text."""
     arms: tuple[Arm, ...] = (ENTROPY, DISTILLED, FIRST, DENSE)
-    """What to compare."""
+    """Losses to compare."""
     optimizers: tuple[Optimizer, ...] = ("adamw", "muon")
-    """With which optimizers."""
+    """Optimizers to train with."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws its own order of the training text."""
+    """Each draws another order of the training text."""
     steps: int = 600
     """Optimizer steps of recipes/heal.yaml."""
     batch_windows: int = 8
@@ -71,13 +71,13 @@ class Healing:
     adamw_rate: float = 5e-4
     """Peak learning rate with AdamW."""
     muon_rate: float = 5e-4
-    """Peak learning rate of Muon, and of AdamW beside it."""
+    """Peak learning rate of Muon, and of AdamW for the parameters that Muon does not train."""
     distill_weight: float = 0.9
     """Weight of the KL in the loss while distilling."""
     distill_temperature: float = 1.0
     """Temperature of the KL."""
     distill_share: float = 0.5
-    """Share of the steps that distil where cross-entropy follows."""
+    """Share of the steps that distil when cross-entropy follows."""
     text_tokens: int = 65536
     """Tokens of held-out text that are read at most."""
     separator: str = "<|endoftext|>"
@@ -111,7 +111,7 @@ class Bench:
         self.lines, self.rows = self.kept.path, self.kept.rows
 
     def recipe(self, arm: Arm, optimizer: Optimizer, seed: int) -> Recipe:
-        """recipes/heal.yaml with what this run has of its own."""
+        """Returns recipes/heal.yaml with this run's own settings."""
         mine = self.healing
         heal = load_recipe(recipes_folder() / "heal.yaml")
         limit = json.loads((self.folders["start"] / "config.json").read_text())["max_position_embeddings"]
@@ -143,7 +143,7 @@ class Bench:
 
 
 def compare(healing: Healing) -> Bench:
-    """Make whatever run of the comparison is not there yet."""
+    """Make every run of the comparison that has no row yet."""
     bench = Bench(healing)
     for what, folder in bench.folders.items():
         if not bench.kept.find(what=what):
@@ -160,7 +160,7 @@ def compare(healing: Healing) -> Bench:
 
 
 def _heal(bench: Bench, arm: Arm, optimizer: Optimizer, seed: int) -> None:
-    """One run; its curve is of the model in training, its last perplexity of the folder through stock transformers."""
+    """Make one run: its curve is the model's in training, its last perplexity stock transformers' on the folder."""
     recipe = bench.recipe(arm, optimizer, seed)
     name = f"{arm.replace(', ', '-').replace(' ', '-')}-{optimizer}-{seed}"
     run = bench.healing.work / bench.healing.out / name
@@ -180,7 +180,7 @@ def _heal(bench: Bench, arm: Arm, optimizer: Optimizer, seed: int) -> None:
 
 
 def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(arm, optimizer) to its runs, one a seed."""
+    """Returns the runs of each (arm, optimizer), one for each seed."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "optimizer" in row:
@@ -189,7 +189,7 @@ def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def report(bench: Bench, command: str) -> str:
-    """The whole comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     dense, start = ({row["what"]: row for row in bench.rows}[what] for what in ("dense", "start"))
     mine = bench.healing
     seeds = f"{len(mine.seeds)} seeds" if len(mine.seeds) > 1 else "one seed"
@@ -209,7 +209,7 @@ def report(bench: Bench, command: str) -> str:
 
 
 def _table(bench: Bench, dense: float) -> Iterator[str]:
-    """Lines of the table; the last ratio is to the dense model trained with whichever optimizer suits it best."""
+    """Returns the lines of the table; the last ratio is to the dense model trained with its better optimizer."""
     groups = grouped(bench.rows)
     columns = ["loss", "optimizer", "rate", "perplexity", "over dense", "over dense trained", "MaxVio", "seconds"]
     yield "| " + " | ".join(columns) + " |"
@@ -228,7 +228,7 @@ def _table(bench: Bench, dense: float) -> Iterator[str]:
 
 
 def _curves(bench: Bench) -> Iterator[str]:
-    """Lines of a table of the curves, means over seeds."""
+    """Returns the lines of a table of the curves, means over seeds."""
     groups = grouped(bench.rows)
     points = [tokens for tokens, _ in next(iter(groups.values()))[0]["curve"]] if groups else []
     yield "| | " + " | ".join(f"{tokens / 1e6:.2f}M" for tokens in points) + " |"
@@ -239,7 +239,7 @@ def _curves(bench: Bench) -> Iterator[str]:
 
 
 def _curve(rows: list[Row]) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Tokens, and mean, lowest and highest perplexity there."""
+    """Returns the tokens of each point, and the mean, lowest and highest perplexity there."""
     tokens = [point for point, _ in rows[0]["curve"]]
     values = [[math.exp(loss) for _, loss in row["curve"]] for row in rows]
     columns = list(zip(*values, strict=True))
@@ -247,7 +247,7 @@ def _curve(rows: list[Row]) -> tuple[list[float], list[float], list[float], list
 
 
 def plot(bench: Bench, path: Path) -> None:
-    """Perplexity against tokens trained: a colour a loss, solid for AdamW and dashed for Muon, seeds as a band."""
+    """Plot perplexity against tokens trained: a colour for each loss, dashed for Muon, a band over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")

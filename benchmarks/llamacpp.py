@@ -1,7 +1,9 @@
-"""llama.cpp's own logits, through the shared library that the xllamacpp wheel carries.
+"""llama.cpp's own logits, through the shared library in the xllamacpp wheel.
 
-Structs go by value as blobs that are larger than any version's; only the few fields set here need a place in them, and
-the defaults that the library gives say whether they are still there.
+Structs are passed by value, as byte blocks larger than those of any version. Only the few fields that are set here need
+known offsets; the library's default values show whether the offsets are still right.
+
+Shapes: T tokens of one sequence, V vocab_size.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ def _note(_level: int, text: bytes, _data: Any) -> None:
 
 @cache
 def shared_library() -> ctypes.CDLL:
-    """The library, its functions declared.
+    """Returns the library with its functions declared.
 
     Raises:
-        ImportError: xllamacpp is not installed, or its structs are not as this module knows them.
+        ImportError: xllamacpp is not installed, or its structs have other offsets.
     """
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
@@ -100,7 +102,7 @@ class LlamaCpp:
     def __init__(self, path: Path, *, tokens: int = 512) -> None:
         self._lib, self._tokens = shared_library(), tokens
         _SAID.clear()
-        self._lib.llama_log_set(_note, None)  # xllamacpp's own server takes the log for itself
+        self._lib.llama_log_set(_note, None)  # xllamacpp's own server redirects the log
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise ValueError(f"{path}: llama.cpp does not load it: {''.join(_SAID[-6:])}")
@@ -115,12 +117,12 @@ class LlamaCpp:
         self._lib.llama_model_free(self._model)
 
     def logits(self, ids_T: Tensor) -> Tensor:
-        """Logits (T, V) after every token of one sequence."""
+        """Returns the logits (T, V) after every token of one sequence."""
         assert len(ids_T) <= self._tokens
         settings = self._lib.llama_context_default_params()
         fields = {_N_CTX: self._tokens, _N_BATCH: self._tokens, _N_UBATCH: self._tokens}
         fields |= {_FLASH: _OFF, _TYPE_K: _F32, _TYPE_V: _F32}
-        fields |= {_THREADS: 1, _THREADS_BATCH: 1}  # they wait spinning, for ever on a busy machine
+        fields |= {_THREADS: 1, _THREADS_BATCH: 1}  # its threads wait in busy loops, for ever on a busy machine
         for at, value in fields.items():
             struct.pack_into("<i", settings, at, value)
         context = self._lib.llama_init_from_model(self._model, settings)
@@ -131,7 +133,7 @@ class LlamaCpp:
             self._lib.llama_free(context)
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Token ids as llama.cpp cuts the text; `special`: BOS in front where the file says so, special tokens read."""
+        """Returns llama.cpp's token ids; `special` adds BOS if the file says so and reads special tokens."""
         data = text.encode()
         room = (ctypes.c_int32 * (len(data) + 8))()
         count = self._lib.llama_tokenize(self._vocabulary, data, len(data), room, len(room), special, special)
@@ -139,7 +141,7 @@ class LlamaCpp:
         return list(room[:count])
 
     def chat_template(self) -> str | None:
-        """The template that the file carries."""
+        """Returns the chat template in the file."""
         text = self._lib.llama_model_chat_template(self._model, None)
         return None if text is None else text.decode()
 

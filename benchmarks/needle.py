@@ -1,8 +1,8 @@
-"""Do unrotated channels hurt far positions? What a span is worth that stood in the context before, by distance.
+"""Do unrotated channels hurt far positions? How much an earlier copy of a span helps to predict it, by distance.
 
     python benchmarks/needle.py DENSE CONVERTED --text FILE
 
-Both models read the same sequences (`smolseek.evaluation.needle`); the difference is paired, trial by trial.
+Both models read the same sequences (`smolseek.evaluation.needle`). Differences are paired, trial by trial.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Needle:
-    """What to compare."""
+    """Compare retrieval in a dense model and its conversion."""
 
     dense: tyro.conf.Positional[str]
-    """The source."""
+    """The dense source."""
     converted: tyro.conf.Positional[str]
-    """What was made from it."""
+    """Its conversion."""
     text: tuple[str, ...]
     """Held-out text that the spans are drawn from."""
     trials: int = 64
     """Spans for each distance."""
     seed: int = 0
-    """Of the spans."""
+    """Seed of the spans."""
     out: Path | None = None
     """The report; none: in benchmarks/results, dated."""
 
 
 def measure(needle: Needle) -> list[list[Retrieval]]:
-    """By distance, of the dense model and of the converted one."""
+    """Returns the results by distance, of the dense model and of the converted one."""
     ids_T = pack(load_tokenizer(needle.dense), held_out_documents(DataSettings(held_out=needle.text))).ids_T
     models = [load_for_evaluation(folder) for folder in (needle.dense, needle.converted)]
     source = text_pieces(ids_T)
@@ -52,7 +52,7 @@ def measure(needle: Needle) -> list[list[Retrieval]]:
 
 
 def report(needle: Needle, dense: list[Retrieval], converted: list[Retrieval]) -> str:
-    """The table in Markdown."""
+    """Returns the report in Markdown."""
     cache = (read_conversion(needle.converted) or {}).get("cache", {})
     kept = f", {cache['numbers_per_token'] / cache['source_numbers_per_token']:.0%} of its cache" if cache else ""
     lines = [
@@ -77,7 +77,7 @@ def report(needle: Needle, dense: list[Retrieval], converted: list[Retrieval]) -
 
 
 def main() -> None:
-    """Writes and prints the report."""
+    """Measure, write and print the report."""
     needle = tyro.cli(Needle, description=__doc__)
     text = report(needle, *measure(needle))
     day = datetime.date.today().isoformat()

@@ -1,9 +1,9 @@
-"""Several processes against one at the same global batch, by gloo on this machine: the same losses?
+"""Do several processes have the losses of one process at the same global batch? By gloo, on one machine.
 
 python benchmarks/parallel.py [--steps 100] [--out benchmarks/results/DATE-parallel.md]
 
-A tiny DeepSeek-V3 from random weights on the text that every CPython carries (fp32, so that only the order of sums
-differs). Each run is a folder under --work: a run that has its summary is not repeated.
+Trains a tiny DeepSeek-V3 from random weights on the text in every CPython, in fp32, so that only the order of sums
+differs. Each run is a folder under --work; a run with a summary is not repeated.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def step(trainer):
 Trainer._train_step = step
 sys.exit(main(["train", *sys.argv[1:]]))
 """
-"""train.py whose process 1 is killed before a step, the first time round."""
+"""A train.py whose process 1 is killed before one step, the first time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Comparison:
 
 
 def write_recipe(folder: Path, steps: int, text: str) -> Path:
-    """tiny.yaml in `folder`; checkpoints at half of the steps and at the end."""
+    """Write tiny.yaml, with checkpoints at half of the steps and at the end; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.format(steps=steps, half=steps // 2, text=text), encoding="utf-8")
@@ -73,7 +73,7 @@ def write_recipe(folder: Path, steps: int, text: str) -> Path:
 
 
 def run(recipe: Path, runs: Path, processes: int, *options: str, script: Path | None = None, restarts: int = 0) -> str:
-    """Train `recipe` by that many processes (one: no torchrun), one thread each; what they said.
+    """Train `recipe` by that many processes (one: no torchrun), one thread each; returns their output.
 
     Raises:
         RuntimeError: the run failed.
@@ -103,19 +103,19 @@ def resume_at(recipe: Path, saved: Path, runs: Path, processes: int, *options: s
 
 
 def losses(runs: Path) -> list[float]:
-    """Training loss of every step, and the held-out losses after them."""
+    """Returns the training loss of every step, then the held-out losses."""
     lines = [json.loads(line) for line in (runs / "tiny" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["held_out"]["loss"] for line in lines if "held_out" in line]
     return [line["loss"] for line in lines if "loss" in line] + held_out
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """Between two runs' losses, step by step."""
+    """Returns the largest difference of two runs' losses at the same step."""
     return max(abs(a - b) for a, b in zip(losses(one), losses(other), strict=True))
 
 
 def compare(comparison: Comparison) -> list[tuple[str, float]]:
-    """(what was run, its largest difference from the single process)."""
+    """Returns pairs of a run's name and its largest difference from the single process."""
     work, rows = comparison.work, []
     recipe = write_recipe(work, comparison.steps, comparison.text)
     run(recipe, work / "1", 1)
@@ -141,7 +141,7 @@ def compare(comparison: Comparison) -> list[tuple[str, float]]:
 
 
 def report(comparison: Comparison, rows: list[tuple[str, float]]) -> str:
-    """The table in Markdown."""
+    """Returns the report in Markdown."""
     final = losses(comparison.work / "1")[comparison.steps - 1]
     lines = [
         "# Several processes follow one",
@@ -160,6 +160,7 @@ def report(comparison: Comparison, rows: list[tuple[str, float]]) -> str:
 
 
 def main() -> None:
+    """Run, write and print the report."""
     comparison = tyro.cli(Comparison, description=__doc__)
     text = report(comparison, compare(comparison))
     day = datetime.date.today().isoformat()

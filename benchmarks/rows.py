@@ -1,5 +1,7 @@
-"""Measurements as JSON lines behind a first line that says what of, and the report and plot beside them: how an
-interrupted benchmark goes on."""
+"""Measurements as JSON lines, with which an interrupted benchmark goes on, and the report and plot beside them.
+
+The first line of a file holds the settings of the benchmark.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ Row = dict[str, Any]
 
 
 class Rows:
-    """The lines NAME.jsonl of `about` (a dataclass) in `folder`, those of an earlier day where there are any.
+    """The lines of DATE-NAME.jsonl in `folder`, from an earlier day if there are any.
 
     Args:
-        free: fields of `about` that do not change what is measured.
+        about: the settings, a dataclass.
+        free: its fields that do not change what is measured.
 
     Raises:
-        ValueError: lines of that name that measured something else.
+        ValueError: the lines there were measured with other settings.
     """
 
     def __init__(self, folder: Path, name: str, about: Any, free: tuple[str, ...]) -> None:
@@ -44,7 +47,7 @@ class Rows:
             )
 
     def add(self, **row: Any) -> None:
-        """Keep one measurement, and tell its perplexity if it has one."""
+        """Keep one measurement, and print its perplexity if it has one."""
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
@@ -52,15 +55,15 @@ class Rows:
             print(f"  {row['what']:40} perplexity {row['perplexity']:.3f}  {row['seconds'] or 0:.0f} s", flush=True)
 
     def find(self, **about: Any) -> list[Row]:
-        """The measurements that agree with `about`."""
+        """Returns the measurements with these values."""
         return [row for row in self.rows if about.items() <= row.items()]
 
 
 def present(measure: Callable[[], tuple[Path, str, Callable[[Path], None] | None]], *, plots: bool = True) -> int:
-    """Write and print what `measure` gives: the path of the JSON lines, the report, and what draws the plot at a path
-    (where it `plots`).
+    """Measure, write report and plot, print the report; returns the exit status, 2 for a user's mistake.
 
-    The exit status: 2 for a user's mistake, said in one line.
+    `measure` returns the path of the JSON lines, the report, and a function that draws the plot at a path, or None.
+    `plots` tells whether it draws, so that a missing matplotlib is reported before anything is measured.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Whether a change of the code changed what it computes: sha256 of the weights that conversions and a short run write.
+"""Did a change of the code change what it computes? sha256 of the weights of conversions and of a short run.
 
     python benchmarks/same_bytes.py --out before.json                          # on the commit before
     python benchmarks/same_bytes.py --out after.json --compare before.json     # on the commit after
@@ -36,11 +36,11 @@ FAMILIES = {
     "qwen3": {"refined": ("--refine-steps", "4", "--distill-steps", "0")},
     "smollm3": {"closed form": CLOSED, "exact": ("--exact",)},
 }
-"""Conversions of tiny random checkpoints: what other families have that Llama has not."""
+"""Conversions of tiny random checkpoints, for parts of other families that Llama does not have."""
 
 
 def main() -> int:
-    """Run everything, print and keep the hashes, compare them."""
+    """Run everything, print, write and compare the hashes; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--compare", type=Path, help="JSON file of an earlier run")
@@ -71,21 +71,21 @@ def main() -> int:
 
 
 def compare(after: dict[str, str], before: dict[str, str]) -> int:
-    """Say which hashes differ; 1 if any does."""
+    """Print which hashes differ; returns 1 if any does."""
     differ = [name for name, value in after.items() if before.get(name) != value]
     print("\n".join(f"differs: {name}" for name in differ) or f"the same {len(after)} hashes")
     return 1 if differ else 0
 
 
 def convert(code: Path, source: str, out: Path, text: str, how: tuple[str, ...]) -> str:
-    """The hash of a converted folder's weights."""
+    """Returns the hash of a converted folder's weights."""
     text_options = ("--calibration", text, "--calibration-windows", "32")
     run(code, "-m", "smolseek", "convert", source, str(out), "--force", *text_options, *how)
     return sha256(out / "model.safetensors")
 
 
 def train(code: Path, scratch: Path) -> str:
-    """The hash of the weights after 20 steps of recipes/quickstart.yaml."""
+    """Returns the hash of the weights after 20 steps of recipes/quickstart.yaml."""
     shortened = "--convert.calibration-windows 16 --convert.refine-steps 4 --data.held-out-tokens 8192 --train.steps 20"
     recipe = str(code / "recipes" / "quickstart.yaml")
     run(code, "-m", "smolseek", "train", recipe, "--no-compare-dense", "--runs", str(scratch), *shortened.split())
@@ -93,7 +93,7 @@ def train(code: Path, scratch: Path) -> str:
 
 
 def tiny(family: str, scratch: Path) -> Path:
-    """A tiny random checkpoint of a family with the built-in base's tokenizer."""
+    """Returns the folder of a tiny random checkpoint of a family, with the built-in base's tokenizer."""
     folder = scratch / family
     if not folder.exists():
         import torch
@@ -113,7 +113,7 @@ def tiny(family: str, scratch: Path) -> Path:
 
 
 def run(code: Path, *arguments: str) -> None:
-    """A Python of this environment on the code of that checkout, with two threads."""
+    """Run this environment's Python on the code of that checkout, with two threads."""
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, *arguments], cwd=code, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -121,7 +121,7 @@ def run(code: Path, *arguments: str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """Returns the hash of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,4 @@
-"""How long a user waits before anything happens: whole commands, in processes of their own.
+"""How long a user waits before anything happens: whole commands, each in a new process.
 
 python benchmarks/startup.py [RUNS]
 
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def measure(runs: int) -> dict[str, list[float]]:
-    """Seconds of each command, run after run."""
+    """Returns the seconds of each command, run after run."""
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(runs):
         for name, arguments in COMMANDS.items():
@@ -35,7 +35,7 @@ def measure(runs: int) -> dict[str, list[float]]:
 
 
 def report(seconds: dict[str, list[float]], command: str) -> str:
-    """Medians and spread as Markdown."""
+    """Returns medians and spread as Markdown."""
     lines = ["| command | seconds | fastest | slowest |", "|---|---|---|---|"]
     for name, values in seconds.items():
         lines.append(f"| {name} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")

@@ -2,12 +2,14 @@
 
 python benchmarks/train_step.py [--layers 30] [--precisions bfloat16] [--compiled] [--device cuda] [--out NAME]
 
-SmolLM2-135M's shape with random weights, the same on both sides, on random tokens. Fewer layers than 30 have as many
-fewer vocabulary entries, so that the head's share stays that of the whole model. The competitors take turns, round by
-round, in one process whose allocator keeps what is freed; a figure is the median of the rounds, the spread half their
-range. Precisions: fp32; "autocast", fp32 weights and optimizer with bf16 autocast; "bfloat16", bf16 weights and
-optimizer, nothing cast. Parts are timed alone, forward and backward, one layer times how many there are. MFU is of the
-rate of a 4,096² product of the same dtype, measured in the same process.
+All models have SmolLM2-135M's shape and the same random weights, and train on random tokens. With fewer than 30 layers
+the vocabulary shrinks in proportion, so that the head takes the same share of the time as in the whole model. The
+competitors take turns, round by round, in one process whose allocator keeps freed memory. A figure is the median of the
+rounds, its spread half their range. Precisions: fp32; "autocast", fp32 weights and optimizer with bf16 autocast;
+"bfloat16", bf16 weights and optimizer. Parts are timed alone, forward and backward, one layer times the number of
+layers. MFU compares with a 4,096² product of the same dtype in the same process.
+
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ class Comparison:
     """Train with every competitor."""
 
     experts: tuple[Literal["8x512", "32x192"], ...] = ("8x512", "32x192")
-    """One shared and 8 routed experts of 512, two a token; or 32 of 192, six a token."""
+    """One shared and 8 routed experts of 512, two per token; or 32 of 192, six per token."""
     sequences: tuple[int, ...] = (512, 2048)
     """Tokens in a window."""
     precisions: tuple[Literal["float32", "autocast", "bfloat16"], ...] = ("float32", "autocast", "bfloat16")
-    """What weights and products are in."""
+    """Dtypes of weights and products."""
     peers: tuple[str, ...] = PEERS
-    """transformers' experts implementations; those that would not fit in memory are left out and named."""
+    """transformers' experts implementations; those that would not fit in memory are left out."""
     compiled: bool = False
-    """Ours and transformers' grouped_mm with torch.compile as well: minutes to compile each time."""
+    """Measure ours and transformers' grouped_mm with torch.compile too; each compilation takes minutes."""
     step_tokens: int = 2048
     """Tokens in a step."""
     layers: int = 6
@@ -61,7 +63,7 @@ class Comparison:
     hidden: int = 576
     """Width of the model; heads of 64."""
     rounds: int = 5
-    """How often each takes its turn."""
+    """Turns of each competitor."""
     steps: int = 2
     """Steps in a turn, the first of which is not timed."""
     threads: int | None = None
@@ -76,7 +78,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained, and in what."""
+    """One combination of experts, tokens in a window, and precision."""
 
     experts: str
     tokens: int
@@ -100,11 +102,11 @@ class Competitor:
         self.ours = peer == OURS
 
     def autocast(self) -> Any:
-        """The precision's context."""
+        """Returns the context of the precision."""
         return torch.autocast(self.mine.device, dtype=torch.bfloat16, enabled=self.cell.precision == "autocast")
 
     def loss(self, ids_BT: Tensor) -> Tensor:
-        """Mean next-token loss of windows one token longer than they are read."""
+        """Returns the mean next-token loss of windows (B, T + 1)."""
         inputs_BT, labels_BT = ids_BT[:, :-1], ids_BT[:, 1:].contiguous()
         with self.autocast():
             if not self.ours:
@@ -112,14 +114,14 @@ class Competitor:
             return self.head_loss(self.model.hidden_states(inputs_BT), labels_BT)
 
     def head_loss(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
-        """Head and loss alone."""
+        """Returns the loss from the final hidden states."""
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
         if self.ours:
             return next_token_loss(hidden_ND, self.model.lm_head.weight, labels_N)[0]
         return F.cross_entropy(self.model.lm_head(hidden_ND).float(), labels_N)
 
     def step(self, ids_BT: Tensor) -> float:
-        """Train on a batch; the loss before."""
+        """Train on a batch; returns the loss before the step."""
         loss = self.loss(ids_BT)
         loss.backward()
         self.optimizer.step()
@@ -128,7 +130,7 @@ class Competitor:
 
 
 def config_of(mine: Comparison, cell: Cell, implementation: str) -> DeepseekV3Config:
-    """SmolLM2-135M's shape as V3 with experts in all layers but the first."""
+    """Returns SmolLM2-135M's shape as V3, with experts in all layers but the first."""
     routed, chosen, width = EXPERTS[cell.experts]
     heads = mine.hidden // 64
     return DeepseekV3Config(
@@ -162,7 +164,7 @@ def config_of(mine: Comparison, cell: Cell, implementation: str) -> DeepseekV3Co
 
 
 def too_large(mine: Comparison, cell: Cell, name: str) -> bool:
-    """Whether batched_mm's copies of an expert for each of its tokens exceed the memory, kept for the backward pass."""
+    """Returns whether batched_mm's copies, one expert for each token until the backward pass, exceed the memory."""
     if name != "batched_mm":
         return False
     _, chosen, width = EXPERTS[cell.experts]
@@ -173,7 +175,7 @@ def too_large(mine: Comparison, cell: Cell, name: str) -> bool:
 
 
 def flops_per_step(config: DeepseekV3Config, step_tokens: int, tokens: int) -> float:
-    """Of the products that a step needs, two a multiplication: thrice the forward pass's, causal attention half."""
+    """Returns the flops of a step's products: three times those of the forward pass, causal attention counted half."""
     model = DeepseekV3(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() > 1}
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
@@ -187,7 +189,7 @@ def flops_per_step(config: DeepseekV3Config, step_tokens: int, tokens: int) -> f
 
 
 def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Wall time of one run."""
+    """Returns the wall time of one run."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -198,12 +200,12 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
 
 
 def random_ids(mine: Comparison, tokens: int, entries: int) -> Tensor:
-    """Windows of a step, one token longer than `tokens`."""
+    """Returns the windows of a step (B, T + 1)."""
     return torch.randint(entries, (max(1, mine.step_tokens // tokens), tokens + 1), device=mine.device)
 
 
 def measure_peak(mine: Comparison, precision: str) -> float:
-    """FLOP/s of a large product, the best of ten."""
+    """Returns the FLOP/s of a large product, the best of ten."""
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     left, right = (torch.randn(4096, 4096, device=mine.device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
@@ -211,7 +213,7 @@ def measure_peak(mine: Comparison, precision: str) -> float:
 
 
 def measure_cell(mine: Comparison, cell: Cell, names: list[str]) -> list[Row]:
-    """The named competitors' seconds per step, turn by turn, and their parts."""
+    """Returns each named competitor's row: seconds per step, turn by turn, and seconds of its parts."""
     torch.manual_seed(0)
     state = DeepseekV3(config_of(mine, cell, "grouped_mm")).state_dict()
     rivals = [Competitor(name, mine, cell, state) for name in names]
@@ -241,7 +243,7 @@ def measure_cell(mine: Comparison, cell: Cell, names: list[str]) -> list[Row]:
 
 
 def measure_parts(rival: Competitor) -> dict[str, float]:
-    """Seconds of head and loss, attention, MLPs and optimizer, each alone, on inputs that change every time."""
+    """Returns the seconds of head and loss, attention, MLPs and optimizer, each alone, on new inputs each time."""
     mine, cell, inner = rival.mine, rival.cell, rival.model.model
     windows, layer, device = max(1, mine.step_tokens // cell.tokens), inner.layers[-1], mine.device
     dtype = inner.embed_tokens.weight.dtype
@@ -281,7 +283,7 @@ def _forward_backward(rival: Competitor, run: Callable[[Tensor], Tensor], like: 
 
 
 def measure_head(mine: Comparison, precision: str) -> Row:
-    """Head and loss at the whole vocabulary, and its floor: the three products alone, into tensors that are there."""
+    """Returns the seconds of head and loss at the whole vocabulary, and of their three products alone (the floor)."""
     autocast = torch.autocast(mine.device, dtype=torch.bfloat16, enabled=precision == "autocast")
     weights = torch.bfloat16 if precision == "bfloat16" else torch.float32
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -314,7 +316,7 @@ def measure_head(mine: Comparison, precision: str) -> Row:
 
 
 def compare(mine: Comparison) -> Rows:
-    """Measure whatever is not measured yet."""
+    """Measure everything that has no row yet."""
     unknown = [peer for peer in mine.peers if peer not in PEERS]
     if unknown:
         raise ValueError(f"peers {unknown[0]}: is none of {', '.join(PEERS)}")
@@ -340,7 +342,7 @@ def compare(mine: Comparison) -> Rows:
 
 
 def report(mine: Comparison, rows: list[Row], command: str) -> str:
-    """The comparison as Markdown."""
+    """Returns the comparison as Markdown."""
     config = config_of(mine, Cell("8x512", min(mine.sequences), "float32"), "grouped_mm")
     about = (
         f"SmolLM2-135M's shape, {mine.layers} of {LAYERS} layers, {config.vocab_size:,} of {VOCABULARY:,} vocabulary "

@@ -1,17 +1,17 @@
-"""How do upcycled copies get told apart? Trains each routing and symmetry breaking a little and prints a table.
+"""What makes upcycled copies differ? Trains each kind of routing and of symmetry breaking a little, prints a table.
 
     python benchmarks/upcycle_routing.py SOURCE TRAIN.txt HELD_OUT.txt [STEPS [SEEDS]]
 
-Every variant starts as the dense model, but for its noise on the routed experts (2% where nothing is said) and the
-share of their neurons that every copy draws anew, and sees the same batches. A seed draws router rows (but those of
-`convert`, whose seed is 0), noise, neurons and batches; figures are means over SEEDS of them (default 1) ± half the
-range, `below dense` those of the differences at one seed. Only the MLPs are trained, the dense model's too: the exact
-attention holds a constant of 2^15, which no step may move. `swapped` is by how much the held-out loss rises when every
-token is sent to the next copy: 0 while the copies are interchangeable. `apart` is the mean distance between two copies'
-weights over their norm.
+Every variant starts as the dense model and sees the same batches. It differs from the dense model by the noise on its
+routed experts (2% where its name gives none) and by the neurons that every copy draws anew. A seed draws router rows
+(those of `convert` always have seed 0), noise, neurons and batches. Figures are means over SEEDS seeds (default 1) ±
+half the range; `below dense` is the mean of the differences at equal seeds. Only the MLPs are trained, in the dense
+model too: the exact attention holds a constant of 2^15, which no step may move. `swapped` is the rise of the held-out
+loss when every token is sent to the next copy: 0 while the copies are interchangeable. `apart` is the mean distance
+between two copies' weights over their norm.
 
-Shapes: N windows, T tokens, B windows in a batch, D hidden, E routed experts, G groups (= copies),
-M neurons of an expert, I = 2 M.
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, E n_routed_experts, g groups of experts
+(copies), i moe_intermediate_size, J = 2 i, gate and up rows stacked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from smolseek import convert
 from smolseek.checkpoint.hub import load, load_tokenizer
 from smolseek.config import DataSettings
-from smolseek.conversion.moments import collect_mlp_inputs
+from smolseek.conversion.collect import collect_mlp_inputs
 from smolseek.conversion.upcycle import balancing_bias
 from smolseek.data.packing import pack
 from smolseek.data.sources import open_sources
@@ -47,16 +47,16 @@ LEARNING_RATE, BALANCE_SPEED = 5e-4, 1e-3
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from group-limited routing to one copy at random router rows."""
+    """How a variant differs from group-limited routing to one copy, with random router rows."""
 
     name: str
     noise: float = 0.02
     groups: int = 1
     normalised: bool = True
     clustered: bool = False
-    """The router that `convert` wrote."""
+    """Keep the router that `convert` wrote."""
     redrawn: float = 0.0
-    """Share of each copy's neurons whose three matrices are drawn anew, at the size of the old ones."""
+    """Share of each copy's neurons whose weights are drawn anew, with the deviation of the old ones."""
 
 
 VARIANTS = (
@@ -72,24 +72,24 @@ VARIANTS = (
 
 
 def main() -> None:
-    """Prints the table, a line as soon as all its seeds are there."""
+    """Print the table, each line as soon as all its seeds are measured."""
     source, train, held_out, *rest = sys.argv[1:]
     steps, seeds = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((300, 1)))
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(source)
-    train_NT, held_NT = (windows(tokenizer, name) for name in (train, held_out))
-    held_NT = held_NT[:HELD_OUT_WINDOWS]
+    train_BT, held_BT = (windows(tokenizer, name) for name in (train, held_out))
+    held_BT = held_BT[:HELD_OUT_WINDOWS]
     columns = ("", "start", "loss", "below dense", "swapped", "apart", "MaxVio", "seconds")
     print("".join(f"{column:>17}" if column else f"{'':30}" for column in columns))
     with tempfile.TemporaryDirectory() as folder:
         out = convert(source, Path(folder) / "v3", exact=True, experts="upcycle", calibration=train)
 
         def rows(start: Callable[[int], Any]) -> list[dict[str, float]]:
-            return [train_and_measure(start(seed), train_NT, held_NT, steps, seed) for seed in range(seeds)]
+            return [train_and_measure(start(seed), train_BT, held_BT, steps, seed) for seed in range(seeds)]
 
         def start(variant: Variant, seed: int) -> Any:
             model = load(out)
-            prepare(model, variant, train_NT, seed)
+            prepare(model, variant, train_BT, seed)
             return model
 
         dense = rows(lambda seed: load(source))
@@ -99,32 +99,32 @@ def main() -> None:
 
 
 def windows(tokenizer: Any, name: str) -> Tensor:
-    """The text's windows (N, T)."""
+    """Returns the text's windows (B, T)."""
     settings = DataSettings(train=(name,))
     ids_T, *_ = pack(tokenizer, (document for _, document in open_sources(settings.train, settings).documents(None)))
     return ids_T[: len(ids_T) // WINDOW_TOKENS * WINDOW_TOKENS].view(-1, WINDOW_TOKENS)
 
 
 def blocks(model: Any) -> Iterator[MixtureOfExperts]:
-    """The expert layers."""
+    """Returns the blocks of experts, first layer first."""
     return (module for module in model.modules() if isinstance(module, MixtureOfExperts))
 
 
 @torch.no_grad()
-def prepare(model: Any, variant: Variant, train_NT: Tensor, seed: int) -> None:
-    """Routing, noise and redrawn neurons of a variant, in place."""
+def prepare(model: Any, variant: Variant, train_BT: Tensor, seed: int) -> None:
+    """Give a model the routing, noise and redrawn neurons of a variant, in place."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = collect_mlp_inputs(model, train_NT[:32], 4096)
-    for block, inputs_NTD in zip(blocks(model), inputs, strict=True):
-        inputs_TD = inputs_NTD.flatten(0, 1)
+    inputs = collect_mlp_inputs(model, train_BT[:32], 4096)
+    for block, inputs_BTD in zip(blocks(model), inputs, strict=True):
+        inputs_ND = inputs_BTD.flatten(0, 1)
         gate = block.gate
-        shards = gate.num_experts // gate.n_group
+        per_copy = gate.num_experts // gate.n_group
         if not variant.clustered:
-            rows_GD = random_rows(inputs_TD, gate.n_group, generator)
-            gate.weight.copy_(rows_GD.repeat_interleave(shards, dim=0))
-            gate.e_score_correction_bias.copy_(balancing_bias(inputs_TD, rows_GD).repeat_interleave(shards))
-        gate.topk_group, gate.num_experts_per_tok = variant.groups, variant.groups * shards
-        if not variant.normalised:  # weighs scores as they are: logits near 0 and a scaling of 2 make about 1
+            rows_gD = random_rows(inputs_ND, gate.n_group, generator)
+            gate.weight.copy_(rows_gD.repeat_interleave(per_copy, dim=0))
+            gate.e_score_correction_bias.copy_(balancing_bias(inputs_ND, rows_gD).repeat_interleave(per_copy))
+        gate.topk_group, gate.num_experts_per_tok = variant.groups, variant.groups * per_copy
+        if not variant.normalised:  # plain scores of logits near 0, times 2, weigh about 1
             gate.norm_topk_prob, gate.routed_scaling_factor = False, 2.0
             gate.weight.mul_(0.1)
             gate.e_score_correction_bias.mul_(0.1)
@@ -133,28 +133,30 @@ def prepare(model: Any, variant: Variant, train_NT: Tensor, seed: int) -> None:
         redraw(block.experts.gate_up_proj, block.experts.down_proj, variant.redrawn, generator)
 
 
-def redraw(gate_up_EID: Tensor, down_EDM: Tensor, share: float, generator: torch.Generator) -> None:
-    """A share of every expert's M neurons gets normal weights of the expert's own deviation, in place; neurons that are
-    padding (zero) stay so."""
-    for gate_up_ID, down_DM in zip(gate_up_EID, down_EDM, strict=True):
-        used = int((down_DM != 0).any(dim=0).sum())
+def redraw(gate_up_EJD: Tensor, down_EDi: Tensor, share: float, generator: torch.Generator) -> None:
+    """Draw a share of every expert's neurons anew, in place: normal weights with the expert's own deviation.
+
+    Neurons that are padding (zero) stay zero.
+    """
+    for gate_up_JD, down_Di in zip(gate_up_EJD, down_EDi, strict=True):
+        used = int((down_Di != 0).any(dim=0).sum())
         drawn = torch.randperm(used, generator=generator)[: round(share * used)]
-        for rows_MD in (*gate_up_ID.chunk(2), down_DM.T):
-            deviation = rows_MD[:used].std()
-            rows_MD[drawn] = deviation * torch.randn(len(drawn), rows_MD.shape[1], generator=generator)
+        for rows_iD in (*gate_up_JD.chunk(2), down_Di.T):
+            deviation = rows_iD[:used].std()
+            rows_iD[drawn] = deviation * torch.randn(len(drawn), rows_iD.shape[1], generator=generator)
 
 
-def random_rows(inputs_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
-    """Router rows (G, D) in random directions off the mean input, logits of deviation 1."""
-    mean_D = inputs_TD.mean(0)
-    rows_GD = torch.randn(copies, len(mean_D), generator=generator)
-    rows_GD = rows_GD - torch.outer(rows_GD @ mean_D, mean_D) / mean_D.square().sum()
-    return rows_GD / (inputs_TD @ rows_GD.T).std(0).unsqueeze(1)
+def random_rows(inputs_ND: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """Returns router rows (g, D) in random directions orthogonal to the mean input, logits of deviation 1."""
+    mean_D = inputs_ND.mean(0)
+    rows_gD = torch.randn(copies, len(mean_D), generator=generator)
+    rows_gD = rows_gD - torch.outer(rows_gD @ mean_D, mean_D) / mean_D.square().sum()
+    return rows_gD / (inputs_ND @ rows_gD.T).std(0).unsqueeze(1)
 
 
-def train_and_measure(model: Any, train_NT: Tensor, held_NT: Tensor, steps: int, seed: int) -> dict[str, float]:
-    """One variant's figures after `steps` at one seed, by column."""
-    started, before = time.process_time(), loss_of(model, held_NT)
+def train_and_measure(model: Any, train_BT: Tensor, held_BT: Tensor, steps: int, seed: int) -> dict[str, float]:
+    """Returns one variant's figures after `steps` at one seed, by column."""
+    started, before = time.process_time(), loss_of(model, held_BT)
     trained = [parameter for key, parameter in model.named_parameters() if ".mlp." in key]
     model.requires_grad_(False)
     for parameter in trained:
@@ -164,24 +166,24 @@ def train_and_measure(model: Any, train_NT: Tensor, held_NT: Tensor, steps: int,
     generator = torch.Generator().manual_seed(seed + 1)
     take_expert_counts(model)
     for _ in range(steps):
-        ids_BT = train_NT[torch.randint(len(train_NT), (BATCH_WINDOWS,), generator=generator)]
+        ids_BT = train_BT[torch.randint(len(train_BT), (BATCH_WINDOWS,), generator=generator)]
         F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         update_biases(model, take_expert_counts(model), BALANCE_SPEED)
-    seconds, after = time.process_time() - started, loss_of(model, held_NT)
+    seconds, after = time.process_time() - started, loss_of(model, held_BT)
     row = {"start": before, "loss": after, "seconds": seconds}
     if list(blocks(model)):
         row["MaxVio"] = max(max_violation(counts_E) for _, counts_E in take_expert_counts(model))
         row["apart"] = statistics.mean(layer_weight_distances(model).values())
         swap(model)
-        row["swapped"] = loss_of(model, held_NT) - after
+        row["swapped"] = loss_of(model, held_BT) - after
     return row
 
 
 def report(name: str, rows: list[dict[str, float]], dense: list[dict[str, float]]) -> None:
-    """Prints one line of the table."""
+    """Print one line of the table."""
     rows = [row | {"below dense": control["loss"] - row["loss"]} for row, control in zip(rows, dense, strict=True)]
     line = f"{name:30}"
     for column, digits in (("start", 4), ("loss", 4), ("below dense", 4), ("swapped", 4), ("apart", 3), ("MaxVio", 2)):
@@ -191,22 +193,22 @@ def report(name: str, rows: list[dict[str, float]], dense: list[dict[str, float]
 
 
 @torch.no_grad()
-def loss_of(model: Any, held_NT: Tensor) -> float:
-    """Mean next-token loss in nats; counts of earlier forwards are dropped."""
+def loss_of(model: Any, held_BT: Tensor) -> float:
+    """Returns the mean next-token loss in nats; expert counts of earlier passes are dropped."""
     take_expert_counts(model)
     losses = [
-        F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()) for ids_BT in held_NT.split(8)
+        F.cross_entropy(model(ids_BT)[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()) for ids_BT in held_BT.split(8)
     ]
     return float(torch.stack(losses).mean())
 
 
 @torch.no_grad()
 def swap(model: Any) -> None:
-    """Every token's experts become the next copy's."""
+    """Give every token the experts of the next copy."""
     for block in blocks(model):
-        shards = block.gate.num_experts // block.gate.n_group
+        per_copy = block.gate.num_experts // block.gate.n_group
         for stack in (block.experts.gate_up_proj, block.experts.down_proj):
-            stack.copy_(stack.roll(shards, dims=0))
+            stack.copy_(stack.roll(per_copy, dims=0))
 
 
 if __name__ == "__main__":

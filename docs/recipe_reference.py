@@ -1,4 +1,4 @@
-"""recipes.md from the dataclasses in smolseek/config.py: python docs/recipe_reference.py writes it anew."""
+"""Writes docs/recipes.md from the dataclasses in smolseek/config.py: python docs/recipe_reference.py."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TITLES = {"": "The recipe", "train.stages": "An item of `train.stages`"}
 
 
 def page() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     return "\n".join([INTRODUCTION, *(section(name, kind) for name, kind in sections(Recipe, ""))])
 
 
 def sections(kind: type, name: str) -> Iterator[tuple[str, type]]:
-    """(dotted name, dataclass) of a mapping of settings and of those inside it."""
+    """Returns (dotted name, dataclass) of a mapping of settings and of the mappings inside it."""
     yield name, kind
     for key, hint in get_type_hints(kind).items():
         if (inner := mapping_in(hint)) is not None:
@@ -41,14 +41,14 @@ def sections(kind: type, name: str) -> Iterator[tuple[str, type]]:
 
 
 def mapping_in(hint: Any) -> type | None:
-    """The dataclass that a field is, may be, or is a list of."""
+    """Returns the dataclass in a field's type, also in a union or a list; None if there is none."""
     if dataclasses.is_dataclass(hint):
         return hint  # type: ignore[return-value]
     return next((inner for inner in map(mapping_in, get_args(hint)) if inner is not None), None)
 
 
 def section(name: str, kind: type) -> str:
-    """One mapping of settings: heading, what it is, and its table."""
+    """Returns the section of one mapping of settings: heading, description and table."""
     hints, told = get_type_hints(kind), descriptions(kind)
     rows = [
         f"| `{field.name}` | {type_name(hints[field.name])} | {default_of(field)} | {told[field.name]} |"
@@ -59,7 +59,7 @@ def section(name: str, kind: type) -> str:
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """The string under each field, in one line."""
+    """Returns the string under each field, in one line."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
     return {
         ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
@@ -69,7 +69,7 @@ def descriptions(kind: type) -> dict[str, str]:
 
 
 def type_name(hint: Any) -> str:
-    """A type as the writer of a YAML file sees it."""
+    """Returns a type as a writer of YAML sees it."""
     origin, inner = get_origin(hint), get_args(hint)
     if mapping_in(hint) is not None:
         return "list of mappings" if origin is tuple else "mapping"
@@ -85,7 +85,7 @@ def type_name(hint: Any) -> str:
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """A default as YAML writes it; blank where a mapping of settings has its own below."""
+    """Returns a default as YAML writes it; a mapping of settings has its defaults in its own section."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if dataclasses.is_dataclass(value):
         return "as below"
@@ -96,9 +96,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     if not value and isinstance(value, tuple | dict):
         return "none"
     written = html.escape(str(list(value) if isinstance(value, tuple) else value), quote=False)
-    return (
-        f"<code>{written.replace('|', '&#124;')}</code>"  # neither in a code span nor escaped do all dialects take a |
-    )
+    # Some dialects of Markdown take a | neither in a code span nor behind a backslash.
+    return f"<code>{written.replace('|', '&#124;')}</code>"
 
 
 if __name__ == "__main__":

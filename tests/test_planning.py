@@ -124,7 +124,7 @@ def test_costs_grow_with_the_work() -> None:
     assert cost(heal_tokens=3000)[1] == pytest.approx(3 * heal)
     assert cost(calibration_windows=256)[0] > convert > cost(exact=True)[0] > 0
     assert cost(experts="upcycle")[2] > memory > 16 * 134_515_008
-    # Six flops a weight and token at half the peak; each activation and score moved twenty times, in fp32.
+    # Six flops per weight and token, at half the peak; activations and scores are moved twenty times, in fp32.
     moved = 20 * 4 * 30 * (12 * 576 + 4 * 1536 + 9 * 256)
     assert heal == pytest.approx(1000 * (6 * 143_503_248 / 5e14 + moved / FAST_COMPUTE.bytes_per_second))
 
@@ -134,7 +134,7 @@ def test_costs_grow_with_the_work() -> None:
     [("135M", 30, 1.56), ("1.7B", 24, 12.84), ("1.7B", 2, 4.19)],
 )
 def test_memory_to_convert_is_what_was_measured(shape: str, layers: int, measured_gb: float) -> None:
-    """Peaks in benchmarks/results: moments in memory, spilled, and a fit that takes more than calibration."""
+    """Peaks from benchmarks/results: moments in memory, in files, and a fit that needs more than calibration."""
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32}
     source = SMOLLM2_135M | (wide if shape == "1.7B" else {}) | {"num_hidden_layers": layers}
     memory = plan(source, ConvertSettings(), FAST_COMPUTE).convert.memory_bytes

@@ -1,10 +1,12 @@
-"""Does a server say what smolseek says? Greedy continuations of 20 prompts by an OpenAI-compatible server and by ours.
+"""Does a server generate what smolseek generates? Compares greedy continuations of 20 prompts.
 
 vllm serve FOLDER --attention-backend TRITON_MLA
 python docs/serving/compare.py FOLDER http://localhost:8000
 
-Where two texts part, the script says how far apart smolseek holds the two tokens: servers compute in bf16, which turns
-near-ties round. Exit status 1 when a text parts at a clear choice.
+The server has to be OpenAI-compatible. Where two texts part, the script tells how much smolseek prefers its own token:
+servers compute in bf16, which can reverse near-ties. Exit status 1 when a text parts at a clear choice.
+
+Shapes: V vocab_size.
 """
 
 from __future__ import annotations
@@ -54,31 +56,32 @@ class Compare:
     folder: tyro.conf.Positional[str]
     """The folder that the server serves."""
     server: tyro.conf.Positional[str]
-    """Its address, http://localhost:8000."""
+    """Its address, for example http://localhost:8000."""
     tokens: int = 32
     """Length of the continuations."""
     near_tie: float = 0.2
-    """Nats between two tokens that another rounding may turn round."""
+    """Two tokens this close, in nats, may change places by rounding."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One prompt's outcome: tokens in common, and at the first difference how much likelier ours is by smolseek."""
+    """One prompt's outcome: tokens in common, and how much likelier our token is at the first difference."""
 
     prompt: str
     common_tokens: int
     gap_nats: float | None
-    """None: the same text; infinite: the server's token is none that continues its text."""
+    """None: the same text. Infinite: no token of the vocabulary continues the server's text."""
 
     def is_clear(self, near_tie: float) -> bool:
+        """Returns whether the texts part at a clear choice."""
         return self.gap_nats is not None and self.gap_nats > near_tie
 
 
 def ask(server: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    """The server's JSON answer.
+    """Returns the server's JSON answer.
 
     Raises:
-        ValueError: it does not answer, or says no.
+        ValueError: it does not answer, or refuses.
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.rstrip("/") + path, data, {"Content-Type": "application/json"})
@@ -93,7 +96,7 @@ def ask(server: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tokens: int) -> Verdict:
-    """One prompt. Its token ids are what is sent, so that both sides start from the same."""
+    """Returns one prompt's outcome. The request holds token ids, so that both sides start from the same tokens."""
     ids = encode_document(tokenizer, prompt)
     body = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": 0}
     choice = ask(server, "/v1/completions", body)["choices"][0]
@@ -103,7 +106,7 @@ def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tok
     ours = [token for token in ours if token not in ends]
     if _text(tokenizer, ids, ours) == text:
         return Verdict(prompt, len(ours), None)
-    # The longest start of ours that the server's text has, and what comes next there.
+    # Our longest start that the server's text has too, and the server's next token.
     common = max(count for count in range(len(ours) + 1) if text.startswith(_text(tokenizer, ids, ours[:count])))
     with torch.inference_mode():
         logits_V = model(torch.tensor([ids + ours[:common]]))[0, -1].float()
@@ -114,7 +117,7 @@ def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tok
 def _next_token(
     tokenizer: Any, ids: list[int], new: list[int], text: str, ends: list[int], ranked: list[int]
 ) -> int | None:
-    """The likeliest token by `ranked` that goes on from `new` as `text` does: an end where the text is at its end."""
+    """Returns the first token in `ranked` that continues `new` as `text` does; an end where the text ends."""
     begun = _text(tokenizer, ids, new)
     for token in ranked:
         longer = _text(tokenizer, ids, [*new, token])
@@ -124,18 +127,19 @@ def _next_token(
 
 
 def _text(tokenizer: Any, ids: list[int], new: list[int]) -> str:
-    """The text of `new` after the prompt `ids`, broken characters left out: servers write them each in its way."""
+    """Returns the text of `new` after the prompt `ids`, without broken characters, which servers write differently."""
     start = len(tokenizer.decode(ids, skip_special_tokens=True))
     return tokenizer.decode([*ids, *new], skip_special_tokens=True)[start:].replace("�", "")
 
 
 def _end_ids(model: Any) -> list[int]:
+    """Returns the token ids that end a text."""
     end = model.config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def run(command: Compare) -> int:
-    """Print a line for each prompt and the sum."""
+    """Print a line for each prompt and the counts; returns the exit status."""
     model, tokenizer = load(command.folder), load_tokenizer(command.folder)
     name = ask(command.server, "/v1/models")["data"][0]["id"]
     verdicts = []

@@ -1,4 +1,4 @@
-"""Continue a prompt with llama.cpp, prebuilt in a wheel: pip install xllamacpp.
+"""Continues a prompt with llama.cpp, prebuilt in a wheel: pip install xllamacpp.
 
 python docs/serving/complete.py MODEL.gguf "PROMPT"
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 
 def complete(file: Path, prompt: str, *, tokens: int = 64, temperature: float = 0.0) -> str:
-    """The continuation; greedy at temperature 0.
+    """Returns the continuation; temperature 0 is greedy.
 
     Raises:
-        ValueError: no such file, or no xllamacpp.
+        ValueError: the file does not exist, or xllamacpp is not installed.
     """
     if not file.is_file():
         raise ValueError(f"{file}: no such file; write one with smolseek export gguf FOLDER {file}")
@@ -25,7 +25,7 @@ def complete(file: Path, prompt: str, *, tokens: int = 64, temperature: float = 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.verbosity = -1
-    settings.cpuparams.n_threads = max(1, (os.cpu_count() or 2) // 2)  # llama.cpp's threads wait spinning
+    settings.cpuparams.n_threads = max(1, (os.cpu_count() or 2) // 2)  # llama.cpp's threads wait in busy loops
     server = xllamacpp.Server(settings)
     answer = server.handle_completions({"prompt": prompt, "max_tokens": tokens, "temperature": temperature})
     return answer["choices"][0]["text"]

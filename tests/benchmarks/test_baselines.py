@@ -1,4 +1,4 @@
-"""The published methods that ours is compared with."""
+"""The published methods: exact where they should be, in stock form, with the figures of their authors' code."""
 
 import math
 from pathlib import Path
@@ -38,7 +38,7 @@ def transmla(dense, windows, rope):
 
 
 def projections(dense):
-    """Each layer's weights as the algebra takes them."""
+    """Returns each layer's weights in float64."""
     return [block_weights(layer) for layer in dense.model.layers]
 
 
@@ -101,14 +101,17 @@ def test_sources_that_the_baselines_take(changes, supported):
     assert supports(tiny_llama(**changes)) is supported
 
 
-# Design §3, TransMLA's own code on this model and text. Perplexity of partial RoPE only, joint PCA without a norm, its
-# stock form, and that with the gain repaired.
 FIGURES = {
     Sizes(24, 8): (5.98, 8.55, 66.2, 21.8),
     Sizes(8, 8): (5.98, 26.6, 116, 56.7),
     Sizes(16, 4): (92.4, 93.8, 119, 84.5),
     Sizes(8, 4): (92.4, 96.0, 131, 88.2),
 }
+"""Perplexities of TransMLA's own code on this model and text.
+
+They are of partial RoPE alone, of joint PCA without a norm, of the stock form, and of the stock form with its gain
+repaired.
+"""
 
 
 @pytest.mark.slow

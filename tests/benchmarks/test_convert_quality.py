@@ -1,4 +1,4 @@
-"""The whole comparison on a tiny model: what is measured, that it goes on where it stopped, and its report."""
+"""The whole comparison on a tiny model: its measurements, an interruption, its report."""
 
 import dataclasses
 import json

@@ -1,3 +1,5 @@
+"""The comparison of GGUF types on a tiny folder."""
+
 import gguf_types
 import llamacpp
 import pytest

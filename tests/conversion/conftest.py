@@ -1,9 +1,14 @@
-"""Fixtures for the tests of the calibration and of the refinement."""
+"""Models, folders and settings that several tests of the conversion share."""
+
+from typing import Any
 
 import pytest
 
+from smolseek.config import ConvertSettings
 from smolseek.numerics import precision
+from tests.conversion.folders import write_source
 from tests.factories import tiny_llama
+from tests.text import write_stories
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +19,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def teacher():
-    """The same, frozen."""
+    """The same dense model, frozen."""
     return tiny_llama().requires_grad_(False)
 
 
@@ -26,5 +31,33 @@ def angles(dense):
 
 @pytest.fixture
 def fp32(monkeypatch):
-    """Products in fp32 wherever the test runs, as in the slow versions that it compares with."""
+    """Products in fp32 on every machine, as in the slow versions that the tests compare with."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of stories."""
+    return str(write_stories(tmp_path_factory.mktemp("text") / "stories.txt"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The folder of a tiny dense Llama."""
+    return write_source(tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture
+def quick(text):
+    """Makes settings for a conversion of seconds: few windows, no refinement."""
+
+    def make(**changes):
+        defaults: dict[str, Any] = {
+            "calibration": (text,),
+            "calibration_windows": 12,
+            "calibration_window_tokens": 32,
+            "refine_steps": 0,
+        }
+        return ConvertSettings(**defaults | changes)
+
+    return make

@@ -73,7 +73,7 @@ def test_the_router_learns_a_linear_oracle():
     best = norms.topk(2, dim=1).indices
     found = logits.topk(2, dim=1).indices
     hits = (best[:, :, None] == found[:, None, :]).any(-1).float().mean()
-    assert float(hits) > 0.7  # a third by chance
+    assert float(hits) > 0.7  # chance gives a third
 
 
 @pytest.mark.parametrize("neurons", [NEURONS, NEURONS - 3], ids=["full", "silent places"])
@@ -88,7 +88,7 @@ def test_stock_blocks_compute_what_was_carved(neurons):
     assert ours.shared_experts.gate_proj.weight.shape == (24, HIDDEN)
     stock = DeepseekV3MoE(config)
     stock.load_state_dict(ours.state_dict())
-    rounding = 1e-6 * expected.abs().max().item()  # of fp32 sums whose terms reach 4,000
+    rounding = 1e-6 * expected.abs().max().item()  # fp32 sums of terms up to 4,000
     for block in (ours, stock):
         with torch.no_grad():
             torch.testing.assert_close(block(inputs[None, :64])[0], expected, rtol=1e-4, atol=rounding)

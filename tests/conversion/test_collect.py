@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("fp32")
 
 
 def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(dense, angles, tmp_path):
-    """Rotated keys and values by autograd through transformers' own attention, one position of one window."""
+    """Compares rotated keys and values with autograd through transformers' own attention, on one window."""
     ids = random_ids(1, 9)
     kept = {}
     hooks = [

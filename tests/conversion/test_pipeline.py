@@ -1,13 +1,12 @@
-"""Folder to folder, through unmodified transformers."""
+"""Whole conversions, folder to folder, read by unmodified transformers."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
 
 import smolseek
@@ -15,53 +14,11 @@ from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
+from tests.conversion.folders import edit, logits, stock, write_source
 from tests.factories import tiny_llama
-from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.text import ENTRIES, tiny_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return str(write_stories(tmp_path_factory.mktemp("text") / "stories.txt"))
-
-
-def write_source(folder, **overrides):
-    model = tiny_llama(vocab_size=ENTRIES, **overrides)
-    save(StockModel(model), folder, tokenizer_from=tiny_tokenizer())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_source(tmp_path_factory.mktemp("source") / "tiny")
-
-
-@pytest.fixture
-def quick(text):
-    def make(**changes):
-        defaults: dict[str, Any] = {
-            "calibration": (text,),
-            "calibration_windows": 12,
-            "calibration_window_tokens": 32,
-            "refine_steps": 0,
-        }
-        return ConvertSettings(**defaults | changes)
-
-    return make
-
-
-def stock(folder):
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model, text):
-    ids = tiny_tokenizer()(Path(text).read_text()[:400], return_tensors="pt")["input_ids"][:, :48]
-    out = model(ids)
-    return out if isinstance(out, torch.Tensor) else out.logits
 
 
 def test_a_stock_folder_that_transformers_and_smolseek_read_alike(source, quick, text, tmp_path):
@@ -103,7 +60,7 @@ def test_refinement_brings_the_logits_nearer_stage_by_stage(source, quick, text,
         errors.append(float((logits(stock(out), text) - dense).square().mean()))
     assert errors[0] > errors[1] > errors[2]
     report = json.loads((out / "conversion.json").read_text())
-    losses = report["losses"]  # of random weights, which know no text: nearer to the dense model is not lower
+    losses = report["losses"]  # random weights predict no text, so the losses need not fall
     assert set(losses) == {"dense", "closed_form", "refined", "distilled"} and min(losses.values()) > 0
     assert all(layer["attention_error_refined"] < layer["attention_error"] for layer in report["layers"])
     assert "distilled" in (out / "README.md").read_text()
@@ -120,7 +77,7 @@ def test_carving_leaves_fewer_active_neurons_and_refinement_wins_back(exact, sou
         model = stock(out)
         torch.testing.assert_close(logits(smolseek.load(out), text), logits(model, text), rtol=1e-3, atol=1e-3)
         errors.append(float((logits(model, text) - dense).square().mean()))
-    if not exact:  # there the closed form loses next to nothing
+    if not exact:  # with exact attention the closed form loses next to nothing
         assert errors[0] > errors[1]
     config = json.loads((out / "config.json").read_text())
     met = config["n_shared_experts"] + config["num_experts_per_tok"]
@@ -153,7 +110,7 @@ def test_an_interrupted_conversion_goes_on_at_the_layer_it_reached(source, quick
 
 
 def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolseek.conversion.refine._DISTILL_RATE", 3.0)
+    monkeypatch.setattr("smolseek.conversion.distill._RATE", 3.0)
     plain, harmed = (
         convert(source, tmp_path / str(steps), settings=quick(refine_steps=1, distill_steps=steps)) for steps in (0, 3)
     )
@@ -162,7 +119,7 @@ def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, m
 
 
 def test_one_kv_head_with_full_rope_and_rank_loses_only_what_the_norm_does(tmp_path, quick, text):
-    """All scores are kept; the error left is the latent's, which is as wide as keys and values."""
+    """The slots keep all scores; only the latent's norm loses something, for it is as wide as keys and values."""
     single = write_source(tmp_path / "single", num_key_value_heads=1)
     out = convert(single, tmp_path / "out", settings=quick(kv_lora_rank=16, qk_rope_head_dim=8))
     report = json.loads((out / "conversion.json").read_text())
@@ -180,7 +137,7 @@ def test_exact_conversion_keeps_the_logits(changes, quick, text, tmp_path):
 
 
 def test_the_exact_form_can_be_trained(source, text, tmp_path):
-    """Its large constant is out of reach of the first steps."""
+    """The first steps of training do not move its large constant."""
     model = smolseek.load(convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))).train()
     ids = tiny_tokenizer()(Path(text).read_text()[:2000], return_tensors="pt")["input_ids"][:, :64]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -234,98 +191,12 @@ def test_mistral_without_a_window_converts(source, quick, text, tmp_path):
     convert(tmp_path / "mistral", tmp_path / "portable", settings=quick())
 
 
-# -- refusals: one line each, before anything heavy, nothing left behind ----------------------------------------------
-
-
-def edit(folder, **changes):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def poke(folder, name, value):
-    tensors = load_file(folder / "model.safetensors")
-    if value is None:
-        del tensors[name]
-    elif isinstance(value, torch.Tensor):
-        tensors[name] = value
-    else:
-        tensors[name].view(-1)[3] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-NORM = "model.layers.1.input_layernorm.weight"
-BROKEN = {
-    "architecture": (lambda f: edit(f, model_type="gpt2"), "gpt2.*llama, mistral"),
-    "attention bias": (lambda f: edit(f, attention_bias=True), "q_proj.bias.*not in the checkpoint"),
-    "mlp bias": (lambda f: edit(f, mlp_bias=True), "mlp_bias"),
-    "bias on disk": (lambda f: poke(f, "model.layers.0.self_attn.q_proj.bias", torch.ones(32)), "q_proj.bias"),
-    "sliding window": (lambda f: edit(f, model_type="mistral", sliding_window=4096), "sliding_window"),
-    "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantization_config"),
-    "rope scaling": (
-        lambda f: edit(f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-        "--exact",
-    ),
-    "NaN": (lambda f: poke(f, NORM, float("nan")), NORM),
-    "infinity": (lambda f: poke(f, NORM, float("inf")), NORM),
-    "missing tensor": (lambda f: poke(f, NORM, None), NORM),
-    "wrong shape": (lambda f: poke(f, NORM, torch.ones(5)), r"shape \(5,\)"),
-    "integers": (lambda f: poke(f, NORM, torch.ones(32, dtype=torch.int8)), "quantised"),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
-    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
-    "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"12345678abc"), "model.safetensors"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_source_is_refused(case, source, quick, tmp_path):
-    shutil.copytree(source, tmp_path / "broken")
-    breakage, message = BROKEN[case]
-    breakage(tmp_path / "broken")
-    refused(tmp_path / "broken", tmp_path, quick(), message)
-
-
-IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
-    "rank 0": ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
-    "rank too large": ({"kv_lora_rank": 33}, "at most 32"),
-    "odd rope": ({"qk_rope_head_dim": 3}, "even"),
-    "exact with ranks": ({"exact": True, "kv_lora_rank": 8}, "exact"),
-    "experts do not divide": ({"experts": "upcycle", "moe_intermediate_size": 7}, "moe_intermediate_size 7"),
-    "no calibration": ({"calibration": ()}, "calibration"),
-    "experts without calibration": ({"calibration": (), "exact": True, "experts": "upcycle"}, "calibration"),
-    "missing calibration": ({"calibration": ("nowhere.txt",)}, "nowhere.txt"),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_impossible_settings_are_refused(case, source, quick, tmp_path):
-    changes, message = IMPOSSIBLE[case]
-    refused(source, tmp_path, quick(**changes), message)
-
-
-def refused(source, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message) as error:
-        convert(source, tmp_path / "out", settings=settings)
-    assert "\n" not in str(error.value)
-    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
-
-
-def test_an_existing_folder_is_kept_unless_forced(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="--force"):
-        convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))
-    assert (tmp_path / "out" / "mine.txt").exists()
-    convert(source, tmp_path / "out", settings=ConvertSettings(exact=True), force=True)
-    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "mine.txt").exists()
-
-
 # -- a real pretrained model ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is not beside the checkout")
 def test_stories260k_keeps_its_sense_at_half_its_cache(tmp_path):
-    """Half the cache, little calibration text; the limits leave room around what was measured."""
+    """Half the cache and little calibration text; the limits leave room around the measured values."""
     from smolseek.data import calibration_windows
 
     source, text = DATA / "stories260K", str(DATA / "text" / "tinystories-train.txt")

@@ -37,7 +37,7 @@ def test_paths_agree_exactly_when_they_turn_alike(dense, angles, tmp_path):
 
 
 def test_keys_and_queries_are_seen_behind_their_norms(tmp_path):
-    """Qwen3: E[z xᵀ] and E[z²] of what RoPE gets, and the gradient there, as autograd has them."""
+    """In Qwen3, E[z xᵀ], E[z²] and the gradient are of the normed queries and keys, as autograd gives them."""
     model, ids = tiny_dense("qwen3", head_dim=8), random_ids(1, 9)
     attention, kept = model.model.layers[1].self_attn, {}
     hooks = [

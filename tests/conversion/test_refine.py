@@ -15,7 +15,7 @@ from tests.factories import enliven, layers_of, random_ids, tiny_v3_config
 
 @pytest.fixture
 def block():
-    """A V3 attention block of the dense model's hidden size, its latent scaled as converted ones are."""
+    """A V3 attention block of the dense model's hidden size, its latent scaled as in a conversion."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     model = DeepseekV3(tiny_v3_config(hidden_size=32, kv_lora_rank=8, num_hidden_layers=1, **heads))
     enliven(model)

@@ -19,7 +19,7 @@ def test_the_stream_is_the_dense_models_own(teacher):
         stream.pass_attention()
         torch.testing.assert_close(stream.hidden_BTD, before + out)
         norm = teacher.model.layers[index].post_attention_layernorm
-        for inputs in stream.mlp_inputs():  # so few windows are probe and training text at once
+        for inputs in stream.mlp_inputs():  # few windows serve as probe and as training text
             torch.testing.assert_close(inputs, norm(stream.hidden_BTD).flatten(0, 1))
         stream.pass_mlp()
     torch.testing.assert_close(teacher.model.norm(stream.hidden_BTD), states[-1])

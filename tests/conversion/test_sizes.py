@@ -31,7 +31,7 @@ def test_default_sizes_keep_their_share_of_the_cache(kv_heads: int, group: int, 
 
 
 def test_a_share_of_the_cache_picks_the_sizes() -> None:
-    """6 heads / 2 KV of 32, 8 / 4 of 8 and 9 / 3 of 32."""
+    """Heads, KV heads and head_dim are 6, 2 and 32; 8, 4 and 8; 9, 3 and 32."""
     first, second, third = (
         read_source(TINY | {"num_attention_heads": h, "num_key_value_heads": g, "head_dim": d, "hidden_size": 192})
         for h, g, d in ((6, 2, 32), (8, 4, 8), (9, 3, 32))

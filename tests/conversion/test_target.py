@@ -85,7 +85,7 @@ def test_exact_frequencies_are_the_source_s_for_every_kv_head(scaling: dict[str,
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
 @pytest.mark.parametrize("rope_dim", [4, 8, 16])
 def test_profile_transformers_keeps_the_rope_type_at_every_stride(kind: str, rope_dim: int) -> None:
-    """Slot j turns like source frequency stride * j, scaled as there."""
+    """Slot j turns like source frequency stride * j, with the source's scaling."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     source = {k: v for k, v in TINY.items() if k != "rope_theta"}
     source["rope_parameters"] = {"rope_type": kind, "rope_theta": 5000.0, **scaling}

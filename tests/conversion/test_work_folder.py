@@ -1,4 +1,4 @@
-"""Finished parts outlive an interruption, and nothing else."""
+"""Finished parts survive an interruption, and only that."""
 
 import pytest
 import torch

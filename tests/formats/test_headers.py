@@ -1,3 +1,5 @@
+"""Headers of safetensors files: read from one file or several, and refused when broken."""
+
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""The table of rules: what each runtime says to a config."""
+"""The table of rules: which configs and folders each runtime loads, and why it refuses the others."""
 
 import dataclasses
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_a_foreign_config_is_told_nothing_else() -> None:
 
 
 def _loaded_difference(folder: Path, drop: str = "", **added: torch.Tensor) -> float:
-    """How far transformers' logits are from the folder's own model when tensors are dropped or added on disk."""
+    """Returns how far transformers' logits move when tensors are dropped from or added to a folder."""
     model = tiny_v3()
     save(model, folder)
     tensors = load_file(folder / "model.safetensors")

@@ -27,7 +27,7 @@ def test_folded_biases_are_exact_where_some_direction_of_the_input_is_constant()
 @given(shapes, st.booleans())
 @quick
 def test_norms_are_folded_exactly_where_what_they_give_is_linear(shape, biased):
-    """A norm that divides by a constant is a scale; with noise on top, what is lost is the noise's energy."""
+    """A norm that divides by a constant is linear, and loses nothing; noise on top is lost, and its energy is told."""
     kv_heads, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
     x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if biased else x

@@ -15,7 +15,7 @@ from tests.conversion.mla.blocks import in_source_sizes, quick, random_layer, sh
 @given(shapes)
 @quick
 def test_slots_and_latent_together_stand_for_keys_and_values_where_nothing_turns(shape):
-    """With equal gradients on all paths the regression gives keys - slot keys and values; at full rank all is kept."""
+    """Equal gradients on all paths make the target [keys - slot keys; values]; full rank then loses nothing."""
     kv_heads, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
     rank = min(20, 2 * kv_heads * head_dim)
@@ -34,7 +34,7 @@ def test_slots_and_latent_together_stand_for_keys_and_values_where_nothing_turns
 @given(shapes, st.integers(1, 6))
 @quick
 def test_encoder_is_the_best_of_its_rank_under_the_fisher_weight(shape, rank):
-    """Eckart and Young: the weighted error left over is the tail of the spectrum."""
+    """By Eckart and Young, the remaining weighted error is the tail of the spectrum."""
     kv_heads, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
     compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim, rank)
@@ -63,7 +63,7 @@ def test_refit_is_least_squares_and_its_error_is_what_is_reported(shape):
 
 
 def test_dead_channels_do_no_harm():
-    """A value that the loss does not feel and a frequency that carries nothing give zeros, not NaN."""
+    """A value without gradient and a frequency without energy give zeros, not NaN."""
     weights, moments, _ = random_layer(2, 1, 4, 0)
     weights.key[0] = weights.key[2] = weights.key[4] = weights.key[6] = 0.0
     moments.fisher_4k4k[1, 3] = 0.0

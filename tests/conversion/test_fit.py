@@ -1,4 +1,4 @@
-"""Source families, sizes and profiles, folder to folder through unmodified transformers."""
+"""Every family, profile and size that the fit takes, folder to folder through unmodified transformers."""
 
 import json
 import logging
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import smolseek
 from smolseek.checkpoint.hub import save
@@ -16,6 +15,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.formats.runtimes import check, verdict
 from smolseek.model import StockModel
+from tests.conversion.folders import logits, stock
 from tests.factories import tiny_dense
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
@@ -51,9 +51,11 @@ LOST = {
     "qwen2 untied": 0.014,
     "qwen3": 0.083,
 }
-"""`lost` as measured with a latent of 16 and every frequency in the rotated key. One made wrong on purpose: without its
-biases 0.56 and 0.48 (qwen2), without its norms 0.60 (qwen3), without a
-rotated key 0.17 to 0.31, with another rope_theta 0.16 to 0.27."""
+"""`lost` as measured with a latent of 16 and every frequency in the rotated key.
+
+Conversions made wrong on purpose measured: without biases 0.56 and 0.48 (qwen2), without norms 0.60 (qwen3), without a
+rotated key 0.17 to 0.31, with another rope_theta 0.16 to 0.27.
+"""
 LOST_IN_TRANSFORMERS = {
     "llama with biases": 0.063,
     "qwen2": 0.106,
@@ -61,15 +63,13 @@ LOST_IN_TRANSFORMERS = {
     "linear rope": 0.082,
     "qwen3 with biases": 0.075,
 }
-"""The same for profile transformers. Made wrong: without biases 0.53 and 0.56, without llama3's scaling 0.15,
-without the norms 0.47."""
+"""The same for profile transformers.
+
+Conversions made wrong on purpose measured: without biases 0.53 and 0.56, without llama3's scaling 0.15, without norms
+0.47.
+"""
 MARGIN = 1.3
-"""Four times the calibration text moves these by a factor of 0.75 to 1.15; "llama3 rope" is the mean of 8 seeds."""
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return str(write_stories(tmp_path_factory.mktemp("text") / "stories.txt"))
+"""Four times the calibration text changes `lost` by a factor of 0.75 to 1.15. "llama3 rope" is the mean of 8 seeds."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def held_out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Per family a folder, written when first asked for."""
+    """Returns a function from a family's name to its folder, which it writes when first asked for."""
     root = tmp_path_factory.mktemp("sources")
 
     def folder(family: str) -> Path:
@@ -87,7 +87,7 @@ def folders(tmp_path_factory):
         path = root / family.replace(" ", "-")
         if not path.exists():
             model = tiny_dense(kind, vocab_size=ENTRIES, **fields)
-            for layer in model.model.layers if kind == "qwen3" else ():  # behind a norm their scale is nothing
+            for layer in model.model.layers if kind == "qwen3" else ():  # a norm undoes the scale
                 layer.self_attn.q_proj.weight.data *= 3
                 layer.self_attn.k_proj.weight.data *= 3
             save(StockModel(model), path, tokenizer_from=tiny_tokenizer())
@@ -97,37 +97,22 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(text):
-    return lambda **fields: ConvertSettings(
-        **{"calibration": (text,), "calibration_windows": 16, "calibration_window_tokens": 32, "refine_steps": 0}
-        | fields
-    )
-
-
-def stock(folder):
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model, text):
-    ids = tiny_tokenizer()(Path(text).read_text()[:400], return_tensors="pt")["input_ids"][:, :48]
-    out = model(ids)
-    return out if isinstance(out, torch.Tensor) else out.logits
+def quick(quick):
+    """The shared settings with 16 windows of calibration text."""
+    return lambda **fields: quick(**{"calibration_windows": 16} | fields)
 
 
 def lost(source, out, text):
-    """E|converted - dense|² of the logits; 1 is what taking the dense model's attention away does."""
-    dense, silent = logits(stock(source), text), stock(source)
-    for name, parameter in silent.named_parameters():
+    """Returns E|converted - dense|² of the logits; taking the attention out of the dense model gives 1."""
+    dense, cut = logits(stock(source), text), stock(source)
+    for name, parameter in cut.named_parameters():
         if "o_proj" in name:
             torch.nn.init.zeros_(parameter)
-    return float((logits(stock(out), text) - dense).square().sum() / (logits(silent, text) - dense).square().sum())
+    return float((logits(stock(out), text) - dense).square().sum() / (logits(cut, text) - dense).square().sum())
 
 
 def set_eps(model, eps):
-    """What runtimes other than transformers do: rms_norm_eps in the latent norms too."""
+    """Gives the latent norms another eps, as runtimes other than transformers do (rms_norm_eps)."""
     for layer in model.model.layers:
         for name in ("q_a_layernorm", "kv_a_layernorm"):
             if getattr(layer.self_attn, name, None) is not None:
@@ -147,7 +132,7 @@ def test_exact_conversion_keeps_the_logits_of_every_family(family, folders, text
 @pytest.mark.parametrize("profile", ["portable", "vllm"])
 @pytest.mark.parametrize("family", LOST)
 def test_every_family_converts_to_what_most_runtimes_take(family, profile, folders, held_out, quick, caplog, tmp_path):
-    rope_dim = 8 if profile == "portable" else 64  # head_dim, and vLLM's, most of it silent
+    rope_dim = 8 if profile == "portable" else 64  # head_dim, and vLLM's, whose slots are mostly empty
     settings = quick(profile=profile, kv_lora_rank=16, qk_rope_head_dim=rope_dim)
     with caplog.at_level(logging.WARNING):
         out = convert(folders(family), tmp_path / "out", settings=settings)
@@ -165,7 +150,7 @@ def test_every_family_converts_to_what_most_runtimes_take(family, profile, folde
 
 @pytest.mark.parametrize("family", LOST_IN_TRANSFORMERS)
 def test_profile_transformers_keeps_biases_and_rope_types(family, folders, held_out, quick, tmp_path):
-    """Every frequency and a latent as wide as the input: what is lost is the rotated key's and the norm's."""
+    """With every frequency and a latent as wide as the input, only the rotated key and the norm lose something."""
     settings = quick(profile="transformers", kv_lora_rank=32, qk_rope_head_dim=8)
     out = convert(folders(family), tmp_path / "out", settings=settings)
     config = json.loads((out / "config.json").read_text())
@@ -207,7 +192,7 @@ def test_sizes_that_hold_everything_change_nothing(case, folders, text, quick, t
     same = {"kv_lora_rank": 24} if "rope" in case or case == "vllm" else {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
     plain = convert(folders("llama"), tmp_path / "plain", settings=quick(**{"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
     out = convert(folders("llama"), tmp_path / "out", settings=quick(**same | SIZES[case]))
-    atol = 2e-3 if "query" in case else 1e-4  # a query latent inherits the input norm's eps (design section 2)
+    atol = 2e-3 if "query" in case else 1e-4  # a query latent inherits the input norm's eps
     torch.testing.assert_close(logits(stock(out), text), logits(stock(plain), text), rtol=0, atol=atol)
     torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (case == "vllm")
@@ -241,7 +226,7 @@ def test_first_layers_keep_their_dense_mlp(folders, text, quick, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "smollm3", "qwen2", "qwen3", "llama3 rope"])
 def test_every_family_is_refined(family, folders, held_out, text, quick, tmp_path):
-    """Nearer to the dense model than the closed form, and still deaf to the latent norm's eps."""
+    """A refined model is nearer to the dense one than the closed form; the latent norm's eps still has no effect."""
     errors = []
     for steps in ({}, {"refine_steps": 40, "distill_steps": 10}):
         settings = quick(kv_lora_rank=12, qk_rope_head_dim=4, **steps)

@@ -1,0 +1,90 @@
+"""Refusals: one line each, before anything heavy runs, and nothing is left behind."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolseek.config import ConvertSettings
+from smolseek.conversion.pipeline import convert
+from tests.conversion.folders import edit
+
+
+def poke(folder, name, value):
+    tensors = load_file(folder / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    elif isinstance(value, torch.Tensor):
+        tensors[name] = value
+    else:
+        tensors[name].view(-1)[3] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BROKEN = {
+    "architecture": (lambda f: edit(f, model_type="gpt2"), "gpt2.*llama, mistral"),
+    "attention bias": (lambda f: edit(f, attention_bias=True), "q_proj.bias.*not in the checkpoint"),
+    "mlp bias": (lambda f: edit(f, mlp_bias=True), "mlp_bias"),
+    "bias on disk": (lambda f: poke(f, "model.layers.0.self_attn.q_proj.bias", torch.ones(32)), "q_proj.bias"),
+    "sliding window": (lambda f: edit(f, model_type="mistral", sliding_window=4096), "sliding_window"),
+    "quantised": (lambda f: edit(f, quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    "rope scaling": (
+        lambda f: edit(f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+        "--exact",
+    ),
+    "NaN": (lambda f: poke(f, NORM, float("nan")), NORM),
+    "infinity": (lambda f: poke(f, NORM, float("inf")), NORM),
+    "missing tensor": (lambda f: poke(f, NORM, None), NORM),
+    "wrong shape": (lambda f: poke(f, NORM, torch.ones(5)), r"shape \(5,\)"),
+    "integers": (lambda f: poke(f, NORM, torch.ones(32, dtype=torch.int8)), "quantised"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+    "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
+    "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"12345678abc"), "model.safetensors"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_source_is_refused(case, source, quick, tmp_path):
+    shutil.copytree(source, tmp_path / "broken")
+    breakage, message = BROKEN[case]
+    breakage(tmp_path / "broken")
+    refused(tmp_path / "broken", tmp_path, quick(), message)
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "rank 0": ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
+    "rank too large": ({"kv_lora_rank": 33}, "at most 32"),
+    "odd rope": ({"qk_rope_head_dim": 3}, "even"),
+    "exact with ranks": ({"exact": True, "kv_lora_rank": 8}, "exact"),
+    "experts do not divide": ({"experts": "upcycle", "moe_intermediate_size": 7}, "moe_intermediate_size 7"),
+    "no calibration": ({"calibration": ()}, "calibration"),
+    "experts without calibration": ({"calibration": (), "exact": True, "experts": "upcycle"}, "calibration"),
+    "missing calibration": ({"calibration": ("nowhere.txt",)}, "nowhere.txt"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_settings_are_refused(case, source, quick, tmp_path):
+    changes, message = IMPOSSIBLE[case]
+    refused(source, tmp_path, quick(**changes), message)
+
+
+def refused(source, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        convert(source, tmp_path / "out", settings=settings)
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+
+
+def test_an_existing_folder_is_kept_unless_forced(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="--force"):
+        convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))
+    assert (tmp_path / "out" / "mine.txt").exists()
+    convert(source, tmp_path / "out", settings=ConvertSettings(exact=True), force=True)
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "mine.txt").exists()
