@@ -30,7 +30,8 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.data.tokenizer import train_tokenizer
 from smolseek.formats.dense import read_source
-from smolseek.planning import Cost, measure_machine, plan
+from smolseek.machine import measure_machine
+from smolseek.planning import Cost, plan
 
 SMOLLM2 = {
     "model_type": "llama",

@@ -12,14 +12,8 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import count_parameters
 from smolseek.formats.dense import read_source
-from smolseek.planning import (
-    Machine,
-    cache_bytes_per_token,
-    measure_machine,
-    payoff_context_tokens,
-    plan,
-    render,
-)
+from smolseek.machine import Machine
+from smolseek.planning import cache_bytes_per_token, payoff_context_tokens, plan, render
 from tests.configs import SMOLLM2_135M, TINY
 from tests.factories import stock_parameters
 
@@ -156,9 +150,13 @@ def test_impossible_settings_are_refused() -> None:
         plan(SMOLLM2_135M, ConvertSettings(kv_lora_rank=999), FAST_COMPUTE)
 
 
-def test_measured_machine_is_plausible() -> None:
-    machine = measure_machine(seconds=0.1)
-    assert 1e7 < machine.flops_per_second < 1e15 and 1e7 < machine.bytes_per_second < 1e14
+def test_a_device_plans_with_its_own_rates() -> None:
+    rates = {"flops_per_second": 1e15, "bytes_per_second": 1e12}
+    even, poor = (Machine(**rates, float64_share=share, device="cuda") for share in (0.5, 0.01))
+    costs = [plan(SMOLLM2_135M, ConvertSettings(), machine).convert for machine in (even, poor)]
+    assert costs[1].seconds > costs[0].seconds > plan(SMOLLM2_135M, ConvertSettings(exact=True), even).convert.seconds
+    assert costs[0].memory_bytes > plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE).convert.memory_bytes
+    assert "cuda, 1,000,000 GFLOP/s" in render(plan(SMOLLM2_135M, ConvertSettings(), even))
 
 
 def test_no_torch() -> None:

@@ -16,7 +16,8 @@ from transformers import (
 
 from smolseek.config import ConvertSettings
 from smolseek.formats.dense import FAMILIES, Family, cache_numbers, read_source
-from smolseek.planning import Machine, plan
+from smolseek.machine import Machine
+from smolseek.planning import plan
 from tests.configs import TINY
 
 FAMILY_FIELDS: list[dict[str, Any]] = [
