@@ -231,10 +231,13 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_device_that_is_not_there(source, text, capsys):
+@pytest.mark.parametrize("verb", ["eval", "plan", "convert"])
+def test_a_device_that_is_not_there(verb, source, text, capsys, tmp_path):
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is there")
-    assert main(["eval", str(source), "--text", text, "--device", "cuda"]) == 2
-    assert "not available here" in capsys.readouterr().err
+    options = {"eval": ["--text", text], "plan": [], "convert": [str(tmp_path / "out"), "--calibration", text]}
+    assert main([verb, str(source), *options[verb], "--device", "cuda"]) == 2
+    assert "device cuda: not available here; use cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

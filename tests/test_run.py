@@ -53,6 +53,18 @@ def recipe(tmp_path, source):
     )
 
 
+def test_a_recipe_converts_on_the_device_that_it_trains_on(recipe, tmp_path, monkeypatch):
+    class Converted(Exception):
+        pass
+
+    def convert_there(*_, device, **__):
+        raise Converted(device)
+
+    monkeypatch.setattr("smolseek.run.convert", convert_there)
+    with pytest.raises(Converted, match="mps"):
+        run_recipe(recipe, tmp_path / "run", device="mps")
+
+
 def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     stages = []
     folder = tmp_path / "runs" / "tiny"
