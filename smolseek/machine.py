@@ -44,7 +44,7 @@ def _measure_accelerator(device: str) -> Machine:
     """Returns the rates of a GPU: products in the dtype that it trains in, a copy of memory, float64 products."""
     import torch
 
-    from smolseek.numerics.precision import check_device, has_float64, teacher_dtype
+    from smolseek.numerics.precision import check_device, compute_dtype, has_float64
 
     check_device(device)
     place = torch.device(device)
@@ -64,7 +64,7 @@ def _measure_accelerator(device: str) -> Machine:
         return 2 * side**3 / best_seconds(lambda: square @ square)
 
     numbers = torch.ones(2**26, device=place)
-    flops = product_rate(teacher_dtype(place, "auto"), 4096)
+    flops = product_rate(compute_dtype(place, "auto"), 4096)
     float64 = product_rate(torch.float64, 2048) if has_float64(place) else measure_machine().flops_per_second / 2
     return Machine(flops, 2 * numbers.nbytes / best_seconds(numbers.clone), float64 / flops, device)
 

@@ -25,7 +25,7 @@ from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import disk_config
 from smolseek.formats.dense import read_source
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.numerics.precision import teacher_dtype
+from smolseek.numerics.precision import compute_dtype
 from smolseek.summary import render_summary, summarize
 from smolseek.training.processes import Processes, join_processes, restarted_by_torchrun
 from smolseek.training.stages import stages_of
@@ -102,7 +102,7 @@ def _train_and_compare(
     dense = recipe.teacher or (recipe.source if recipe.convert else None)
     teacher = None
     if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
-        teacher = load_stock(dense, dtype=teacher_dtype(torch.device(device), recipe.train.precision), device=device)
+        teacher = load_stock(dense, dtype=compute_dtype(torch.device(device), recipe.train.precision), device=device)
     trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
     _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
     origin, trained = _starting_folder(recipe, folder), "healed" if recipe.convert else "trained"

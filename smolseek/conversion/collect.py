@@ -19,7 +19,7 @@ from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.probe import Probe, probed_attention
 from smolseek.conversion.sizes import CALIBRATION_BATCH_TOKENS, SPILL_BYTES
 from smolseek.numerics.memory import release_memory
-from smolseek.numerics.precision import teacher_dtype
+from smolseek.numerics.precision import compute_dtype
 
 _TOKENS_AT_ONCE = 2048
 _POSITIONS_AT_ONCE = 64  # whose logits are held
@@ -53,7 +53,7 @@ def collect_moments(
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
-    head_VD = model.get_output_embeddings().weight.to(teacher_dtype(device, "auto"))
+    head_VD = model.get_output_embeddings().weight.to(compute_dtype(device, "auto"))
     with _frozen(model), hooked(hooks), probed_attention(model, probes):
         for ids_BT in batches(windows_BT, CALIBRATION_BATCH_TOKENS[device.type]):
             hidden_BTD = model.base_model(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""The dtype in which a model computes, by the recipe's `precision` and the hardware."""
+"""In which dtype and on which device to compute, by the recipe's `precision` and the hardware."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 def autocast(device: torch.device, precision: str) -> Any:
     """Returns bf16 autocast if `precision` asks for it, or is auto and the hardware multiplies bf16 itself."""
-    dtype = teacher_dtype(device, precision)
+    dtype = compute_dtype(device, precision)
     return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
 
 
-def teacher_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Returns the dtype for the weights of a model that is not trained: that of the computation.
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Returns the dtype of matrix products, in which a model that is not trained can also keep its weights.
 
-    Trained weights stay in fp32, because small updates would be lost in bf16; these weights get no updates.
+    Trained weights stay in fp32, because bf16 would lose small updates.
     """
     use = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
     return torch.bfloat16 if use else torch.float32
