@@ -78,17 +78,19 @@ def compare(after: dict[str, str], before: dict[str, str]) -> int:
 
 
 def convert(code: Path, source: str, out: Path, text: str, how: tuple[str, ...]) -> str:
-    """Returns the hash of a converted folder's weights."""
+    """Returns the hash of a converted folder's weights, or the refusal of a source that cannot be converted so."""
     text_options = ("--calibration", text, "--calibration-windows", "32")
-    run(code, "-m", "smolseek", "convert", source, str(out), "--force", *text_options, *how)
-    return sha256(out / "model.safetensors")
+    refusal = run(code, "-m", "smolseek", "convert", source, str(out), "--force", *text_options, *how)
+    return refusal or sha256(out / "model.safetensors")
 
 
 def train(code: Path, scratch: Path) -> str:
     """Returns the hash of the weights after 20 steps of recipes/quickstart.yaml."""
     shortened = "--convert.calibration-windows 16 --convert.refine-steps 4 --data.held-out-tokens 8192 --train.steps 20"
     recipe = str(code / "recipes" / "quickstart.yaml")
-    run(code, "-m", "smolseek", "train", recipe, "--no-compare-dense", "--runs", str(scratch), *shortened.split())
+    options = ("--no-compare-dense", "--runs", str(scratch), *shortened.split())
+    refusal = run(code, "-m", "smolseek", "train", recipe, *options)
+    assert refusal is None, refusal
     return sha256(scratch / "quickstart" / "model" / "model.safetensors")
 
 
@@ -112,12 +114,15 @@ def tiny(family: str, scratch: Path) -> Path:
     return folder
 
 
-def run(code: Path, *arguments: str) -> None:
-    """Run this environment's Python on the code of that checkout, with two threads."""
+def run(code: Path, *arguments: str) -> str | None:
+    """Run this environment's Python on the code of that checkout, with two threads; returns a user's mistake, if any."""
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, *arguments], cwd=code, env=environment, capture_output=True, text=True)
+    if done.returncode == 2:
+        return done.stderr.splitlines()[-1]
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}\n{done.stderr}")
+    return None
 
 
 def sha256(path: Path) -> str:
