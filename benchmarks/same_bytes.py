@@ -115,7 +115,7 @@ def tiny(family: str, scratch: Path) -> Path:
 
 
 def run(code: Path, *arguments: str) -> str | None:
-    """Run this environment's Python on the code of that checkout, with two threads; returns a user's mistake, if any."""
+    """Run Python on the code of that checkout, with two threads; returns what a refusal says, else None."""
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, *arguments], cwd=code, env=environment, capture_output=True, text=True)
     if done.returncode == 2:
