@@ -78,6 +78,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def read_end_tokens(folder: Path) -> tuple[int, ...]:
+    """Returns the ids that end a text: `eos_token_id` of config.json, then those that generation_config.json adds.
+
+    Each file names one id, a list, or none.
+
+    Raises:
+        ValueError: a file holds no JSON object, or an id is no whole number.
+    """
+    ends: dict[int, None] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        named = read_json(path).get("eos_token_id") if path.is_file() else None
+        for end in named if isinstance(named, list) else [] if named is None else [named]:
+            if not isinstance(end, int) or isinstance(end, bool):
+                raise ValueError(f"{path}: eos_token_id {end!r} is no whole number; write a token's id, or a list of ids")
+            ends[end] = None
+    return tuple(ends)
+
+
 def check_tokenizer(folder: Path, source: str | Path) -> None:
     """Checks that a folder has a tokenizer.
 
