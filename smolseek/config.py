@@ -24,7 +24,10 @@ class ConvertSettings:
     qk_rope_head_dim: int | None = None
     """Width of the one rotated key that all heads share (even)."""
     calibration: tuple[str, ...] = ()
-    """Calibration text: files, globs, hub:ID[:CONFIG] or builtin:python (its training split)."""
+    """Calibration text, drawn over the whole of each source: files, folders, globs, hub:ID[:CONFIG] or builtin:python
+    (its training split)."""
+    calibration_weights: tuple[float, ...] = ()
+    """Shares of the calibration windows, one for each source of calibration, in any unit; none: equal shares."""
     calibration_windows: int = 128
     """Number of windows of calibration text."""
     calibration_window_tokens: int = 256
@@ -72,13 +75,14 @@ class DataSettings:
     """Where the training text comes from, and how it is divided."""
 
     train: tuple[str, ...] = ("builtin:python",)
-    """Sources, read in endless epochs: files, globs, hub:ID[:CONFIG] or builtin:python."""
+    """Sources, read in endless epochs and mixed by `weights`: files, folders, globs, hub:ID[:CONFIG] or
+    builtin:python."""
     held_out: tuple[str, ...] = ()
     """Sources of held-out text; none: a share of the training documents, chosen by hash, is held out."""
     held_out_share: float = 0.1
     """Share of the documents to hold out if no held-out source is named."""
     held_out_tokens: int = 65536
-    """Number of held-out tokens in an evaluation."""
+    """Number of held-out tokens in an evaluation, drawn over the whole of each source in equal shares."""
     text_column: str = "text"
     """Column with the text, in JSON lines, Parquet files and hub data sets."""
     separator: str = SEPARATOR
@@ -86,7 +90,7 @@ class DataSettings:
     shuffle_windows: int = 1024
     """Size of the shuffle buffer, in packed windows."""
     weights: tuple[float, ...] = ()
-    """Shares of the training tokens, one for each source, in any unit; none: one source after the other."""
+    """Shares of the training tokens, one for each source, in any unit; none: the sources' sizes."""
     messages_column: str = "messages"
     """Column with a conversation, a list of {role, content}; loss is taken on the assistant's tokens only."""
 
@@ -279,22 +283,32 @@ def load_recipe(path: str | Path) -> Recipe:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
-    recipe = _build(Recipe, {} if tree is None else tree, where="")
+    recipe = _build(Recipe, {} if tree is None else tree, "recipe key ")
     return recipe if "name" in (tree or {}) else dataclasses.replace(recipe, name=path.stem)
 
 
+def check_fields(settings: Any) -> None:
+    """Raises ValueError if a field of a settings dataclass, made in Python, has a value of another type or choice."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value)
+        else:
+            _coerce(kind, value, name)
+
+
 def _build(kind: Any, tree: Any, where: str) -> Any:
-    """Builds the dataclass `kind` from a mapping; `where` is its dotted path, for messages."""
+    """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
     if not isinstance(tree, dict):
-        raise ValueError(f"recipe key {where or '(top)'}: {tree!r} is not a mapping of settings")
+        raise ValueError(f"{where.rstrip('.')}{'' if where.endswith('.') else '(top)'}: {tree!r} is no mapping of settings")
     hints = get_type_hints(kind)
     values = {}
     for key, value in tree.items():
-        path = f"{where}.{key}" if where else str(key)
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)[0]
-            raise ValueError(f"recipe key {path}: unknown; did you mean {f'{where}.{near}' if where else near}?")
-        values[key] = _coerce(hints[key], value, path)
+            parent = where.removeprefix("recipe key ")
+            raise ValueError(f"{where}{key}: unknown; did you mean {parent}{near}?")
+        values[key] = _coerce(hints[key], value, f"{where}{key}")
     return kind(**values)
 
 
@@ -306,17 +320,17 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             return None
         return _coerce(next(k for k in get_args(kind) if k is not types.NoneType), value, where)
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
+        return value if isinstance(value, kind) else _build(kind, value, f"{where}.")  # type: ignore[arg-type]
     if origin is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"recipe key {where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(get_args(kind)[0], item, where) for item in items)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"recipe key {where}: {value!r} is not a mapping")
+            raise ValueError(f"{where}: {value!r} is not a mapping")
         item_kind = get_args(kind)[1]
         return {
             key: _number(item) if item_kind is Any else _coerce(item_kind, item, f"{where}.{key}")
@@ -326,7 +340,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"recipe key {where}: {value!r} is not of type {kind.__name__}")
+        raise ValueError(f"{where}: {value!r} is not of type {kind.__name__}")
     return value
 
 

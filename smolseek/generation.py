@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from smolseek.config import SampleSettings
-from smolseek.data.encoding import encode_document
+from smolseek.data.encoding import check_vocabulary, encode_prompt
 from smolseek.model import DeepseekV3, StockModel
 
 _PREFILL_TOKENS = 2048
@@ -111,27 +111,67 @@ def stream_text(
 ) -> Iterator[str]:
     """Yields the text of the new tokens as they are drawn, up to the first of the `stop` strings and without it.
 
-    A token that ends inside a character, or in text that may become a stop string, is held back until the next tokens
-    decide. `on_token` is called with every token as it is drawn; `options` and errors as `stream`.
+    The text is what the tokens say behind the prompt: a SentencePiece token keeps its space. A token that ends inside a
+    character, or in text that may become a stop string, is held back until the next tokens decide. `on_token` is called
+    with every token as it is drawn; `options` and errors as `stream`. A text ends at the model's own end tokens unless
+    `eos_token_id` names others.
     """
-    new: list[int] = []
-    shown = 0
+    options.setdefault("eos_token_id", end_tokens(model, tokenizer))
+    decoder, pending = TextDecoder(tokenizer, input_ids[0].tolist()), ""
     for token in stream(model, input_ids, **options):
         on_token(token)
-        new.append(token)
-        text = tokenizer.decode(new, skip_special_tokens=True)
-        if text.endswith("�"):
-            continue
-        end = min((text.index(word) for word in stop if word in text), default=None)
-        safe = len(text) - _undecided_length(text, stop) if end is None else end
-        if safe > shown:
-            yield text[shown:safe]
-            shown = safe
+        pending += decoder.add(token)
+        end = min((pending.index(word) for word in stop if word in pending), default=None)
+        safe = len(pending) - _undecided_length(pending, stop) if end is None else end
+        if safe:
+            yield pending[:safe]
+            pending = pending[safe:]
         if end is not None:
             return
-    rest = tokenizer.decode(new, skip_special_tokens=True)[shown:]
-    if rest:
-        yield rest
+    if pending := pending + decoder.rest():
+        yield pending
+
+
+class TextDecoder:
+    """The text of tokens that follow a prompt, token by token, in time that does not grow with the text.
+
+    Only the last tokens are decoded at each step, with a few before them, because the text of a token depends on its
+    neighbours: SentencePiece drops the space of the first one, and a character may have several tokens.
+    """
+
+    _CONTEXT_TOKENS = 8
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self._ids = list(prompt_ids[-self._CONTEXT_TOKENS :])
+        self._said = self._decode()
+
+    def add(self, token: int) -> str:
+        """Returns the text that a token adds; none while it ends inside a character."""
+        self._ids.append(token)
+        text = self._decode()
+        if text.endswith("\ufffd") and len(self._ids) < 4 * self._CONTEXT_TOKENS:
+            return ""
+        return self._say(text)
+
+    def rest(self) -> str:
+        """Returns the text that `add` holds back, a broken character."""
+        return self._say(self._decode())
+
+    def _say(self, text: str) -> str:
+        new = text[len(self._said) :]
+        self._ids = self._ids[-self._CONTEXT_TOKENS :]
+        self._said = self._decode()
+        return new
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self._ids, skip_special_tokens=True)
+
+
+def end_tokens(model: DeepseekV3 | StockModel, tokenizer: Any) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those of the model's folder or config, else the tokenizer's EOS."""
+    named = model.end_token_ids or model.config.eos_token_id
+    return tuple(sorted(_end_ids(tokenizer.eos_token_id if named is None else named)))
 
 
 def _undecided_length(text: str, stop: Sequence[str]) -> int:
@@ -144,19 +184,20 @@ def continue_text(
     model: DeepseekV3 | StockModel, tokenizer: Any, prompt: str, settings: SampleSettings
 ) -> tuple[str, list[int]]:
     """Returns `prompt` with its continuation as text, and the new tokens."""
-    ids = torch.tensor([encode_document(tokenizer, prompt)])
-    new = stream(
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    tokens: list[int] = []
+    pieces = stream_text(
         model,
+        tokenizer,
         ids,
+        on_token=tokens.append,
         max_new_tokens=max(1, min(settings.max_new_tokens, model.config.max_position_embeddings - ids.shape[1])),
         temperature=settings.temperature,
         top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
         seed=settings.seed,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    tokens = list(new)
-    return tokenizer.decode(ids[0].tolist() + tokens, skip_special_tokens=True), tokens
+    return prompt + "".join(pieces), tokens
 
 
 def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
@@ -200,9 +241,11 @@ def _decode(
             f"prompt of {longest} tokens + {max_new_tokens} new ones: the model has {limit} positions; shorten the "
             "prompt or ask for fewer new tokens"
         )
+    check_vocabulary(torch.tensor([token for prompt in prompts for token in prompt]), model.config.vocab_size)
     device = model.lm_head.weight.device
     padding_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-    seen_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    seen_BV = _seen(ids_BT, padding_B, model.config.vocab_size) if sampling.repetition_penalty != 1.0 else None
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()
@@ -211,27 +254,26 @@ def _decode(
     cache: Any = model.new_cache(len(prompts), longest + max_new_tokens, padding_B if padding_B.any() else None)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_tokens = torch.tensor(sorted(end_ids), device=device)
-    chunks = seen_BT.split(_PREFILL_TOKENS, dim=1)
+    chunks = ids_BT.split(_PREFILL_TOKENS, dim=1)
     for _ in range(max_new_tokens):
         with evaluating(model), torch.inference_mode():
             for chunk_BT in chunks:
                 hidden_BTD = model.hidden_states(chunk_BT, cache=cache)
             logits_BV = model.lm_head(hidden_BTD[:, -1]).float()
-            token_B = _sample(logits_BV, seen_BT, padding_B, sampling, generator)
+            token_B = _sample(logits_BV, seen_BV, sampling, generator)
         yield token_B.tolist()
         ended_B = ended_B | torch.isin(token_B, end_tokens)
         if ended_B.all():
             return
         chunks = (token_B[:, None],)
-        seen_BT = torch.cat([seen_BT, token_B[:, None]], dim=1)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, token_B[:, None], True)
 
 
-def _sample(
-    logits_BV: Tensor, seen_BT: Tensor, padding_B: Tensor, sampling: Sampling, generator: torch.Generator
-) -> Tensor:
-    """Returns the next token of each sequence, (B,)."""
-    if sampling.repetition_penalty != 1.0:
-        logits_BV = _penalise(logits_BV, seen_BT, padding_B, sampling.repetition_penalty)
+def _sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Returns the next token of each sequence, (B,); `seen_BV` marks the tokens that the penalty makes less likely."""
+    if seen_BV is not None:
+        logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / sampling.temperature
@@ -248,11 +290,16 @@ def _sample(
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _penalise(logits_BV: Tensor, seen_BT: Tensor, padding_B: Tensor, penalty: float) -> Tensor:
+def _penalise(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Returns logits in which tokens seen before are less likely (Keskar et al. 2019, section 4.1).
 
-    As in transformers, negative logits are multiplied by the penalty. Padding tokens do not count as seen.
+    As in transformers, negative logits are multiplied by the penalty.
     """
-    real_BT = torch.arange(seen_BT.shape[1], device=seen_BT.device) >= padding_B[:, None]
-    seen_BV = torch.zeros_like(logits_BV).scatter_add_(1, seen_BT, real_BT.to(logits_BV)) > 0
     return torch.where(seen_BV, torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def _seen(ids_BT: Tensor, padding_B: Tensor, vocab_size: int) -> Tensor:
+    """Returns which tokens each prompt holds, (B, V); padding tokens do not count."""
+    real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) >= padding_B[:, None]
+    counts_BV = torch.zeros(len(ids_BT), vocab_size, dtype=torch.int32, device=ids_BT.device)
+    return counts_BV.scatter_add_(1, ids_BT, real_BT.int()) > 0

@@ -15,6 +15,7 @@ import json
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 import tyro
 
 from smolseek.checkpoint.hub import load, load_tokenizer
-from smolseek.data.encoding import encode_document
-from smolseek.generation import stream
+from smolseek.data.encoding import encode_prompt
+from smolseek.generation import end_tokens, stream
 
 PROMPTS = (
     "Once upon a time",
@@ -97,12 +98,12 @@ def ask(server: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tokens: int) -> Verdict:
     """Returns one prompt's outcome. The request holds token ids, so that both sides start from the same tokens."""
-    ids = encode_document(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     body = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": 0}
     choice = ask(server, "/v1/completions", body)["choices"][0]
     text = choice["text"].replace("�", "")
-    ends = _end_ids(model)
-    ours = list(stream(model, torch.tensor([ids]), max_new_tokens=tokens, eos_token_id=ends or None))
+    ends = end_tokens(model, tokenizer)
+    ours = list(stream(model, torch.tensor([ids]), max_new_tokens=tokens, eos_token_id=ends))
     ours = [token for token in ours if token not in ends]
     if _text(tokenizer, ids, ours) == text:
         return Verdict(prompt, len(ours), None)
@@ -115,7 +116,7 @@ def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tok
 
 
 def _next_token(
-    tokenizer: Any, ids: list[int], new: list[int], text: str, ends: list[int], ranked: list[int]
+    tokenizer: Any, ids: list[int], new: list[int], text: str, ends: Sequence[int], ranked: list[int]
 ) -> int | None:
     """Returns the first token in `ranked` that continues `new` as `text` does; an end where the text ends."""
     begun = _text(tokenizer, ids, new)
@@ -130,12 +131,6 @@ def _text(tokenizer: Any, ids: list[int], new: list[int]) -> str:
     """Returns the text of `new` after the prompt `ids`, without broken characters, which servers write differently."""
     start = len(tokenizer.decode(ids, skip_special_tokens=True))
     return tokenizer.decode([*ids, *new], skip_special_tokens=True)[start:].replace("�", "")
-
-
-def _end_ids(model: Any) -> list[int]:
-    """Returns the token ids that end a text."""
-    end = model.config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 def run(command: Compare) -> int:

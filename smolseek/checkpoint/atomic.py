@@ -1,13 +1,22 @@
-"""Folders and files that are complete or absent: written under another name, synced, then renamed."""
+"""Folders and files that are complete or absent: written under another name, synced, then renamed.
+
+What may be replaced or removed, and who may write, is checked here too.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+"""Name of the file in a folder that `exclusive` locks."""
 
 
 @contextmanager
@@ -73,6 +82,44 @@ def refuse_existing(out: Path, force: bool) -> None:
     """Raises ValueError if `out` exists and may not be replaced."""
     if out.exists() and not force:
         raise ValueError(f"{out}: exists already; pass --force to replace it, or name another")
+
+
+def refuse_other_file(out: Path, beginning: bytes) -> None:
+    """Raises ValueError if `out` is there and is no file that begins so: --force replaces files of its own kind only."""
+    if out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(beginning)).lower() == beginning.lower():
+                return
+    if out.exists():
+        raise ValueError(f"{out}: is no {out.suffix.lstrip('.')} file that smolseek wrote, and stays; name another file")
+
+
+def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises ValueError if one of `inputs` (files, folders, globs; other names are passed over) is or lies in `out`."""
+    place = out.resolve()
+    for given in inputs:
+        for path in [*glob.glob(str(given), recursive=True), str(given)]:
+            if Path(path).exists() and (place == Path(path).resolve() or place in Path(path).resolve().parents):
+                raise ValueError(f"{out}: holds {given}, which is read here and would be removed; name another")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from entering this block; the lock ends with the process.
+
+    Raises:
+        ValueError: another process is in the block.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder}: another process is at work in it; wait for its end, or name another") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sync(path: Path) -> None:

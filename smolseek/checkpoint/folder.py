@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import AbstractContextManager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
-from smolseek.checkpoint.licence import licence_files
+from smolseek.checkpoint.licence import LICENCE_FILES, licence_files
 from smolseek.checkpoint.source import TOKENIZER_FILES
 from smolseek.formats.headers import Header, read_headers
 
@@ -58,6 +59,14 @@ class TensorFolder:
         return self.headers[name]
 
 
+def foreign_files(folder: Path) -> list[str]:
+    """Returns the names in a folder that no checkpoint folder of ours has."""
+    known = ("config.json", "conversion.json", "generation_config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
+    known += ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+    patterns = {pattern.partition("/")[0] for pattern in known}
+    return sorted(path.name for path in folder.iterdir() if not any(fnmatch(path.name, p) for p in patterns))
+
+
 class FolderWriter(AbstractContextManager["FolderWriter"]):
     """Writes a checkpoint folder shard by shard; the folder is complete or absent.
 
@@ -100,11 +109,20 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         """Writes a text file in the folder."""
         (self.path / name).write_text(text, encoding="utf-8")
 
+    def copy_generation_config(self, source: str | Path) -> None:
+        """Copies generation_config.json of another folder, if there is one and none was copied before."""
+        self._copy(Path(source), "generation_config.json")
+
     def copy_tokenizer(self, source: str | Path) -> None:
-        """Copies the tokenizer files and generation_config.json of another folder."""
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
-            if (Path(source) / name).is_file() and not (self.path / name).exists():
-                shutil.copyfile(Path(source) / name, self.path / name)
+        """Copies the tokenizer files of another folder, byte for byte, chat templates included."""
+        for pattern in TOKENIZER_FILES:
+            for path in Path(source).glob(pattern):
+                self._copy(Path(source), str(path.relative_to(source)))
+
+    def _copy(self, source: Path, name: str) -> None:
+        if (source / name).is_file() and not (self.path / name).exists():
+            (self.path / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, self.path / name)
 
     def copy_licence(self, source: str | Path) -> None:
         """Copies the licence files of another folder."""

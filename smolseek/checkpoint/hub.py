@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, resolve_folder
+from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
@@ -63,6 +63,7 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
                 _fill(target, name, tensors)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.end_token_ids = read_end_tokens(folder)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -84,7 +85,9 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
         raise ValueError(
             f"checkpoint {source}: transformers does not load model_type {model_type!r} ({reason})"
         ) from error
-    return StockModel(model.to(device)).eval()
+    stock = StockModel(model.to(device)).eval()
+    stock.end_token_ids = read_end_tokens(folder)
+    return stock
 
 
 def load_for_evaluation(
@@ -110,7 +113,8 @@ def save(
         model: the model.
         out: the folder to write.
         tokenizer_from: a folder or hub id with a tokenizer, or a transformers tokenizer.
-        origin: a folder; its licence files and its conversion.json are copied.
+        origin: the folder that the model was loaded from; its licence files, conversion.json and
+            generation_config.json are copied.
         card: the text of README.md.
         force: replace `out` if it exists.
 
@@ -124,14 +128,17 @@ def save(
             keep_fp32 = name.endswith("e_score_correction_bias")
             writer.add(name, tensor if keep_fp32 else tensor.to(dtype))
         writer.write_json("config.json", disk_config(config) if isinstance(model, DeepseekV3) else config)
-        if hasattr(tokenizer_from, "save_pretrained"):
-            tokenizer_from.save_pretrained(writer.path)
-        elif tokenizer_from is not None:
-            writer.copy_tokenizer(resolve_folder(tokenizer_from))
         if origin is not None:
+            writer.copy_generation_config(origin)
             writer.copy_licence(origin)
             if (conversion := read_conversion(origin)) is not None:
                 writer.write_json("conversion.json", conversion)
+        if hasattr(tokenizer_from, "save_pretrained"):
+            tokenizer_from.save_pretrained(writer.path)
+        elif tokenizer_from is not None:
+            folder = resolve_folder(tokenizer_from)
+            writer.copy_tokenizer(folder)
+            writer.copy_generation_config(folder)
         if card is not None:
             writer.write_text("README.md", card)
     return Path(out)

@@ -203,6 +203,7 @@ def _measure_needle(
     """Measures the gain by distance, for all models on the same sequences."""
     import torch
 
+    from smolseek.data.encoding import added_start
     from smolseek.evaluation.needle import measure_retrieval, random_tokens, text_pieces
 
     if texts:
@@ -211,6 +212,7 @@ def _measure_needle(
         source = random_tokens(min(m.config.vocab_size for m in models), tokenizer.all_special_ids)
     limit = command.needle_tokens or min(m.config.max_position_embeddings for m in models)
     options: Any = {"limit_tokens": limit, "trials": command.needle_trials, "seed": command.seed}
+    options["start_ids"] = added_start(tokenizer)
     names = ("needle", "needle_dense")[: len(models)]
     found = {
         name: measure_retrieval(model, source, **options, on_trial=partial(on_progress, name.replace("_", ", ")))

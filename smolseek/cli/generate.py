@@ -73,9 +73,9 @@ def run_generate(command: Generate) -> None:
         raise ValueError(f"--samples {command.samples}: must be at least 1")
     prompt = _read_prompt(command)
     model, tokenizer = _load_for_generation(command)
-    from smolseek.data.encoding import encode_document
+    from smolseek.data.encoding import encode_prompt
 
-    ids = encode_document(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     for number in range(command.samples):
         if number and not command.json:
             print("\n---")
@@ -90,16 +90,17 @@ def run_generate(command: Generate) -> None:
 def _read_prompt(command: Generate) -> str:
     if command.prompt is not None and command.prompt_file is not None:
         raise ValueError(f"--prompt-file {command.prompt_file}: --prompt is given too; give one of them")
-    if command.prompt_file is not None:
-        return command.prompt_file.read_text(encoding="utf-8")
-    return sys.stdin.read() if command.prompt is None else command.prompt
+    if command.prompt is not None:
+        return command.prompt
+    text = sys.stdin.read() if command.prompt_file is None else read_text(command.prompt_file)
+    return text.removesuffix("\n")  # an editor or echo ends every text with one, and the author does not mean it
 
 
 def run_chat(command: Chat) -> None:
     quiet_libraries()
     if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
         raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
-    from smolseek.data.encoding import encode_document
+    from smolseek.data.encoding import encode_prompt
 
     model, tokenizer = _load_for_generation(command)
     messages: list[dict[str, str]] = []
@@ -111,7 +112,7 @@ def run_chat(command: Chat) -> None:
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         else:  # a base model continues the conversation as one text
             prompt = transcript + text + "\n"
-            ids = encode_document(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt)
         reply = _print_continuation(model, tokenizer, ids, command, command.seed).text
         messages.append({"role": "assistant", "content": reply})
         transcript = prompt + reply + "\n"
@@ -149,7 +150,6 @@ def _print_continuation(
         min_p=command.min_p,
         repetition_penalty=command.repetition_penalty,
         seed=seed,
-        eos_token_id=model.config.eos_token_id,
         on_token=lambda _: times.append(time.perf_counter()),
     )
     text = next(pieces, "")  # an error comes before any text is shown

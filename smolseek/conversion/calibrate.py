@@ -16,6 +16,7 @@ from smolseek.checkpoint.hub import load_tokenizer
 from smolseek.conversion.job import Job
 from smolseek.conversion.sizes import wanted_windows, window_lengths
 from smolseek.data import calibration_windows
+from smolseek.data.encoding import check_vocabulary
 
 _JUDGED_WINDOWS = 8
 
@@ -31,25 +32,26 @@ class Calibration:
     judged_BT: Tensor
     """For losses by stage. Nothing is learnt from them, unless there is one window only."""
     facts: dict[str, Any]
-    """How many there are, for conversion.json."""
+    """How many there are and of which sources, for conversion.json; `judged_apart` is False if there is one window only,
+    which is then learnt from and judged by."""
 
 
 def read_calibration(job: Job) -> Calibration:
     """Returns the windows that a conversion reads.
 
     Raises:
-        ValueError: the sources hold less than one window of text.
+        ValueError: a source holds less than one window of text, or the tokenizer has tokens that the model has not.
     """
     settings = job.settings
     tokens, length = window_lengths(job.source, settings)
-    windows_BT = calibration_windows(
+    windows_BT, sources = calibration_windows(
         load_tokenizer(job.folder),
-        settings.calibration,
+        job.data,
         windows=wanted_windows(job.source, settings) + _JUDGED_WINDOWS,
         window_tokens=length,
-        separator=settings.separator,
         seed=settings.seed,
     )
+    check_vocabulary(windows_BT, job.source.vocab_size)
     judged = max(1, min(_JUDGED_WINDOWS, len(windows_BT) // 4)) if len(windows_BT) > 1 else 0
     judged_BT, refined_BT = windows_BT[:judged] if judged else windows_BT, windows_BT[judged:]
     moments_BT = refined_BT.reshape(-1, tokens)[: settings.calibration_windows]
@@ -58,6 +60,8 @@ def read_calibration(job: Job) -> Calibration:
         "window_tokens": tokens,
         "refinement_tokens": refined_BT.numel(),
         "judged_tokens": judged_BT.numel(),
+        "judged_apart": bool(judged),
+        "sources": sources,
         "tokens_sha256": hashlib.sha256(windows_BT.to(torch.int64).numpy().tobytes()).hexdigest(),
     }
     return Calibration(moments_BT, refined_BT, judged_BT, facts)

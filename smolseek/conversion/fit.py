@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,7 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
             moments = collect_moments(dense, windows_BT, angles_F[slots], seed=job.settings.seed, folder=folder)
         fitted = _fit_plan(job, dense, plan, moments)
         divergence = _divergence(job, dense, fitted, calibration.judged_BT) if len(plans) > 1 else 0.0
+        divergence = math.inf if math.isnan(divergence) else divergence
         if best is None or divergence < best[0]:
             best = divergence, fitted
     assert best is not None

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from smolseek.checkpoint.atomic import refuse_existing
-from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.atomic import refuse_existing, refuse_inputs
+from smolseek.checkpoint.folder import TensorFolder, foreign_files
 from smolseek.checkpoint.source import read_config, resolve_folder
-from smolseek.config import ConvertSettings
+from smolseek.config import ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
@@ -43,6 +43,8 @@ class Job:
     """The config.json to write; the fit of the rope slots may still change its rope base."""
     tensors: TensorFolder
     distill_steps: int
+    data: DataSettings
+    """How the calibration text is read."""
     on_progress: OnProgress
 
     @property
@@ -72,21 +74,31 @@ class Job:
 
 
 def read_job(
-    source: str | Path, out: Path, settings: ConvertSettings, *, device: str, force: bool, on_progress: OnProgress
+    source: str | Path,
+    out: Path,
+    settings: ConvertSettings,
+    *,
+    data: DataSettings | None = None,
+    device: str,
+    force: bool,
+    on_progress: OnProgress,
 ) -> Job:
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
+
+    `data` says how calibration text is read; None: as the settings say, whole files.
 
     Raises:
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
             text, `out` exists and `force` is not set, or the device is not there.
     """
     check_device(device)
+    check_fields(settings)
     folder = resolve_folder(source)
+    _check_out(out, force, [folder, *settings.calibration])
     config = read_config(folder)
     dense = read_source(config)
     target = target_config(dense, settings)
     steps = distill_steps(dense, settings)
-    refuse_existing(out, force)
     job = Job(
         name=str(source),
         folder=folder,
@@ -99,6 +111,7 @@ def read_job(
         target=target,
         tensors=TensorFolder(folder),
         distill_steps=steps,
+        data=data or calibration_data(settings),
         on_progress=on_progress,
     )
     if job.calibrates and not settings.calibration:
@@ -107,3 +120,25 @@ def read_job(
         )
     check_tensors(job.tensors, dense, attention_bias=target["attention_bias"])
     return job
+
+
+def calibration_data(settings: ConvertSettings) -> DataSettings:
+    """Returns how the calibration text of a conversion is read: nothing of it is held out but builtin:python's share."""
+    return DataSettings(
+        train=settings.calibration,
+        weights=settings.calibration_weights,
+        separator=settings.separator,
+        held_out_share=0.0,
+    )
+
+
+def _check_out(out: Path, force: bool, inputs: list[str | Path]) -> None:
+    """Refuse an output that would remove something else than a conversion (ValueError)."""
+    refuse_inputs(out, inputs)
+    refuse_existing(out, force)
+    if not out.exists():
+        return
+    if not (out / "conversion.json").is_file():
+        raise ValueError(f"{out}: --force replaces only a folder that convert wrote, with a conversion.json; name another")
+    if foreign := foreign_files(out):
+        raise ValueError(f"{out}: --force would remove {', '.join(foreign[:3])}, which convert did not write; move it away")

@@ -9,7 +9,7 @@ from typing import Any
 
 from smolseek import __version__
 from smolseek.checkpoint.hub import load_stock
-from smolseek.config import ConvertSettings
+from smolseek.config import ConvertSettings, DataSettings
 from smolseek.conversion.calibrate import Calibration, read_calibration
 from smolseek.conversion.distill import distill_model
 from smolseek.conversion.fit import FittedAttention, exact_block, fit_attention
@@ -27,6 +27,7 @@ def convert(
     out: str | Path,
     *,
     settings: ConvertSettings | None = None,
+    data: DataSettings | None = None,
     device: str = "cpu",
     force: bool = False,
     on_progress: OnProgress = lambda stage, done, count: None,
@@ -35,21 +36,22 @@ def convert(
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
 
     `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
-    several. `device` (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and `out`
-    is complete or absent. An interrupted conversion leaves its finished layers beside `out`, and the same call goes on
-    from there. `on_progress(stage, done, count)` tells how far it is.
+    several. `data` says how that text is read and what of it is held out, where it is a run's training text. `device`
+    (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and `out` is complete or
+    absent. A conversion that ends early leaves its finished layers beside `out`, and the same call goes on from there. `on_progress(stage, done, count)` tells how far it is.
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, `out` exists and `force` is not set, or the device is not there.
+            text, the device is not there, or `out` exists and `force` is not set; with `force`, `out` is no conversion
+            or holds what is read.
     """
     began = time.perf_counter()
     if "calibration" in fields:
         names = fields["calibration"]
         fields["calibration"] = (str(names),) if isinstance(names, str | Path) else tuple(map(str, names))
     settings = dataclasses.replace(settings or ConvertSettings(), **fields)
-    job = read_job(source, Path(out), settings, device=device, force=force, on_progress=on_progress)
+    job = read_job(source, Path(out), settings, data=data, device=device, force=force, on_progress=on_progress)
     if not job.calibrates:
         facts = Facts({}, {}, _numbered(job), None)
         return write_folder(job, exact_tensors_of_source(job), facts, began=began)

@@ -105,9 +105,10 @@ def _refine_attention(
     before, start = attention_error(block, rope, stream), copy.deepcopy(block.state_dict())
     refine_attention(block, rope, stream, steps=job.settings.refine_steps, seed=job.settings.seed + index)
     after = attention_error(block, rope, stream)
-    if after > before:
+    better = after < before  # false too where the refined block gives NaN
+    if not better:
         block.load_state_dict(start)
-    return {"attention_error": before, "attention_error_refined": min(before, after)}
+    return {"attention_error": before, "attention_error_refined": after if better else before}
 
 
 def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStream, index: int) -> dict[str, float]:
@@ -121,7 +122,8 @@ def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStre
     if steps:
         refined = refine_carving(carving, weights, inputs_ND, chosen, steps=steps, generator=generator)
         after = relative_error(refined, weights, probe_ND, chosen)
-        carving = refined if after < facts["mlp_error"] else carving
-        facts["mlp_error_refined"] = min(after, facts["mlp_error"])
+        better = after < facts["mlp_error"]
+        carving = refined if better else carving
+        facts["mlp_error_refined"] = after if better else facts["mlp_error"]
     load_carving(block, carving)
     return facts

@@ -39,11 +39,14 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
     """Returns the steps of the end-to-end stage; those not given follow from the source's size, never the machine's.
 
     Raises:
-        ValueError: a number of steps is negative.
+        ValueError: a number of steps is negative, or there are no calibration windows.
     """
     for field in ("refine_steps", "distill_steps"):
         if (getattr(settings, field) or 0) < 0:
             raise ValueError(f"{field} {getattr(settings, field)}: must be 0 or more; 0 leaves the stage out")
+    for field, least in (("calibration_windows", 1), ("calibration_window_tokens", 2)):
+        if getattr(settings, field) < least:
+            raise ValueError(f"{field} {getattr(settings, field)}: must be {least} or more")
     if settings.distill_steps is not None:
         return settings.distill_steps
     hidden, neurons, layers = source.hidden_size, source.intermediate_size, source.num_hidden_layers

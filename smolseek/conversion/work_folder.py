@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -15,41 +16,50 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smolseek.checkpoint.atomic import LOCK, exclusive
+
 log = logging.getLogger(__name__)
 
-_FINGERPRINT = "fingerprint.json"
+_PARTIAL = ".partial"
 
 
 class WorkFolder(AbstractContextManager["WorkFolder"]):
-    """`.NAME.unfinished` beside the folder to write: tensors and facts of each finished part, complete or absent.
+    """`.NAME.unfinished-DIGEST` beside the folder to write: tensors and facts of each finished part, complete or absent.
 
-    When the block ends well, or by a user's mistake, the folder is removed. When the process is interrupted it stays,
-    and the next conversion with an equal `fingerprint` finds the parts again.
+    The digest is that of `fingerprint`, everything that the parts depend on. When the block ends well the folder is
+    removed. After any error it stays if a part is finished, and the next conversion with an equal fingerprint finds the
+    parts again; conversions with another one leave it alone.
+
+    Raises:
+        ValueError: another process is at work in the folder.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
-        self.path = out.parent / f".{out.name}.unfinished"
-        self._fingerprint = json.dumps(fingerprint, sort_keys=True)
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        self.path = out.parent / f".{out.name}.unfinished-{digest}"
 
     def __enter__(self) -> WorkFolder:
-        mark = self.path / _FINGERPRINT
-        if not mark.is_file() or mark.read_text(encoding="utf-8") != self._fingerprint:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
-            mark.write_text(self._fingerprint, encoding="utf-8")
+        self._lock = exclusive(self.path)
+        self._lock.__enter__()
+        for other in self.path.parent.glob(f"{self.path.name.rpartition('-')[0]}*"):
+            if other != self.path:
+                log.warning("%s: holds finished work of other settings; remove it if you do not want it", other)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, ValueError):
+        files = [path.name for path in self.path.iterdir() if path.is_file()]
+        finished = any(name != LOCK and not name.endswith(_PARTIAL) for name in files)
+        if kind is None or not finished:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
             log.warning("%s: holds what is finished; the same command goes on from there", self.path)
+        self._lock.__exit__(kind, error, trace)
 
     def put(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
         """Write a part."""
-        partial = self.path / f"{part}.partial"
+        partial = self.path / f"{part}{_PARTIAL}"
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(whole, partial, metadata={"facts": json.dumps(facts)})
         os.replace(partial, self.path / part)

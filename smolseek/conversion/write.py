@@ -57,6 +57,7 @@ def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, 
         writer.write_json("conversion.json", report)
         writer.write_text("README.md", Card(job.out.name, job.target, licence_fields(job.folder), report).render())
         writer.copy_tokenizer(job.folder)
+        writer.copy_generation_config(job.folder)
         writer.copy_licence(job.folder)
     return job.out
 

@@ -1,5 +1,5 @@
 """Text: where it comes from, and how it becomes windows of tokens. Nothing here knows a model."""
 
-from smolseek.data.packing import calibration_windows
+from smolseek.data.drawing import calibration_windows
 
 __all__ = ["calibration_windows"]

@@ -15,6 +15,8 @@ class Document(NamedTuple):
     """The text; of a conversation the contents of its messages, one below the other."""
     messages: tuple[dict[str, Any], ...] = ()
     """The messages of a conversation; empty for a plain text."""
+    ends: bool = True
+    """False for a part of a long text that the next document goes on with."""
 
 
 EMPTY_DOCUMENT = Document("", "")

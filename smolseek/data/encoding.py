@@ -9,7 +9,6 @@ user's words in a conversation). The marks stay with their tokens in the shuffle
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -18,31 +17,34 @@ from torch import Tensor
 from smolseek.data.chat import encode_chat
 from smolseek.data.documents import Document
 
-_CHARACTERS_AT_ONCE = 20_000  # the tokenizer's time and memory grow faster than the length of one text
 _FIRST, _NO_LOSS = 1 << 30, 1 << 29
 _ID = _NO_LOSS - 1
 
 
-def encode_document(tokenizer: Any, text: str, *, end: bool = False) -> list[int]:
-    """Returns the token ids of one document, after the BOS token if the tokenizer has one.
-
-    With `end`, a tokenizer without BOS appends EOS, so that documents stay apart; only training asks for it.
-    """
-    return next(encode_documents(tokenizer, [text], end=end))
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Returns the token ids that `tokenizer(text)` gives: with a BOS in front only where the tokenizer adds one."""
+    return tokenizer(text, verbose=False)["input_ids"]
 
 
-def encode_documents(tokenizer: Any, texts: list[str], *, end: bool = False) -> Iterator[list[int]]:
-    """Yields what `encode_document` returns for each text, in one call of the tokenizer."""
-    cuts = [range(0, len(text), _CHARACTERS_AT_ONCE) for text in texts]
-    pieces = [text[i : i + _CHARACTERS_AT_ONCE] for text, cut in zip(texts, cuts, strict=True) for i in cut]
-    encoded = iter(tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"] if pieces else [])
-    for cut in cuts:
-        ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        for piece in islice(encoded, len(cut)):
-            ids.extend(piece)
-        if end and tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-        yield ids
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Returns what `encode_text` does; an empty prompt begins with the tokenizer's BOS, if it has one."""
+    ids = encode_text(tokenizer, prompt)
+    return ids if ids or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def added_start(tokenizer: Any) -> list[int]:
+    """Returns the BOS that the tokenizer puts in front of every text; nothing if it adds none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and encode_text(tokenizer, "a")[:1] == [bos] else []
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError if a token id is beyond the model's vocabulary, as extra tokens of some tokenizers are."""
+    if ids.numel() and (largest := int(ids.max())) >= vocab_size:
+        raise ValueError(
+            f"token {largest}: the model has {vocab_size:,} vocabulary entries, and the tokenizer more; leave its added "
+            "tokens out of the text and the chat template, or use the model's own tokenizer"
+        )
 
 
 def read_marks(windows_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,14 +57,25 @@ def read_marks(windows_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def encode_marked(tokenizer: Any, documents: list[Document]) -> Iterator[Tensor | None]:
-    """Yields the marked ids (T,), int32, of each document; None for a conversation without anything to learn."""
-    texts = encode_documents(tokenizer, [document.text for document in documents if not document.messages], end=True)
+    """Yields the marked ids (T,), int32, of each document; None for a conversation without anything to learn.
+
+    A text ends in EOS, so that the model learns to stop, unless the next document goes on with it. All texts are
+    encoded in one call of the tokenizer. A conversation is as the chat template renders it.
+    """
+    texts = [document.text for document in documents if not document.messages]
+    encoded = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])
     for document in documents:
-        if not document.messages:
-            yield _mark(next(texts))
+        if document.messages:
+            chat = encode_chat(tokenizer, document.messages)
+            yield _mark(*chat) if chat else None
         else:
-            encoded = encode_chat(tokenizer, document.messages)
-            yield _mark(*encoded) if encoded else None
+            yield _mark(_ended(tokenizer, next(encoded)) if document.ends else next(encoded))
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Returns the ids with EOS behind them, if the tokenizer has one and did not put it there."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
 
 def _mark(ids: list[int], written: list[bool] | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Documents packed into one stream of tokens, for evaluation and calibration.
 
-Shapes: B windows, T tokens.
+Shapes: T tokens.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolseek.config import DataSettings
 from smolseek.data.chat import encode_chat
 from smolseek.data.documents import Document
-from smolseek.data.encoding import encode_document
-from smolseek.data.sources import PythonSource, open_sources
-from smolseek.data.splits import is_held_out
+from smolseek.data.encoding import encode_text
+
+_LONGEST_CHARACTERS = 2**22
+"""A longer text is encoded in parts, because the tokenizer needs about 200 bytes for each character."""
 
 
 class Packed(NamedTuple):
@@ -29,61 +29,70 @@ class Packed(NamedTuple):
     text_bytes: int
     """UTF-8 bytes of the text behind the tokens that count."""
 
+    def cut(self, tokens: int) -> Packed:
+        """Returns the first `tokens` tokens, and the bytes of text in proportion."""
+        counts_T = self.counts_T[:tokens]
+        share = int(counts_T.sum()) / max(1, int(self.counts_T.sum()))
+        return Packed(self.ids_T[:tokens], counts_T, round(self.text_bytes * share))
+
+
+def join(streams: Iterable[Packed]) -> Packed:
+    """Returns several streams as one."""
+    ids, counts, sizes = zip(*streams, strict=True)
+    return Packed(torch.cat(ids), torch.cat(counts), sum(sizes))
+
 
 def pack(tokenizer: Any, documents: Iterable[Document], limit_tokens: int | None = None) -> Packed:
     """Packs documents into one stream, cut at `limit_tokens`.
 
-    The chat template renders conversations; only the assistant's tokens in them count, as in training.
+    A text is what `tokenizer(text)` gives. Its BOS parts it from the one before; where the tokenizer adds none, an EOS
+    stands between the two. The chat template renders conversations; only the assistant's tokens in them count, as in
+    training.
     """
-    ids: list[int] = []
-    counts: list[bool] = []
-    text_bytes = 0
-    for document in documents:
-        document_ids, document_counts, size = _encode_whole(tokenizer, document)
-        kept = len(document_ids) if limit_tokens is None else min(len(document_ids), limit_tokens - len(ids))
-        ids += document_ids[:kept]
-        counts += document_counts[:kept]
-        text_bytes += round(size * sum(document_counts[:kept]) / max(1, sum(document_counts)))
-        if len(ids) == limit_tokens:
+    streams = [Packed(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.bool), 0)]
+    total, after_text = 0, False
+    for document in _whole_texts(documents):
+        stream = _encode_whole(tokenizer, document)
+        if after_text and len(stream.ids_T) and stream.ids_T[0] != tokenizer.bos_token_id:
+            stream = join([_separator(tokenizer), stream])
+        after_text = not document.messages
+        if limit_tokens is not None:
+            stream = stream.cut(limit_tokens - total)
+        streams.append(stream)
+        total += len(stream.ids_T)
+        if total == limit_tokens:
             break
-    return Packed(torch.tensor(ids, dtype=torch.long), torch.tensor(counts, dtype=torch.bool), text_bytes)
+    return join(streams)
 
 
-def _encode_whole(tokenizer: Any, document: Document) -> tuple[list[int], list[bool], int]:
-    """Returns a document's token ids, whether each counts, and the UTF-8 bytes of the text that counts."""
-    if not document.messages:
-        ids = encode_document(tokenizer, document.text)
-        return ids, [True] * len(ids), len(document.text.encode())
-    ids, written = encode_chat(tokenizer, document.messages) or ([], [])
-    said = (message["content"] for message in document.messages if message["role"] == "assistant")
-    return ids, written, sum(len(content.encode()) for content in said) if ids else 0
+def _whole_texts(documents: Iterable[Document]) -> Iterator[Document]:
+    """Yields documents, the parts of a long text joined again."""
+    parts: list[str] = []
+    for document in documents:
+        if document.messages:
+            yield document
+            continue
+        parts.append(document.text)
+        if document.ends or sum(map(len, parts)) >= _LONGEST_CHARACTERS:
+            text = "".join(parts)
+            yield Document(text, text)
+            parts = []
+    if parts:
+        yield Document("".join(parts), "".join(parts))
 
 
-def calibration_windows(
-    tokenizer: Any, sources: Iterable[str], *, windows: int, window_tokens: int, separator: str, seed: int
-) -> Tensor:
-    """Returns windows (B, T) of calibration text, drawn with `seed` from the beginning of the sources.
+def _separator(tokenizer: Any) -> Packed:
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Packed(torch.tensor(ids, dtype=torch.long), torch.ones(len(ids), dtype=torch.bool), 0)
 
-    builtin:python gives its training split only.
 
-    Raises:
-        ValueError: the sources hold less than one window of text.
-    """
-    settings = DataSettings(train=tuple(sources), separator=separator)
-    wanted = 4 * windows * window_tokens  # four times what is used, so that one long document does not fill it
-
-    def documents() -> Iterator[Document]:
-        for source in open_sources(settings.train, settings).sources:
-            for _, document in source.documents(None):
-                if not isinstance(source, PythonSource) or not is_held_out(document, settings.held_out_share):
-                    yield document
-
-    ids_T = pack(tokenizer, documents(), limit_tokens=wanted).ids_T
-    whole = len(ids_T) // window_tokens
-    if whole < 1:
-        raise ValueError(
-            f"calibration {', '.join(settings.train)}: {len(ids_T)} tokens, less than one window of {window_tokens}; "
-            "name more text"
-        )
-    order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:windows]
-    return ids_T[: whole * window_tokens].view(whole, window_tokens)[order]
+def _encode_whole(tokenizer: Any, document: Document) -> Packed:
+    """Returns one document's stream; no tokens for a conversation without anything that the assistant says."""
+    if document.messages:
+        ids, counts = encode_chat(tokenizer, document.messages) or ([], [])
+        said = (m.get("content") or "" for m in document.messages if m["role"] == "assistant")
+        size = sum(len(content.encode()) for content in said) if ids else 0
+    else:
+        ids = encode_text(tokenizer, document.text)
+        counts, size = [True] * len(ids), len(document.text.encode())
+    return Packed(torch.tensor(ids, dtype=torch.long), torch.tensor(counts, dtype=torch.bool), size)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from smolseek.config import Recipe
+from smolseek.data.drawing import held_out_text
 from smolseek.data.encoding import read_marks
-from smolseek.data.packing import pack
 from smolseek.data.sources import open_sources
-from smolseek.data.splits import held_out_documents, is_trained_on
-from smolseek.data.stream import SourceProgress, SourceReader, check_weights, packed_windows
+from smolseek.data.splits import is_trained_on
+from smolseek.data.stream import SourceProgress, SourceReader, packed_windows, source_weights
 
 FIRST_ROWS = 3
 
@@ -62,26 +62,20 @@ def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
         ValueError: a source does not exist or holds no text, or the weights do not fit the sources.
     """
     data, train = recipe.data, recipe.train
-    check_weights(data)
+    weights = source_weights(open_sources(data.train, data).sources, data)
     trained = train.steps * train.gradient_accumulation * train.batch_windows * train.window_tokens
     sources = [_measure_source(spec, recipe, tokenizer, limit) for spec in data.train]
-    ids_T, _, text_bytes = pack(tokenizer, held_out_documents(data), data.held_out_tokens)
+    ids_T, _, text_bytes = held_out_text(tokenizer, data)
     whole = [s.tokens if s.complete else None for s in sources]
-    epochs = _epochs(trained, whole, data.weights)
+    epochs = _epochs(trained, whole, weights)
     return Statistics(
         [replace(s, epochs=e) for s, e in zip(sources, epochs, strict=True)], len(ids_T), text_bytes, trained
     )
 
 
 def _epochs(trained: int, tokens: Sequence[int | None], weights: Sequence[float]) -> list[float | None]:
-    """Returns how often a training on `trained` tokens reads each source.
-
-    With weights each source has its share of the tokens; without, the sources are read one after the other.
-    """
-    if weights:
-        return [t and trained * w / sum(weights) / t for t, w in zip(tokens, weights, strict=True)]
-    known = [t for t in tokens if t is not None]
-    return [trained / sum(known) if len(known) == len(tokens) else None] * len(tokens)
+    """Returns how often a training on `trained` tokens reads each source, which has its share of them by `weights`."""
+    return [t and trained * w / sum(weights) / t for t, w in zip(tokens, weights, strict=True)]
 
 
 class _ReadEnough(Exception):

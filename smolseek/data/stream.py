@@ -21,7 +21,7 @@ from smolseek.data.encoding import encode_marked
 from smolseek.data.prefetch import Prefetcher
 from smolseek.data.sources import open_sources
 from smolseek.data.sources.base import Source
-from smolseek.data.splits import is_trained_on
+from smolseek.data.splits import check_weights, is_trained_on
 
 _DOCUMENTS_AT_ONCE = 32  # fewer calls of the tokenizer, each of which uses all cores
 _WINDOWS_AHEAD = 64
@@ -121,6 +121,22 @@ def packed_windows(
         yield window_T, PackingState([reader.progress for reader in readers], rest_T)
 
 
+def source_weights(sources: list[Source], settings: DataSettings) -> tuple[float, ...]:
+    """Returns each source's share of the training tokens: `data.weights`, or the sources' sizes.
+
+    Raises:
+        ValueError: the weights do not fit the sources, or there are none and a size is unknown or 0.
+    """
+    check_weights(settings)
+    if settings.weights or len(sources) == 1:
+        return settings.weights or (1.0,)
+    sizes = [source.size() for source in sources]
+    for name, size in zip(settings.train, sizes, strict=True):
+        if not size:
+            raise ValueError(f"data.train {name}: its size is not known, and sources are mixed by size; set data.weights")
+    return tuple(float(size or 0) for size in sizes)
+
+
 class WindowStream:
     """Endless windows of T marked tokens from the training split.
 
@@ -132,9 +148,8 @@ class WindowStream:
 
     def __init__(self, tokenizer: Any, settings: DataSettings, *, window_tokens: int, seed: int) -> None:
         self.tokenizer, self.settings, self.window_tokens = tokenizer, settings, window_tokens
-        chain = open_sources(settings.train, settings)
-        check_weights(settings)
-        self.sources: list[Source] = chain.sources if settings.weights else [chain]
+        self.sources = open_sources(settings.train, settings).sources
+        self.weights = source_weights(self.sources, settings)
         self.generator = torch.Generator().manual_seed(seed)
         self.buffer_BT = torch.empty(0, window_tokens, dtype=torch.int32)
         self.packing = PackingState([SourceProgress() for _ in self.sources], _NOTHING)
@@ -178,13 +193,11 @@ class WindowStream:
     def windows(self) -> Iterator[tuple[Tensor, PackingState]]:
         """Yields windows (T,) in reading order from the current state on, each with the state behind it."""
         tokenizer = copy.deepcopy(self.tokenizer)  # two threads must not share a tokenizer
-        weights = self.settings.weights or (1.0,)
-        names = self.settings.train if self.settings.weights else (", ".join(self.settings.train),)
         readers = [
             SourceReader(source, name, tokenizer, self.settings, progress)
-            for source, name, progress in zip(self.sources, names, self.packing.readings, strict=True)
+            for source, name, progress in zip(self.sources, self.settings.train, self.packing.readings, strict=True)
         ]
-        return packed_windows(readers, weights, self.packing.rest_T, self.window_tokens)
+        return packed_windows(readers, self.weights, self.packing.rest_T, self.window_tokens)
 
     @property
     def malformed(self) -> int:
@@ -202,8 +215,17 @@ class WindowStream:
         return plain, tensors
 
     def restore(self, plain: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Continues exactly where `state` was taken."""
+        """Continues exactly where `state` was taken.
+
+        Raises:
+            ValueError: the state was taken of another number of sources.
+        """
         self.close()
+        if len(plain["readings"]) != len(self.sources):
+            raise ValueError(
+                f"training state of {len(plain['readings'])} sources, and data.train has {len(self.sources)}: an older "
+                "smolseek read them one after the other; start over with --force"
+            )
         progress = [SourceProgress(**reading) for reading in plain["readings"]]
         self.packing = PackingState(progress, tensors["rest"].clone())
         self.buffer_BT = tensors["buffer"].clone()
@@ -215,14 +237,3 @@ class WindowStream:
             self._prefetcher.close()
         self._prefetcher = None
         self._fetched.clear()
-
-
-def check_weights(settings: DataSettings) -> None:
-    """Raises ValueError unless there are no weights, or one above 0 for each source."""
-    if settings.weights and len(settings.weights) != len(settings.train):
-        raise ValueError(
-            f"data.weights {list(settings.weights)}: {len(settings.weights)} for {len(settings.train)} sources of "
-            "data.train; give each source its own"
-        )
-    if any(weight <= 0 for weight in settings.weights):
-        raise ValueError(f"data.weights {list(settings.weights)}: must be above 0; leave a source out in place of 0")

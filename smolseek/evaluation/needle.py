@@ -96,11 +96,13 @@ def measure_retrieval(
     limit_tokens: int | None = None,
     trials: int = 32,
     seed: int = 0,
+    start_ids: Sequence[int] = (),
     on_trial: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[Retrieval]:
     """Returns the gain at every distance within `limit_tokens` (default: the model's limit), from `trials` draws each.
 
-    The draws depend on the seed alone: two models of one vocabulary see the same sequences, trial by trial.
+    The draws depend on the seed alone: two models of one vocabulary see the same sequences, trial by trial. Each begins
+    with `start_ids`, the BOS that the tokenizer adds to a text, if it adds one.
 
     Raises:
         ValueError: a context too short for two spans or longer than the model's, no trial, or as `source` does.
@@ -115,7 +117,7 @@ def measure_retrieval(
         for number, distance in enumerate(wanted):
             generator, scores = torch.Generator().manual_seed(seed), []
             for trial in range(trials):
-                scores.append(_score_trial(model, *_trial_sequences(model, source, distance, generator)))
+                scores.append(_score_trial(model, *_trial_sequences(start_ids, source, distance, generator)))
                 on_trial(number * trials + trial + 1, len(wanted) * trials)
             trial_scores = torch.tensor(scores)  # (trials, 4)
             gains = (trial_scores[:, 0] - trial_scores[:, 1]).tolist()
@@ -124,7 +126,7 @@ def measure_retrieval(
 
 
 def _trial_sequences(
-    model: Model, source: TokenSource, distance: int, generator: torch.Generator
+    start_ids: Sequence[int], source: TokenSource, distance: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Returns two sequences (2, T) that end with the same span, and that span (t,).
 
@@ -132,8 +134,7 @@ def _trial_sequences(
     """
     span_t, other_t, before_t = (source(SPAN_TOKENS, generator) for _ in range(3))
     between_T = source(distance - SPAN_TOKENS, generator) if distance > SPAN_TOKENS else span_t[:0]
-    bos = model.config.bos_token_id
-    start_T = torch.tensor([] if bos is None else [bos], dtype=span_t.dtype)
+    start_T = torch.tensor(start_ids, dtype=span_t.dtype)
     ids_2T = torch.stack([torch.cat([start_T, before_t, first_t, between_T, span_t]) for first_t in (span_t, other_t)])
     return ids_2T, span_t
 

@@ -30,6 +30,9 @@ class StockCache:
 class StockModel(nn.Module):
     """A transformers causal LM with the `hidden_states`, `forward`, `new_cache` and `lm_head` of `DeepseekV3`."""
 
+    end_token_ids: tuple[int, ...] = ()
+    """The tokens that end a text, by config.json and generation_config.json of the folder that was loaded."""
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model

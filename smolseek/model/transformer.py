@@ -105,7 +105,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
         *inputs,
         None,
         use_reentrant=False,
-        preserve_rng_state=False,  # nothing in a layer is drawn at random
+        preserve_rng_state=bool(layer.self_attn.attention_dropout),  # nothing else in a layer is drawn at random
         context_fn=lambda: (contextlib.nullcontext(), counts_kept()),
     )
 
@@ -138,6 +138,9 @@ class DeepseekV3(nn.Module):
     Its state dict has the keys and shapes of transformers' DeepseekV3ForCausalLM(config), and its initial values are
     drawn as there: normal(0, initializer_range), norms 1, biases 0. Raises ValueError as `check_config` does.
     """
+
+    end_token_ids: tuple[int, ...] = ()
+    """The tokens that end a text, by config.json and generation_config.json of the folder that was loaded."""
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from smolseek.checkpoint.atomic import atomic_file, refuse_existing
+from smolseek.checkpoint.atomic import atomic_file, refuse_existing, refuse_other_file
 from smolseek.reporting.page import render, sections
 from smolseek.reporting.png import check_matplotlib, draw_png
 from smolseek.reporting.read import read_folders
@@ -32,8 +32,9 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
         for chart in group
         if png
     }
-    for path in (out, *charts):
+    for path, beginning in {out: b"<!doctype html>", **dict.fromkeys(charts, b"\x89PNG")}.items():
         refuse_existing(path, force)
+        refuse_other_file(path, beginning)
     with ExitStack() as files:
         files.enter_context(atomic_file(out, force=force)).write_text(render(runs, conversions), encoding="utf-8")
         for path, chart in charts.items():
