@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from smolseek.config import Recipe
 from smolseek.formats.deepseek_v3 import has_stock_router
+from smolseek.formats.paths import plain_name, plain_names
 from smolseek.formats.runtimes import check, verdict
 
 _LOADING = {
@@ -63,7 +64,9 @@ class Card:
             "Limits": "\n".join(f"- {limit}" for limit in self._limits()),
             "Licence": self._licence(),
             "Settings of the conversion": self._settings(),
-            "Recipe of the training": _yaml(dataclasses.asdict(self.training.recipe)) if self.training else "",
+            "Recipe of the training": _yaml(plain_names(dataclasses.asdict(self.training.recipe)))
+            if self.training
+            else "",
         }
         parts = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
         return "\n\n".join([f"{self._front_matter()}\n# {self.name}", *parts]) + "\n"
@@ -73,19 +76,17 @@ class Card:
         """The dense model's id on the hub or its path; None for random weights."""
         if self.conversion:
             return self.conversion["source"]
-        return self.training.recipe.source if self.training else None
+        source = self.training.recipe.source if self.training else None
+        return source and re.sub(r"@[0-9a-f]{40}$", "", source)
 
     @property
     def _source_name(self) -> str:
-        """The source's name in the text; a local folder's path is left out, because it means nothing elsewhere."""
-        if self._source is None:
-            return "Random weights"
-        return self._source if self._on_hub else Path(self._source).name
+        """The source's name in the text: an id on the hub, or the last part of a local path."""
+        return "Random weights" if self._source is None else plain_name(self._source)
 
     @property
     def _on_hub(self) -> bool:
-        source = self._source or ""
-        return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
+        return self._source is not None and "/" in self._source_name
 
     @property
     def _is_stock(self) -> bool:
@@ -112,7 +113,7 @@ class Card:
             sentences = [f"{self._source_name} ({kind}), trained on by smolseek."]
         if self.training:
             steps, tokens, data = self.training.steps, self.training.tokens, self.training.recipe.data.train
-            sentences.append(f"Trained for {steps:,} steps, {tokens:,} tokens of {', '.join(data)}.")
+            sentences.append(f"Trained for {steps:,} steps, {tokens:,} tokens of {', '.join(map(plain_name, data))}.")
         elif self.conversion:
             sentences.append("It learned from the dense model's outputs alone; `smolseek train` heals it on text.")
         return " ".join(sentences)
@@ -130,16 +131,28 @@ class Card:
         )
 
     def _settings(self) -> str:
-        return _yaml({"source": self._source_name, **self.conversion["settings"]}) if self.conversion else ""
+        if not self.conversion:
+            return ""
+        commit = {"source_commit": self.conversion["source_commit"]} if self.conversion.get("source_commit") else {}
+        return _yaml({"source": self._source_name, **commit, **plain_names(self.conversion["settings"])})
+
+    def _recipe(self) -> str:
+        return _yaml(plain_names(dataclasses.asdict(self.training.recipe))) if self.training else ""
 
     def _quality(self) -> str:
         parts = []
         if self.conversion and self.conversion["losses"]:
             losses = {stage: loss for stage in _STAGES if (loss := self.conversion["losses"].get(stage)) is not None}
-            tokens, digest = (self.conversion["calibration"][k] for k in ("judged_tokens", "tokens_sha256"))
+            calibration = self.conversion["calibration"]
+            tokens, digest = calibration["judged_tokens"], calibration["tokens_sha256"]
+            apart = "did not learn from" if calibration.get("judged_apart", True) else "learned from"
+            read = "; ".join(
+                f"{plain_name(fact['source'])}: {fact['windows']:,} windows of {fact['documents']:,} documents"
+                for fact in calibration.get("sources", ())
+            )
             parts.append(
-                f"Perplexity by stage of the conversion, on {tokens:,} tokens of the calibration text that it did not "
-                f"learn from (all of that text: sha256 {digest}):\n\n{_losses(losses)}"
+                f"Perplexity by stage of the conversion, on {tokens:,} tokens of the calibration text that it {apart} "
+                f"({read + '; ' if read else ''}all of that text: sha256 {digest}):\n\n{_losses(losses)}"
             )
         if self.training and self.training.held_out_losses:
             parts.append(f"On held-out text, after training:\n\n{_losses(self.training.held_out_losses)}")

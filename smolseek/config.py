@@ -283,6 +283,8 @@ def load_recipe(path: str | Path) -> Recipe:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise ValueError(f"recipe {path}: {tree!r} is not a mapping of settings")
     recipe = _build(Recipe, {} if tree is None else tree, "recipe key ")
     return recipe if "name" in (tree or {}) else dataclasses.replace(recipe, name=path.stem)
 
@@ -293,14 +295,14 @@ def check_fields(settings: Any) -> None:
         value = getattr(settings, name)
         if dataclasses.is_dataclass(value):
             check_fields(value)
-        else:
-            _coerce(kind, value, name)
+        elif _coerce(kind, value, name) != (tuple(value) if isinstance(value, list) else value):
+            raise ValueError(f"{name}: {value!r} is not of the type that it must have, {kind}")
 
 
 def _build(kind: Any, tree: Any, where: str) -> Any:
     """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{where.rstrip('.')}{'' if where.endswith('.') else '(top)'}: {tree!r} is no mapping of settings")
+        raise ValueError(f"{where.removesuffix('.')}: {tree!r} is not a mapping of settings")
     hints = get_type_hints(kind)
     values = {}
     for key, value in tree.items():

@@ -5,34 +5,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import platform
-import shutil
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from smolseek import __version__
 from smolseek.card import Card, Training
-from smolseek.checkpoint.atomic import atomic_file
-from smolseek.checkpoint.hub import load, load_stock, load_tokenizer
+from smolseek.checkpoint.atomic import atomic_file, exclusive
+from smolseek.checkpoint.hub import load, load_config, load_stock, load_tokenizer
 from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
-from smolseek.config import Recipe
+from smolseek.config import Recipe, check_fields
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
+from smolseek.data.packing import Packed
 from smolseek.formats.deepseek_v3 import disk_config
 from smolseek.formats.dense import read_source
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.precision import compute_dtype
 from smolseek.summary import render_summary, summarize
 from smolseek.training.processes import Processes, join_processes, restarted_by_torchrun
+from smolseek.training.run_folder import (
+    RUN_FILE,
+    check_folder,
+    check_name,
+    clear_folder,
+    new_pins,
+    pin_recipe,
+    read_pins,
+    write_about,
+)
+from smolseek.training.settings import check_inputs, check_teacher
 from smolseek.training.stages import stages_of
-from smolseek.training.start import corpus_tokenizer, random_model
+from smolseek.training.start import calibration_text, corpus_tokenizer, random_model
 from smolseek.training.trackers import check_trackers
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Watcher
+
+
+class Start(NamedTuple):
+    """What a run starts from, and the text that it is measured on."""
+
+    tokenizer: Any
+    tokenizer_from: Path | None
+    """The folder of the tokenizer; None: it was trained on the run's own text."""
+    held_out: Packed
+    random: DeepseekV3 | StockModel | None
+    """The model of a run from random weights."""
 
 
 def run_recipe(
@@ -46,37 +65,39 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Run `recipe` in `folder` and return its summary, which is also written to summary.json.
 
+    What can be known to fail is refused before anything is converted or removed. A finished conversion stays, whatever
+    comes later.
+
     Raises:
-        ValueError: settings or inputs that cannot work, or a folder that exists without `resume` or `force`.
+        ValueError: settings or inputs that cannot work; a folder that exists without `resume` or `force`, that another
+            process is at work in, or, with `force`, that no run made or that holds what is read.
         Interrupted: the watcher said stop; the state was saved first.
     """
     check_recipe(recipe)
+    if resume and not folder.exists():
+        there = ", ".join(sorted(path.parent.name for path in folder.parent.glob(f"*/{RUN_FILE}"))) or "none"
+        raise ValueError(f"{folder}: no such run to resume; there are {there}")
     resume = resume or restarted_by_torchrun()
-    with join_processes(recipe.parallel, device) as (processes, own_device):
+    with contextlib.ExitStack() as locked, join_processes(recipe.parallel, device) as (processes, own_device):
         with processes.leader_first():  # it downloads, converts and clears away; the others find that done
-            _prepare_folder(recipe, folder, resume, force, processes)
-            model, tokenizer = _load_start(recipe, folder, own_device, watcher)
-        return _train_and_compare(recipe, folder, model.to(own_device), tokenizer, resume, watcher, processes)
-
-
-def _prepare_folder(recipe: Recipe, folder: Path, resume: bool, force: bool, processes: Processes) -> None:
-    """Check that what the recipe names exists and fits, and only then make the run's folder in place of an old one."""
-    for source in filter(None, (recipe.source, recipe.teacher, recipe.tokenizer)):
-        resolve_folder(source)
-    if recipe.convert and recipe.source:
-        dense = read_source(read_config(resolve_folder(recipe.source)))
-        target_config(dense, recipe.convert)  # raises for sizes that do not fit
-    if not processes.leads:
-        return
-    if folder.exists() and not (resume or force):
-        raise ValueError(f"{folder}: exists already; pass --resume to go on with it, or --force to start over")
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    versions = {"smolseek": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "transformers")}
-    about = {"recipe": dataclasses.asdict(recipe), "versions": versions, "processes": processes.size}
-    _write_json(folder / "run.json", about)
+            if processes.leads:
+                check_folder(folder, recipe, resume=resume, force=force)
+            pins = new_pins(recipe) if processes.leads and not resume else read_pins(folder, recipe)
+            recipe = pin_recipe(recipe, pins)
+            start = _read_start(recipe)
+            if processes.leads:
+                locked.enter_context(exclusive(folder))
+                if not resume:
+                    clear_folder(folder)
+                if not (folder / RUN_FILE).is_file():
+                    write_about(folder, recipe, pins, processes.size)
+            model = start.random or _load_model(recipe, folder, own_device, watcher)
+        try:
+            return _train_and_compare(recipe, folder, model.to(own_device), start, pins, resume, watcher, processes)
+        except ValueError as error:
+            if (folder / "converted").exists() and "--resume" not in str(error):
+                raise ValueError(f"{error} (the conversion is kept: mend that and pass --resume)") from error
+            raise
 
 
 def _write_json(path: Path, tree: Any) -> None:
@@ -92,21 +113,34 @@ def _train_and_compare(
     recipe: Recipe,
     folder: Path,
     model: DeepseekV3 | StockModel,
-    tokenizer: Any,
+    start: Start,
+    pins: dict[str, str],
     resume: bool,
     watcher: Watcher,
     processes: Processes,
 ) -> dict[str, Any]:
     """Train the model and, if the recipe says so, the dense source; write and return the summary."""
     device = str(next(model.parameters()).device)
-    dense = recipe.teacher or (recipe.source if recipe.convert else None)
-    teacher = None
+    teacher, dense = None, _dense(recipe)
     if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
         teacher = load_stock(dense, dtype=compute_dtype(torch.device(device), recipe.train.precision), device=device)
-    trainer = Trainer(model, tokenizer, recipe, folder, teacher=teacher, processes=processes)
-    _fit(trainer, "heal" if recipe.convert else "train", resume, watcher)
-    origin, trained = _starting_folder(recipe, folder), "healed" if recipe.convert else "trained"
-    folders = {trained: trainer.save_model("model", _card(trainer, origin), origin=origin)}
+    trainer = Trainer(
+        model,
+        start.tokenizer,
+        recipe,
+        folder,
+        teacher=teacher,
+        held_out=start.held_out,
+        origin=_starting_folder(recipe, folder),
+        tokenizer_from=start.tokenizer_from,
+        processes=processes,
+    )
+    resumed = resume and trainer.resume()
+    if resumed and processes.leads:
+        write_about(folder, recipe, pins, processes.size)
+    _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
+    trained = "healed" if recipe.convert else "trained"
+    folders = {trained: trainer.save_model("model", _card(trainer))}
     if recipe.convert and recipe.source:
         folders = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | folders
         if recipe.compare_dense:
@@ -116,15 +150,17 @@ def _train_and_compare(
     if processes.leads:
         summary = summarize(folders, trainer)
         losses = {name: summary[name]["loss"] for name in folders}
-        _write(folders[trained] / "README.md", _card(trainer, origin, losses))
+        _write(folders[trained] / "README.md", _card(trainer, losses))
         _write_json(folder / "summary.json", summary)
         trainer.log.line(render_summary(summary))
     return processes.from_leader(summary)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse recipes that name no starting model, or two, and training settings that no run can have (ValueError)."""
-    stages_of(recipe.train)
+    """Refuse what no run can have: a name that is a path, no starting model or two, bad settings (ValueError)."""
+    check_fields(recipe)
+    check_name(recipe.name)
+    stages = stages_of(recipe.train)
     check_trackers(recipe)
     if bool(recipe.source) == bool(recipe.model):
         raise ValueError("recipe: name either source (a checkpoint) or model (random weights), and not both")
@@ -132,21 +168,48 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("recipe: convert needs a source checkpoint, and model asks for random weights; drop one")
     if recipe.model and not (recipe.tokenizer or recipe.train_tokenizer_entries):
         raise ValueError("recipe: random weights need a tokenizer; set tokenizer or train_tokenizer_entries")
+    weight = max(stage.distill_weight for stage in stages)
+    if weight and not _dense(recipe):
+        raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
 
 
-def _load_start(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> tuple[DeepseekV3 | StockModel, Any]:
-    """Returns the model to train and its tokenizer; converts the source first if the recipe says so."""
+def _dense(recipe: Recipe) -> str | None:
+    """Returns the dense checkpoint to distil from, if there is one."""
+    return recipe.teacher or (recipe.source if recipe.convert else None)
+
+
+def _read_start(recipe: Recipe) -> Start:
+    """Returns all that a run starts from but weights that are to be loaded.
+
+    Raises:
+        ValueError: what the recipe names is not there, or does not fit: text, tokenizer, windows, samples, teacher,
+            sizes of the conversion.
+    """
     if recipe.source is None:
-        tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else corpus_tokenizer(recipe)
-        return random_model(recipe, tokenizer), tokenizer
+        tokenizer_from = resolve_folder(recipe.tokenizer) if recipe.tokenizer else None
+        tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else corpus_tokenizer(recipe)
+        model = random_model(recipe, tokenizer)
+        return Start(tokenizer, tokenizer_from, check_inputs(recipe, tokenizer, model.config), model)
     source = resolve_folder(recipe.source)
-    tokenizer = load_tokenizer(recipe.tokenizer or source)
+    tokenizer_from = resolve_folder(recipe.tokenizer or source)
+    tokenizer = load_tokenizer(tokenizer_from)
+    if recipe.convert:
+        target_config(read_source(read_config(source)), recipe.convert)  # raises for sizes that do not fit
+    held_out = check_inputs(recipe, tokenizer, load_config(source))
+    if recipe.teacher:
+        teacher = resolve_folder(recipe.teacher)
+        check_teacher(load_config(teacher), load_tokenizer(teacher), load_config(source), tokenizer)
+    return Start(tokenizer, tokenizer_from, held_out, None)
+
+
+def _load_model(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> DeepseekV3 | StockModel:
+    """Returns the model to train; converts the source first if the recipe says so and it is not converted yet."""
+    assert recipe.source is not None
     if recipe.convert is None:
-        return load(source), tokenizer
+        return load(recipe.source)
     out = folder / "converted"
     if not out.exists():
         watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
-        calibration = recipe.convert.calibration or recipe.data.train
         reported: list[str] = []
 
         def on_progress(stage: str, done: int, count: int) -> None:
@@ -154,14 +217,14 @@ def _load_start(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> 
                 reported.append(stage)
                 watcher.on_stage(f"convert: {stage}")
 
-        settings = dataclasses.replace(recipe.convert, calibration=calibration)
-        convert(recipe.source, out, settings=settings, device=device, on_progress=on_progress)
-    return load(out), tokenizer
+        data = calibration_text(recipe)
+        settings = dataclasses.replace(recipe.convert, calibration=data.train)
+        convert(recipe.source, out, settings=settings, data=data, device=device, on_progress=on_progress)
+    return load(out)
 
 
-def _fit(trainer: Trainer, verb: str, resume: bool, watcher: Watcher) -> None:
-    """Train to the end, from the last checkpoint if the run is resumed; `verb` says to the watcher what is done."""
-    resumed = resume and trainer.resume()
+def _fit(trainer: Trainer, verb: str, resumed: bool, watcher: Watcher) -> None:
+    """Train to the end; `verb` says to the watcher what is done."""
     watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.stages.steps}" + (" (resumed)" if resumed else ""))
     with contextlib.closing(trainer.log):
         trainer.fit(watcher)
@@ -183,10 +246,18 @@ def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
         sample=dataclasses.replace(recipe.sample, every=0),
     )
     model = load_stock(recipe.source, device=str(healed.device))
-    trainer = Trainer(model, healed.tokenizer, control, healed.folder / "dense", processes=healed.processes)
-    _fit(trainer, "train the dense source on the same tokens", resume, watcher)
-    origin = resolve_folder(recipe.source)
-    return trainer.save_model("model", _card(trainer, origin), origin=origin)
+    trainer = Trainer(
+        model,
+        healed.tokenizer,
+        control,
+        healed.folder / "dense",
+        held_out=healed.held_out,
+        origin=resolve_folder(recipe.source),
+        tokenizer_from=healed.tokenizer_from,
+        processes=healed.processes,
+    )
+    _fit(trainer, "train the dense source on the same tokens", resume and trainer.resume(), watcher)
+    return trainer.save_model("model", _card(trainer))
 
 
 def _starting_folder(recipe: Recipe, folder: Path) -> Path | None:
@@ -196,12 +267,12 @@ def _starting_folder(recipe: Recipe, folder: Path) -> Path | None:
     return folder / "converted" if recipe.convert else resolve_folder(recipe.source)
 
 
-def _card(trainer: Trainer, origin: Path | None, losses: dict[str, float] | None = None) -> str:
+def _card(trainer: Trainer, losses: dict[str, float] | None = None) -> str:
     """Returns the model card of a trained folder.
 
     `losses` has the held-out losses of the compared models by name; without it, the card has the trained model's only.
     """
-    recipe, quality, config = trainer.recipe, trainer.quality, trainer.model.config.to_dict()
+    recipe, quality, config, origin = trainer.recipe, trainer.quality, trainer.model.config.to_dict(), trainer.origin
     own = {"trained": quality.loss} if quality else {}
     training = Training(recipe, trainer.step, trainer.trained_tokens, losses or own)
     tree = disk_config(config) if isinstance(trainer.model, DeepseekV3) else config

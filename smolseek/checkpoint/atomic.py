@@ -85,13 +85,15 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 
 def refuse_other_file(out: Path, beginning: bytes) -> None:
-    """Raises ValueError if `out` is there and is no file that begins so: --force replaces files of its own kind only."""
+    """Raises ValueError if `out` is there and is no file that begins so: --force replaces its own kind only."""
     if out.is_file():
         with out.open("rb") as file:
             if file.read(len(beginning)).lower() == beginning.lower():
                 return
     if out.exists():
-        raise ValueError(f"{out}: is no {out.suffix.lstrip('.')} file that smolseek wrote, and stays; name another file")
+        raise ValueError(
+            f"{out}: is no {out.suffix.lstrip('.')} file that smolseek wrote, and stays; name another file"
+        )
 
 
 def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:

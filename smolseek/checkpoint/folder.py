@@ -61,8 +61,8 @@ class TensorFolder:
 
 def foreign_files(folder: Path) -> list[str]:
     """Returns the names in a folder that no checkpoint folder of ours has."""
-    known = ("config.json", "conversion.json", "generation_config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES)
-    known += ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+    known = ["config.json", "conversion.json", "generation_config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES]
+    known += ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
     patterns = {pattern.partition("/")[0] for pattern in known}
     return sorted(path.name for path in folder.iterdir() if not any(fnmatch(path.name, p) for p in patterns))
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from smolseek.checkpoint.source import check_tokenizer, read_config
+from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion
 from smolseek.formats.deepseek_v3 import expected_tensors
 from smolseek.formats.headers import read_headers
+from smolseek.formats.paths import plain_name, plain_names
 
 
 def check_complete(folder: Path) -> None:
@@ -39,13 +41,15 @@ def files_to_push(folder: Path) -> list[Path]:
 def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     """Uploads a folder as the model `repo_id` and returns its address; a new repository is private unless `public`.
 
+    Local paths in conversion.json and the card become plain names.
+
     The token is the one that the hub library stores; this function does not ask for it, show it or log it.
 
     Raises:
         ValueError: the folder is not complete, there is no token, the repository exists and is public and `public` is
             not set, or the hub refuses or cannot be reached.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
     # The base class is the error of the HTTP library that this version of the hub library uses.
@@ -58,8 +62,8 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
         if not public and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
             raise ValueError(f"push {repo_id}: is there and public; pass --public to add to it, or name another")
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
-        names, message = [path.name for path in files], "Upload by smolseek"
-        api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names, commit_message=message)
+        operations = [CommitOperationAdd(path.name, _content(path, folder)) for path in files]
+        api.create_commit(repo_id, operations, commit_message="Upload by smolseek")
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise ValueError(
@@ -69,3 +73,16 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     except transport_error as error:
         raise ValueError(f"push {repo_id}: the hub is not there ({type(error).__name__}); try again") from error
     return str(url)
+
+
+def _content(path: Path, folder: Path) -> bytes | Path:
+    """Returns what is uploaded of a file: the file itself, or conversion.json and the card without local paths."""
+    conversion = read_conversion(folder)
+    if conversion is None or path.name not in ("conversion.json", "README.md"):
+        return path
+    if path.name == "conversion.json":
+        return (json.dumps(plain_names(conversion), indent=2, sort_keys=True) + "\n").encode()
+    card, source = path.read_text(encoding="utf-8"), str(conversion["source"])
+    for name in (source, *conversion["settings"].get("calibration", ())):  # older cards have them as they were given
+        card = card.replace(name, plain_name(name))
+    return card.encode()

@@ -91,7 +91,9 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
         named = read_json(path).get("eos_token_id") if path.is_file() else None
         for end in named if isinstance(named, list) else [] if named is None else [named]:
             if not isinstance(end, int) or isinstance(end, bool):
-                raise ValueError(f"{path}: eos_token_id {end!r} is no whole number; write a token's id, or a list of ids")
+                raise ValueError(
+                    f"{path}: eos_token_id {end!r} is no whole number; write a token's id, or a list of ids"
+                )
             ends[end] = None
     return tuple(ends)
 

@@ -73,8 +73,10 @@ def run_convert(command: Convert) -> None:
         )
     report = read_conversion(out)
     assert report is not None
-    judged = report["calibration"].get("judged_tokens", 0)
+    calibration = report["calibration"]
+    apart = "kept aside" if calibration.get("judged_apart", True) else "that it learned from, for want of more text"
     for stage in ("dense", "closed_form", "refined", "distilled"):
         if stage in report["losses"]:
-            print(f"{stage.replace('_', ' '):12} loss {report['losses'][stage]:.4f} on {judged:,} tokens kept aside")
+            loss, judged = report["losses"][stage], calibration["judged_tokens"]
+            print(f"{stage.replace('_', ' '):12} loss {loss:.4f} on {judged:,} tokens {apart}")
     print(f"{out}: a stock DeepSeek-V3 folder, in {report['seconds']:.0f} s; next: smolseek eval {out} --text FILE")

@@ -124,9 +124,10 @@ def _dense_folders(command: Eval) -> list[str]:
 
     if command.compare or not command.tasks:
         return [command.compare] if command.compare else []
-    source = (read_conversion(resolve_folder(command.folder)) or {}).get("source")
+    conversion = read_conversion(resolve_folder(command.folder)) or {}
+    source, commit = conversion.get("source"), conversion.get("source_commit")
     try:
-        return [] if source is None else [str(resolve_folder(source))]
+        return [] if source is None else [str(resolve_folder(f"{source}@{commit}" if commit else source))]
     except ValueError:
         log.warning("%s, the source of %s, is not there; name it by --compare to see both", source, command.folder)
         return []

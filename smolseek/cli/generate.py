@@ -12,6 +12,7 @@ from typing import Any, Literal
 import tyro
 
 from smolseek.cli.shared import Device, quiet_libraries, torch_dtype
+from smolseek.formats.text import read_text
 
 
 @dataclass(frozen=True)
@@ -91,36 +92,54 @@ def _read_prompt(command: Generate) -> str:
     if command.prompt is not None and command.prompt_file is not None:
         raise ValueError(f"--prompt-file {command.prompt_file}: --prompt is given too; give one of them")
     if command.prompt is not None:
-        return command.prompt
-    text = sys.stdin.read() if command.prompt_file is None else read_text(command.prompt_file)
-    return text.removesuffix("\n")  # an editor or echo ends every text with one, and the author does not mean it
+        return _checked(command.prompt, "--prompt")
+    text = (
+        _checked(sys.stdin.read(), "standard input") if command.prompt_file is None else read_text(command.prompt_file)
+    )
+    return text.removesuffix("\n")  # editors and echo end a text with one that its author does not mean
+
+
+def _checked(text: str, where: str) -> str:
+    """Returns a text, unless bytes in it were no UTF-8 (ValueError)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: not UTF-8; convert it, for example with iconv -f LATIN1 -t UTF-8") from error
+    return text
 
 
 def run_chat(command: Chat) -> None:
     quiet_libraries()
     if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
         raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
-    from smolseek.data.encoding import encode_prompt
-
     model, tokenizer = _load_for_generation(command)
+    room = model.config.max_position_embeddings - command.max_new_tokens
     messages: list[dict[str, str]] = []
-    transcript = ""
     while text := _read_line():
-        if tokenizer.chat_template:
-            messages.append({"role": "user", "content": text})
-            prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        else:  # a base model continues the conversation as one text
-            prompt = transcript + text + "\n"
-            ids = encode_prompt(tokenizer, prompt)
+        messages.append({"role": "user", "content": text})
+        ids, dropped = _conversation_ids(tokenizer, messages), 0
+        while len(ids) > room and len(messages) > 1:
+            del messages[:2]
+            ids, dropped = _conversation_ids(tokenizer, messages), dropped + 1
+        if dropped:
+            print(f"[the oldest {dropped} turns are forgotten: the model reads {room:,} tokens]", file=sys.stderr)
         reply = _print_continuation(model, tokenizer, ids, command, command.seed).text
         messages.append({"role": "assistant", "content": reply})
-        transcript = prompt + reply + "\n"
+
+
+def _conversation_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the ids of a conversation up to the assistant's turn; without a chat template, of its lines as a text."""
+    from smolseek.data.chat import render_prompt
+    from smolseek.data.encoding import encode_prompt
+
+    if tokenizer.chat_template:
+        return render_prompt(tokenizer, messages)
+    return encode_prompt(tokenizer, "".join(f"{message['content']}\n" for message in messages))
 
 
 def _read_line() -> str:
     try:
-        return input("> ").strip()
+        return _checked(input("> ").strip(), "standard input")
     except EOFError:
         return ""
 

@@ -32,8 +32,8 @@ class Calibration:
     judged_BT: Tensor
     """For losses by stage. Nothing is learnt from them, unless there is one window only."""
     facts: dict[str, Any]
-    """How many there are and of which sources, for conversion.json; `judged_apart` is False if there is one window only,
-    which is then learnt from and judged by."""
+    """How many there are and of which sources, for conversion.json; `judged_apart` is False if one window is all that
+    there is, which is then learnt from and judged by."""
 
 
 def read_calibration(job: Job) -> Calibration:

@@ -123,7 +123,7 @@ def read_job(
 
 
 def calibration_data(settings: ConvertSettings) -> DataSettings:
-    """Returns how the calibration text of a conversion is read: nothing of it is held out but builtin:python's share."""
+    """Returns how calibration text is read where no run says it: nothing is held out but builtin:python's share."""
     return DataSettings(
         train=settings.calibration,
         weights=settings.calibration_weights,
@@ -139,6 +139,10 @@ def _check_out(out: Path, force: bool, inputs: list[str | Path]) -> None:
     if not out.exists():
         return
     if not (out / "conversion.json").is_file():
-        raise ValueError(f"{out}: --force replaces only a folder that convert wrote, with a conversion.json; name another")
+        raise ValueError(
+            f"{out}: --force replaces only a folder that convert wrote, with a conversion.json; name another"
+        )
     if foreign := foreign_files(out):
-        raise ValueError(f"{out}: --force would remove {', '.join(foreign[:3])}, which convert did not write; move it away")
+        raise ValueError(
+            f"{out}: --force would remove {', '.join(foreign[:3])}, which convert did not write; move it away"
+        )

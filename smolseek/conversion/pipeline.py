@@ -38,7 +38,8 @@ def convert(
     `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
     several. `data` says how that text is read and what of it is held out, where it is a run's training text. `device`
     (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and `out` is complete or
-    absent. A conversion that ends early leaves its finished layers beside `out`, and the same call goes on from there. `on_progress(stage, done, count)` tells how far it is.
+    absent. A conversion that ends early leaves its finished layers beside `out`, and the same call goes on from there.
+    `on_progress(stage, done, count)` tells how far it is.
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.

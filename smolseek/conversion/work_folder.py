@@ -24,7 +24,7 @@ _PARTIAL = ".partial"
 
 
 class WorkFolder(AbstractContextManager["WorkFolder"]):
-    """`.NAME.unfinished-DIGEST` beside the folder to write: tensors and facts of each finished part, complete or absent.
+    """`.NAME.unfinished-DIGEST` beside the folder to write: tensors and facts of each finished part, whole or absent.
 
     The digest is that of `fingerprint`, everything that the parts depend on. When the block ends well the folder is
     removed. After any error it stays if a part is finished, and the next conversion with an equal fingerprint finds the

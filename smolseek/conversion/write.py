@@ -20,6 +20,7 @@ from smolseek.card import Card
 from smolseek.checkpoint.folder import FolderWriter
 from smolseek.checkpoint.hub import named_disk_tensors
 from smolseek.checkpoint.licence import licence_fields
+from smolseek.checkpoint.source import commit_of
 from smolseek.conversion.collect import collect_mlp_inputs
 from smolseek.conversion.fit import exact_block
 from smolseek.conversion.job import Job
@@ -97,9 +98,10 @@ def conversion_report(job: Job, facts: Facts, seconds: float) -> dict[str, Any]:
     before = source.num_hidden_layers * source.cache_numbers
     after = source.num_hidden_layers * cache_numbers(target)
     source_bytes, target_bytes = (getattr(torch, dtype).itemsize for dtype in (source.dtype, target["dtype"]))
-    settings = dataclasses.asdict(job.settings)
+    settings, (name, commit) = dataclasses.asdict(job.settings), commit_of(job.name)
     return {
-        "source": job.name,
+        "source": name,
+        "source_commit": commit,
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()},
         **{field: target[field] for field in (*ATTENTION_FIELDS, "rope_theta")},
         "rope_slots": None if facts.folds is None else [list(fold) for fold in facts.folds],

@@ -85,7 +85,7 @@ def allocate(wanted: int, weights: Sequence[float], available: Sequence[int]) ->
         total = sum(weights[i] for i in having)
         gives = {i: min(available[i] - counts[i], int(left * weights[i] / total)) for i in having}
         if not any(gives.values()):  # fewer are left than there are sources
-            gives = {i: 1 for i in sorted(having, key=lambda i: counts[i] / weights[i])[:left]}
+            gives = dict.fromkeys(sorted(having, key=lambda i: counts[i] / weights[i])[:left], 1)
         for i, given in gives.items():
             counts[i] += given
         left -= sum(gives.values())

@@ -42,8 +42,8 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
     """Raises ValueError if a token id is beyond the model's vocabulary, as extra tokens of some tokenizers are."""
     if ids.numel() and (largest := int(ids.max())) >= vocab_size:
         raise ValueError(
-            f"token {largest}: the model has {vocab_size:,} vocabulary entries, and the tokenizer more; leave its added "
-            "tokens out of the text and the chat template, or use the model's own tokenizer"
+            f"token {largest}: the model has {vocab_size:,} vocabulary entries, the tokenizer more; leave its added "
+            "tokens out of text and chat template, or use the model's own tokenizer"
         )
 
 

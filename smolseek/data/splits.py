@@ -45,7 +45,7 @@ def check_weights(data: DataSettings, name: str = "data.train", weights_name: st
     weights = list(data.weights)
     if weights and len(weights) != len(data.train):
         raise ValueError(
-            f"{weights_name} {weights}: {len(weights)} for {len(data.train)} sources of {name}; give each source its own"
+            f"{weights_name} {weights}: {len(weights)} for {len(data.train)} sources of {name}; give each its own"
         )
     if not all(0 < weight < float("inf") for weight in weights):
         raise ValueError(f"{weights_name} {weights}: must be above 0; leave a source out in place of 0")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from smolseek.config import DataSettings
-from smolseek.data.encoding import encode_marked
+from smolseek.data.encoding import encode_marked, read_marks
 from smolseek.data.prefetch import Prefetcher
 from smolseek.data.sources import open_sources
 from smolseek.data.sources.base import Source
@@ -133,7 +133,9 @@ def source_weights(sources: list[Source], settings: DataSettings) -> tuple[float
     sizes = [source.size() for source in sources]
     for name, size in zip(settings.train, sizes, strict=True):
         if not size:
-            raise ValueError(f"data.train {name}: its size is not known, and sources are mixed by size; set data.weights")
+            raise ValueError(
+                f"data.train {name}: its size is not known, and sources are mixed by size; set data.weights"
+            )
     return tuple(float(size or 0) for size in sizes)
 
 
@@ -192,12 +194,26 @@ class WindowStream:
 
     def windows(self) -> Iterator[tuple[Tensor, PackingState]]:
         """Yields windows (T,) in reading order from the current state on, each with the state behind it."""
+        return packed_windows(self._readers(), self.weights, self.packing.rest_T, self.window_tokens)
+
+    def first_tokens(self) -> Iterator[Tensor]:
+        """Yields the token ids of each source's first training document.
+
+        Raises:
+            ValueError: as `next` does.
+        """
+        for reader in self._readers():
+            tokens_T = _NOTHING
+            while not len(tokens_T):
+                tokens_T = reader.next()
+            yield read_marks(tokens_T[None])[0]
+
+    def _readers(self) -> list[SourceReader]:
         tokenizer = copy.deepcopy(self.tokenizer)  # two threads must not share a tokenizer
-        readers = [
+        return [
             SourceReader(source, name, tokenizer, self.settings, progress)
             for source, name, progress in zip(self.sources, self.settings.train, self.packing.readings, strict=True)
         ]
-        return packed_windows(readers, self.weights, self.packing.rest_T, self.window_tokens)
 
     @property
     def malformed(self) -> int:

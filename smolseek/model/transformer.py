@@ -105,7 +105,7 @@ def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
         *inputs,
         None,
         use_reentrant=False,
-        preserve_rng_state=bool(layer.self_attn.attention_dropout),  # nothing else in a layer is drawn at random
+        preserve_rng_state=bool(layer.get_submodule("self_attn").attention_dropout),  # nothing else is drawn at random
         context_fn=lambda: (contextlib.nullcontext(), counts_kept()),
     )
 

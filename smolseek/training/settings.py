@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from smolseek.config import Recipe
+import torch
+
+from smolseek.config import Recipe, SampleSettings
+from smolseek.data.drawing import held_out_text
+from smolseek.data.encoding import check_vocabulary, encode_prompt
+from smolseek.data.packing import Packed
+from smolseek.data.sources import open_sources
+from smolseek.data.stream import WindowStream
+from smolseek.generation import Sampling
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.training.stages import stages_of
 
@@ -14,9 +23,6 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
     """Refuse settings that cannot work, before anything runs (ValueError)."""
     settings, limit = recipe.train, model.config.max_position_embeddings
     stages = stages_of(settings)
-    for name in ("evaluate_every", "checkpoint_every", "keep_last"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"train.{name} {getattr(settings, name)}: must be at least 1")
     if settings.window_tokens > limit:
         raise ValueError(f"train.window_tokens {settings.window_tokens}: the model's limit is {limit} positions")
     if teacher is None and any(stage.distill_weight for stage in stages):
@@ -29,33 +35,115 @@ def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: Stoc
         )
 
 
+def check_inputs(recipe: Recipe, tokenizer: Any, config: Any) -> Packed:
+    """Returns the held-out text of a run, after refusing whatever would end the run later.
+
+    `config` is a transformers config with the model's positions and vocabulary.
+
+    Raises:
+        ValueError: text that is missing, empty or cannot be mixed, windows that the model does not read, samples that
+            it cannot draw, or a tokenizer with tokens that the model does not have.
+    """
+    positions, window = config.max_position_embeddings, recipe.train.window_tokens
+    if window > positions:
+        raise ValueError(f"train.window_tokens {window}: the model's limit is {positions} positions")
+    _check_samples(recipe.sample, tokenizer, positions, config.vocab_size)
+    if recipe.convert:
+        open_sources(recipe.convert.calibration, recipe.data)
+    stream = WindowStream(tokenizer, recipe.data, window_tokens=window + 1, seed=recipe.seed)
+    for tokens_T in stream.first_tokens():
+        check_vocabulary(tokens_T, config.vocab_size)
+    held_out = held_out_text(tokenizer, recipe.data)
+    if len(held_out.ids_T) < 2 or not held_out.counts_T.any():
+        raise ValueError(
+            f"held-out text: none found in {', '.join(recipe.data.held_out or recipe.data.train)}; name some with "
+            "data.held_out, set data.separator to what parts the documents, or raise data.held_out_share"
+        )
+    check_vocabulary(held_out.ids_T, config.vocab_size)
+    return held_out
+
+
+def _check_samples(sample: SampleSettings, tokenizer: Any, positions: int, vocab_size: int) -> None:
+    Sampling(temperature=sample.temperature, top_p=sample.top_p, repetition_penalty=sample.repetition_penalty)
+    for name, least in (("every", 0), ("max_new_tokens", 1)):
+        if getattr(sample, name) < least:
+            raise ValueError(f"sample.{name} {getattr(sample, name)}: must be at least {least}")
+    if not sample.prompts:
+        raise ValueError("sample.prompts: none; name one (sample.every 0 draws none before the end)")
+    for prompt in sample.prompts:
+        ids = encode_prompt(tokenizer, prompt)
+        if not 1 <= len(ids) < positions:
+            shown = f"{prompt[:40]!r}{'...' if len(prompt) > 40 else ''}"
+            raise ValueError(
+                f"sample.prompts {shown}: {len(ids)} tokens; the model takes 1 to {positions - 1}, name another"
+            )
+        check_vocabulary(torch.tensor(ids), vocab_size)
+
+
+def check_teacher(teacher_config: Any, teacher_tokenizer: Any, config: Any, tokenizer: Any) -> None:
+    """Refuse a teacher whose vocabulary is not the model's, by size or by token (ValueError)."""
+    sizes = teacher_config.vocab_size, config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"teacher with {sizes[0]} vocabulary entries for a model with {sizes[1]}: they must share a tokenizer"
+        )
+    theirs, ours = teacher_tokenizer.get_vocab(), tokenizer.get_vocab()
+    if other := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
+        raise ValueError(
+            f"teacher: token {other[0]!r} is {theirs.get(other[0])} in its tokenizer, {ours.get(other[0])} in the "
+            "run's; they must share a tokenizer, name another teacher"
+        )
+
+
 _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.trackers"}
 """Settings that do not change a run's results."""
 _STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
 """Settings that a resumed run may change, for example to get past a spike; logs.txt names the change."""
+_START = ("source", "convert", "model", "tokenizer", "train_tokenizer_entries")
+"""What a run starts from."""
+
+
+def changed_start(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Returns the names and values of what a run starts from, of two recipes as mappings, where they differ."""
+    pairs = _pairs(old, new, _START)
+    return _described((name, was, now) for name, was, now in pairs if was != now)
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Returns the names and values of settings that differ and that a resumed run may not change."""
-    return ", ".join(
-        f"{name} {was!r} then, {now!r} now" for name, was, now in _differences(old, new, _FREE | _STEERING)
-    )
+    """Returns the names and values of settings that differ and that a resumed run may not change; it may have more
+    steps."""
+    differing = _differences(old, new, _FREE | _STEERING)
+    return _described(change for change in differing if change[0] != "train.steps" or change[2] < change[1])
+
+
+def _described(changes: Iterable[tuple[str, Any, Any]]) -> str:
+    return ", ".join(f"{name} {was!r} then, {now!r} now" for name, was, now in changes)
 
 
 def changed_steering(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Returns a line for each changed setting that a resumed run may change."""
-    return [f"{name} {now!r} (was {was!r})" for name, was, now in _differences(old, new, _FREE) if name in _STEERING]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, old value, new value) of the settings that differ."""
-    pairs = [
-        (f"{part}.{key}", old[part].get(key), value) for part in ("data", "train") for key, value in new[part].items()
+    return [
+        f"{name} {now!r} (was {was!r})"
+        for name, was, now in _differences(old, new, _FREE)
+        if name in _STEERING | {"train.steps"}
     ]
-    pairs.append(("seed", old["seed"], new["seed"]))
-    return ((name, was, now) for name, was, now in pairs if name not in free and was != _plain(now))
 
 
-def _plain(value: Any) -> Any:
-    """Returns the value as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
+def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> list[tuple[str, Any, Any]]:
+    """Returns (name, old value, new value) of the settings that differ."""
+    pairs = _pairs(old, new, (*_START, "teacher", "data", "train", "seed"))
+    return [(name, was, now) for name, was, now in pairs if name not in free and was != now]
+
+
+def _pairs(old: dict[str, Any], new: dict[str, Any], parts: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, old value, new value) of settings as JSON gives them back, the fields of a part one by one.
+
+    A field that an older recipe lacks did not exist then, and is passed over.
+    """
+    old, new = json.loads(json.dumps([old, new]))
+    for part in parts:
+        was, now = old.get(part), new.get(part)
+        if isinstance(was, dict) and isinstance(now, dict) and part != "model":
+            yield from ((f"{part}.{key}", was[key], value) for key, value in now.items() if key in was)
+        elif part in old:
+            yield part, was, now

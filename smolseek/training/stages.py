@@ -43,20 +43,34 @@ def _settings_of(stage: StageSettings, train: TrainSettings) -> TrainSettings:
     return dataclasses.replace(train, stages=(), **{k: v for k, v in changes.items() if v is not None})
 
 
+_AT_LEAST: tuple[tuple[str, float], ...] = (
+    *((name, 1) for name in ("steps", "batch_windows", "gradient_accumulation", "window_tokens", "patience")),
+    *((name, 1) for name in ("evaluate_every", "checkpoint_every", "log_every", "keep_last")),
+    *((name, 0) for name in ("learning_rate", "final_learning_rate_share", "warmup_steps", "weight_decay")),
+    *((name, 0) for name in ("spike_factor", "max_skipped_steps", "balance_update_speed", "balance_loss_weight")),
+    ("distill_steps", 0),
+)
+"""The least value of settings that have no other bound."""
+
+
 def _check(stage: TrainSettings, where: str) -> None:
     """Refuse values that no stage can have; `where` is the stage's key in the recipe."""
-    for name in ("steps", "batch_windows", "gradient_accumulation", "window_tokens", "patience"):
+    for name, least in _AT_LEAST:
         value = getattr(stage, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{where}.{name} {value}: must be at least 1")
-    for name in ("distill_weight", "decay_share"):
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{where}.{name} {value}: must be at least {least}, and finite")
+    for name in ("distill_weight", "decay_share", "balance_freeze_share"):
         if not 0 <= getattr(stage, name) <= 1:
             raise ValueError(f"{where}.{name} {getattr(stage, name)}: must be between 0 and 1")
-    if stage.distill_temperature <= 0:
+    if not stage.clip_norm > 0:
+        raise ValueError(f"{where}.clip_norm {stage.clip_norm}: must be above 0; inf clips nothing")
+    if not 0 < stage.distill_temperature < math.inf:
         raise ValueError(f"{where}.distill_temperature {stage.distill_temperature}: must be above 0; 1 changes nothing")
-    for group in stage.learning_rate_factors:
+    for group, factor in stage.learning_rate_factors.items():
         if group not in GROUPS:
             raise ValueError(f"{where}.learning_rate_factors.{group}: no such group; there are {', '.join(GROUPS)}")
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"{where}.learning_rate_factors.{group} {factor}: must be 0 or more")
 
 
 @dataclass
@@ -115,3 +129,8 @@ class StageProgress:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         vars(self).update(state)
+
+    def reopen(self) -> None:
+        """Let a run of one stage that has ended go on, because it was given more steps."""
+        if self.done and len(self.settings_of_each) == 1:
+            self.index, self.start, self.waited = 0, 0, 0

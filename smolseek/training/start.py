@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
-from smolseek.config import Recipe
+from smolseek.config import DataSettings, Recipe
 from smolseek.data.splits import training_documents
 from smolseek.data.tokenizer import train_tokenizer
 from smolseek.model import DeepseekV3, StockModel
@@ -42,3 +43,16 @@ def corpus_tokenizer(recipe: Recipe) -> Any:
     """Returns a byte-level BPE tokenizer of `train_tokenizer_entries` entries, trained on the training documents."""
     texts = (document.text for document in training_documents(recipe.data))
     return train_tokenizer(texts, recipe.train_tokenizer_entries)
+
+
+def calibration_text(recipe: Recipe) -> DataSettings:
+    """Returns how the text that calibrates a recipe's conversion is read: its `calibration`, else the training text.
+
+    What the run holds out never calibrates.
+    """
+    assert recipe.convert is not None
+    own = recipe.convert.calibration
+    if not own:
+        return recipe.data
+    weights, separator = recipe.convert.calibration_weights, recipe.convert.separator
+    return dataclasses.replace(recipe.data, train=own, weights=weights, separator=separator)

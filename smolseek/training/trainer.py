@@ -17,9 +17,9 @@ from smolseek.checkpoint.atomic import remove_leftovers
 from smolseek.checkpoint.hub import save
 from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
-from smolseek.data.packing import pack
+from smolseek.data.encoding import check_vocabulary, read_marks
+from smolseek.data.packing import Packed
 from smolseek.data.sources.hub import SourceLost
-from smolseek.data.splits import held_out_documents
 from smolseek.data.stream import WindowStream
 from smolseek.evaluation import Quality, measure_quality
 from smolseek.generation import continue_text
@@ -35,7 +35,7 @@ from smolseek.training.optimizer import build_optimizers, choose_trained, decay,
 from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
-from smolseek.training.settings import changed_settings, changed_steering, check_settings
+from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings
 from smolseek.training.stages import StageProgress, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
@@ -49,6 +49,9 @@ class Trainer:
         recipe: the settings; `recipe.train`, `.data`, `.sample` and `.seed` are read.
         folder: where logs.txt, metrics.jsonl, checkpoints/ and best/ are written.
         teacher: dense model to distil from, for a `train.distill_weight` above 0.
+        held_out: held-out text that was read already; None: that of `recipe.data` is read.
+        origin: folder that the model was loaded from; saved models get its licence and generation_config.json.
+        tokenizer_from: folder whose tokenizer files are copied to saved models; None: `tokenizer` is saved.
         processes: the processes that share the work, from `processes.join_processes`.
 
     Raises:
@@ -63,6 +66,9 @@ class Trainer:
         folder: Path,
         *,
         teacher: StockModel | None = None,
+        held_out: Packed | None = None,
+        origin: Path | None = None,
+        tokenizer_from: Path | None = None,
         processes: Processes = OneProcess(),  # noqa: B008  (has no state)
     ) -> None:
         check_settings(model, recipe, teacher)
@@ -71,6 +77,7 @@ class Trainer:
             processes.check_settings(stage)
         self.processes, self.model = processes, processes.shard(model)
         self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
+        self.origin, self.tokenizer_from = origin, tokenizer_from
         self.settings = self.stages.settings
         self.device = next(model.parameters()).device
         self.autocast = autocast(self.device, self.settings.precision)
@@ -84,9 +91,7 @@ class Trainer:
         self.stream = WindowStream(
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
-        self.held_out = pack(tokenizer, held_out_documents(recipe.data), recipe.data.held_out_tokens)
-        if len(self.held_out.ids_T) < 2:
-            raise ValueError("held-out text: none found; name some with data.held_out, or raise data.held_out_share")
+        self.held_out = held_out or check_inputs(recipe, tokenizer, model.config)
         self.log = RunLog(folder, muted=not processes.leads, track=lambda step: open_trackers(recipe, folder, step))
         self.guard = StepGuard(recipe.train)
         self.step = 0
@@ -210,6 +215,8 @@ class Trainer:
             if self.processes.size == 1:
                 self.save()
             raise
+        for windows_BT in batches:
+            check_vocabulary(read_marks(windows_BT)[0], self.model.config.vocab_size)
         own = [self.processes.own_windows(windows_BT) for windows_BT in batches]
         labels = max(1, sum(map(count_labels, batches)))
         return [(windows_BT, count_labels(windows_BT) * self.processes.size / labels) for windows_BT in own]
@@ -265,12 +272,12 @@ class Trainer:
         take_expert_counts(self.model)
         return self.processes.from_leader(texts)
 
-    def save_model(self, name: str, card: str | None = None, *, origin: Path | None = None) -> Path:
-        """Write the model as a stock folder `name` in the run's folder and return it; `origin` is as in `hub.save`."""
-        out = self.folder / name
+    def save_model(self, name: str, card: str | None = None) -> Path:
+        """Write the model as a stock folder `name` in the run's folder and return it."""
+        out, tokenizer = self.folder / name, self.tokenizer_from or self.tokenizer
         with self.processes.whole_model(self.model) as model:
             if model is not None:
-                save(model, out, tokenizer_from=self.tokenizer, origin=origin, card=card, force=True)
+                save(model, out, tokenizer_from=tokenizer, origin=self.origin, card=card, force=True)
         return out
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -313,6 +320,8 @@ class Trainer:
             )
         self.step = plain["step"]
         self.stages.restore(plain["course"])
+        if self.recipe.train.steps > plain["recipe"]["train"]["steps"]:
+            self.stages.reopen()
         self._begin_stage()
         _, tensors = self.processes.load_state(newest, live_tensors(self.model, self.optimizers))
         self.stream.restore(plain["data"], stream_tensors(tensors))
