@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shlex
 import sys
@@ -49,7 +48,7 @@ class Export:
     pre: str | None = None
     """llama.cpp's name for the tokenizer's rule to split text; needed only if smolseek does not know it."""
     force: bool = False
-    """Replace OUT if it exists."""
+    """Replace OUT if it is a GGUF file."""
 
 
 def run_check(command: Check) -> int:
@@ -80,7 +79,6 @@ def run_check(command: Check) -> int:
 
 def run_export(command: Export) -> None:
     quiet_libraries()
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns about templates for pairs of texts
     from tqdm import tqdm
 
     from smolseek.export.gguf import export_gguf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,6 @@ _FILE_TYPES = {
 _QUANTISATION_VERSION = 2
 _FALLBACK = GGMLQuantizationType.F16
 _LARGEST_F16 = float(np.finfo(np.float16).max)
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,28 +67,48 @@ def export_gguf(
 
     Raises:
         ValueError: the folder is no checkpoint, or `runtimes.check` says that llama.cpp refuses it; its tokenizer is of
-            no known kind; a number does not fit `type`; `out` exists and `force` is not set.
+            no known kind; a number does not fit `type`; `out` exists and `force` is not set, or is no GGUF file.
+        OSError: `out` cannot be written, for example because the disk is full.
     """
     source, out = resolve_folder(folder), Path(out)
-    refuse_existing(out, force)
+    _check_out(out, source, force)
     config, tensors = read_config(source), TensorFolder(source)
     findings = check(config, tensors.headers)["llama.cpp"]
     if any(finding.refuses for finding in findings):
         raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")
     config = with_defaults(config)
     planned = [(tensor, encoding_of(tensor, type)) for tensor in export_tensors(tensors, config)]
-    with atomic_file(out, force=force) as path:
-        writer = GGUFWriter(path, ARCHITECTURE)
-        try:
-            add_keys(writer, config, source.resolve().name)
-            writer.add_file_type(_FILE_TYPES[type])
-            writer.add_quantization_version(_QUANTISATION_VERSION)
-            has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
-            _write_tensors(writer, planned, on_tensor)
-        finally:
-            writer.close()
+    writer = GGUFWriter(None, ARCHITECTURE)
+    add_keys(writer, config, source.resolve().name)
+    writer.add_file_type(_FILE_TYPES[type])
+    writer.add_quantization_version(_QUANTISATION_VERSION)
+    has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
+    try:
+        with atomic_file(out, force=force) as path, contextlib.closing(writer):
+            _write_tensors(writer, path, planned, on_tensor)
+    except OSError as error:
+        raise OSError(f"{out}: cannot be written ({error.strerror or error})") from error
     fallbacks = tuple(tensor.name for tensor, encoding in planned if encoding != wanted_encoding(tensor, type))
     return GgufExport(out, out.stat().st_size, len(planned), fallbacks, has_chat_template)
+
+
+def _check_out(out: Path, source: Path, force: bool) -> None:
+    """Raises ValueError if `out` is no file to write, or writing it would destroy something else than a GGUF file."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{out}: {folder} is a file and no folder; name another")
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; name a file")
+    refuse_existing(out, force)
+    if out.exists() and not (out.is_file() and _starts_as_gguf(out)):
+        raise ValueError(f"{out}: is no GGUF file, and --force replaces only those; name another")
+    if out.suffix != ".gguf" and out.absolute().parent.resolve() == source.resolve():
+        raise ValueError(f"{out}: may be taken for a file of the checkpoint in that folder; end the name in .gguf")
+
+
+def _starts_as_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def wanted_encoding(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
@@ -106,6 +124,7 @@ def encoding_of(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
 
 def _write_tensors(
     writer: GGUFWriter,
+    path: Path,
     planned: list[tuple[ExportTensor, GGMLQuantizationType]],
     on_tensor: Callable[[int, int], None],
 ) -> None:
@@ -114,11 +133,16 @@ def _write_tensors(
         block, block_bytes = GGML_QUANT_SIZES[encoding]
         size = int(np.prod(tensor.shape)) // block * block_bytes
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=encoding)
-    writer.write_header_to_file()
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
     for done, (tensor, encoding) in enumerate(planned, start=1):
-        writer.write_tensor_data(_encode(tensor, encoding))
+        data = _encode(tensor, encoding)
+        writer.write_padding(file, file.tell())
+        file.write(data)  # not by `write_tensor_data`, whose errors do not say why a write failed
+        writer.write_padding(file, data.nbytes)
         on_tensor(done, len(planned))
 
 

@@ -1,4 +1,4 @@
-"""The GGUF keys of a folder's tokenizer, made from tokenizer.json."""
+"""The GGUF keys of a folder's tokenizer, made from the tokenizer.json that transformers makes of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, SpecialVocab, TokenType
+from gguf import GGUFWriter, TokenType
+
+from smolseek.checkpoint.hub import load_tokenizer
+from smolseek.checkpoint.source import read_json
+from smolseek.export.differences import check_differences
+from smolseek.export.special import add_special_tokens
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -27,10 +32,15 @@ PRE_TYPES: dict[str, tuple[list[dict[str, Any]], bool]] = {
 }
 """llama.cpp's names for pre-tokenizations of byte-level BPE. For each: the steps before ByteLevel in tokenizer.json's
 `pre_tokenizer`, and whether ByteLevel splits text too."""
+_WHOLE_WORDS = {"llama-bpe"}
+"""Those of them with which llama.cpp takes a word that is a token as it is, without merges."""
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: str | None = None) -> bool:
     """Writes tokens, types, merges or scores, special tokens and the chat template.
+
+    They are those of the tokenizer that transformers makes from the folder, which may differ from tokenizer.json: some
+    tokenizer classes have their own normalizer and pre-tokenizer.
 
     Args:
         pre: llama.cpp's name for the pre-tokenization of byte-level BPE; None: it is found from tokenizer.json.
@@ -40,27 +50,28 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
 
     Raises:
         ValueError: no tokenizer.json, a tokenizer that is neither byte-level BPE nor SentencePiece's BPE, an unknown
-            pre-tokenization, or more tokens than the model has.
+            pre-tokenization, steps that llama.cpp does not do, or more tokens than the model has.
     """
-    tree = _read(folder)
-    model = tree["model"]
+    _check_kind(folder)
+    tokenizer = load_tokenizer(folder)
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = tree["model"]["merges"]
     tokens, types = _tokens(tree, vocab_size)
-    sentencepiece = model["type"] == "BPE" and bool(model.get("byte_fallback"))
+    sentencepiece = bool(tree["model"].get("byte_fallback")) and '"ByteLevel"' not in json.dumps(tree["pre_tokenizer"])
+    cut = "default" if sentencepiece else pre or pre_type(tree)
+    is_known = sentencepiece or cut in PRE_TYPES
+    check_differences(tree, sentencepiece=sentencepiece, whole_words=cut in _WHOLE_WORDS if is_known else None)
+    writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+    writer.add_tokenizer_pre(cut)
     if sentencepiece:
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores(_scores(tokens, model["merges"]))
+        writer.add_token_scores(_scores(tokens, merges))
         writer.add_add_space_prefix(_prepends_space(tree))
     else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre or pre_type(tree))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = SpecialVocab(folder, load_merges=not sentencepiece, n_vocab=vocab_size)
-    for kind in ("bos", "eos"):  # always written, because llama.cpp's default depends on the kind of tokenizer
-        special.add_special_token.setdefault(kind, False)
-    special.add_to_gguf(writer, quiet=True)
-    return special.chat_template is not None
+    add_special_tokens(writer, tokenizer, folder, vocab_size, default_end=2 if sentencepiece else 11)
+    return _add_chat_template(writer, tokenizer.chat_template)
 
 
 def pre_type(tree: dict[str, Any]) -> str:
@@ -81,21 +92,27 @@ def pre_type(tree: dict[str, Any]) -> str:
     )
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Returns tokenizer.json as a dict; raises ValueError if it is missing, not JSON or of an unknown kind."""
+def _check_kind(folder: Path) -> None:
+    """Raises ValueError if tokenizer.json is missing, not JSON or of an unknown kind."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"checkpoint {folder}: no tokenizer.json; save the tokenizer into it with transformers")
-    try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
-    kind = tree.get("model", {}).get("type")
+        alone = " (tokenizer.model alone is not read)" if (folder / "tokenizer.model").is_file() else ""
+        raise ValueError(f"checkpoint {folder}: no tokenizer.json{alone}; save the tokenizer into it with transformers")
+    model = read_json(path).get("model")
+    kind = model.get("type") if isinstance(model, dict) else None
     if kind != "BPE":
         raise ValueError(
             f"{path}: a tokenizer of type {kind}; only byte-level BPE and SentencePiece's BPE are exported"
         )
-    return tree
+
+
+def _add_chat_template(writer: GGUFWriter, template: str | dict[str, str] | None) -> bool:
+    """Writes the chat template, or several under their names; returns whether there is one."""
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    elif template:
+        writer.add_chat_template(template)
+    return bool(template)
 
 
 def _tokens(tree: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -128,15 +145,16 @@ def _type(text: str, number: int, added: dict[int, Any], unknown: str | None, is
     return TokenType.BYTE if is_byte else TokenType.NORMAL
 
 
-def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """Returns a score for each token: minus the rank of the merge that makes it.
 
-    SentencePiece merges the pair whose token has the highest score, so the earliest merge gets the highest score.
+    SentencePiece merges the pair whose token has the highest score, so the earliest merge gets the highest score. A
+    token that no merge makes gets the lowest: it may not win over one that a merge makes.
     """
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
-        ranks.setdefault("".join(merge if isinstance(merge, list) else merge.split(" ")), rank)
-    return [-float(ranks.get(token, 0)) for token in tokens]
+        ranks.setdefault("".join(merge), rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
 def _prepends_space(tree: dict[str, Any]) -> bool:

@@ -1,7 +1,11 @@
 """GGUF files, read back with the gguf package."""
 
+import errno
+import gc
 import json
 import logging
+import os
+import resource
 import weakref
 
 import numpy as np
@@ -11,6 +15,7 @@ from gguf import GGMLQuantizationType as Encoding
 from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
+from smolseek.cli import main
 from smolseek.export import tensors as export_tensors
 from smolseek.export.gguf import export_gguf
 from smolseek.export.keys import query_scales
@@ -176,8 +181,6 @@ def test_what_llama_cpp_refuses_is_not_written(tmp_path):
     tiny_folder(tmp_path / "m", attention_bias=True)
     with pytest.raises(ValueError, match=r"llama\.cpp refuses: attention_bias"):
         export_gguf(tmp_path / "m", tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match="exists already; pass --force"):
-        export_gguf(tmp_path / "m", tmp_path / "m")
 
 
 def test_progress_is_told_and_nothing_warns(tmp_path, caplog):
@@ -198,3 +201,75 @@ def test_a_chat_template_goes_along(tmp_path):
     keys, _ = read_gguf(tmp_path / "m2.gguf")
     assert keys["tokenizer.chat_template"] == "{{ messages[0].content }}"
     assert tokenizer.chat_template is None and model.config.vocab_size == ENTRIES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf") / "m"
+    tiny_folder(folder)
+    return folder
+
+
+def test_force_replaces_a_gguf_file_and_nothing_else(folder, tmp_path):
+    out = tmp_path / "m.gguf"
+    export_gguf(folder, out, type="f32")
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=r"m\.gguf: exists already; pass --force"):
+        export_gguf(folder, out)
+    export_gguf(folder, out, force=True)
+    assert out.read_bytes() != before
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"\xff\xd8photo")
+    link = tmp_path / "link"
+    link.symlink_to(folder / "model.safetensors")
+    files = {path: path.read_bytes() for path in [photo, *folder.iterdir()]}
+    for path in (*files, link):
+        with pytest.raises(ValueError, match=r"is no GGUF file, and --force replaces only those; name another$"):
+            export_gguf(folder, path, force=True)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_the_folder_keeps_its_files_and_gets_none_of_their_names(folder):
+    with pytest.raises(ValueError, match=r"generation_config\.json: may be taken for a file of the checkpoint"):
+        export_gguf(folder, folder / "generation_config.json")
+    export_gguf(folder, folder / "m.gguf")
+    (folder / "m.gguf").unlink()
+
+
+def test_places_where_no_file_can_be(folder, tmp_path):
+    (tmp_path / "file").write_text("a")
+    with pytest.raises(ValueError, match=r"file is a file and no folder"):
+        export_gguf(folder, tmp_path / "file/below/m.gguf")
+    for force in (True, False):
+        with pytest.raises(ValueError, match="is a folder; name a file"):
+            export_gguf(folder, tmp_path, force=force)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert export_gguf(folder, tmp_path / "new/folder/m.gguf").path.is_file()
+
+
+@pytest.mark.parametrize("room", [100, 20_000, 150_000, -1])
+def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys, room):
+    """Lets the process write files of so many bytes only; -1: one byte too few, which shows when the file is closed."""
+    whole = export_gguf(folder, tmp_path / "m.gguf").size_bytes
+    (tmp_path / "m.gguf").unlink()
+    ignored = []
+    monkeypatch.setattr("sys.unraisablehook", ignored.append)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room % whole, former[1]))
+    try:
+        assert main(["export", "gguf", str(folder), str(tmp_path / "m.gguf")]) == 2
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert capsys.readouterr().err == f"smolseek: {tmp_path}/m.gguf: cannot be written (File too large)\n"
+    assert list(tmp_path.iterdir()) == [] and ignored == []
+
+
+def test_a_disk_that_is_full_at_the_end(folder, tmp_path, monkeypatch):
+    def refuse(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"m\.gguf: cannot be written \(No space left on device\)$"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """llama.cpp itself, from the xllamacpp wheel, runs exported files."""
 
+import ctypes
 import json
 import shutil
 import subprocess
@@ -16,9 +17,22 @@ import smolseek
 from smolseek.checkpoint.hub import load, load_tokenizer, save
 from smolseek.checkpoint.source import resolve_folder
 from smolseek.export.gguf import export_gguf
+from smolseek.export.special import KNOWN_ENDS
+from smolseek.export.vocabulary import PRE_TYPES
 from smolseek.formats.runtimes import LARGEST_LLAMA_CPP_EXPERTS
 from smolseek.model import StockModel
-from tests.export.folders import YARN, YARN_SIZES, ids, tiny_folder
+from tests.export.folders import (
+    METASPACE,
+    REPLACE,
+    YARN,
+    YARN_SIZES,
+    around,
+    byte_level_tree,
+    ids,
+    sentencepiece_tree,
+    tiny_folder,
+    tokenizer_folder,
+)
 from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
@@ -210,8 +224,6 @@ def test_every_known_cut_is_llama_cpp_s(tmp_path, name):
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from smolseek.export.vocabulary import PRE_TYPES
-
     cuts, use_regex = PRE_TYPES[name]
     tree = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
@@ -221,6 +233,126 @@ def test_every_known_cut_is_llama_cpp_s(tmp_path, name):
         tmp_path / "tokenizer"
     )
     assert_cut_alike(tmp_path / "m", tmp_path / "tokenizer")
+
+
+def ends(model):
+    """Returns the ids at which llama.cpp stops."""
+    is_end = llamacpp.shared_library().llama_vocab_is_eog
+    is_end.restype, is_end.argtypes = ctypes.c_bool, [ctypes.c_void_p, ctypes.c_int32]
+    return {number for number in range(ENTRIES) if is_end(model._vocabulary, number)}
+
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+BOS, EOS = {"<s>": 1}, {"</s>": 2}
+WITH_SPECIAL = ("a<s>b</s> <s> the cat", "<s>", "the</s>cat</s>", "a\n<|endoftext|>b <|endoftext|>", "<unk>")
+
+
+def assert_alike(folder, texts=(*TEXTS, *WITH_SPECIAL, "123", "")):
+    tokenizer = load_tokenizer(folder)
+    out = folder.with_suffix(".gguf")
+    export_gguf(folder, out, type="f32", force=True)
+    with LlamaCpp(out) as theirs:
+        for text in texts:
+            assert theirs.tokenize(text, special=True) == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize(
+    ("tree", "names", "added"),
+    [
+        (sentencepiece_tree(), NAMES, around("<s>", "A", **BOS)),
+        (sentencepiece_tree(), NAMES, around("<s>", "A", "</s>", **BOS, **EOS)),
+        (sentencepiece_tree(), NAMES, around("A", "</s>", **EOS)),
+        (sentencepiece_tree(), NAMES, None),
+        (sentencepiece_tree(), {"eos_token": "</s>"}, None),
+        (byte_level_tree(), {"bos_token": "<|endoftext|>"}, around("<|endoftext|>", "A", **{"<|endoftext|>": 0})),
+        (byte_level_tree(), {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, None),
+        (byte_level_tree(), {"eos_token": "<|endoftext|>"}, None),
+    ],
+)
+def test_special_tokens_are_added_alike(tmp_path, tree, names, added):
+    folder = tokenizer_folder(tmp_path / "m", tree | {"post_processor": added}, names, eos_token_id=[50, 2])
+    assert_alike(folder)
+
+
+@pytest.mark.parametrize(
+    ("parts", "other"),
+    [
+        ({"normalizer": REPLACE}, ""),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "never"}}, ""),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "always"}}, " the cat"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "first"}}, "</s>the cat"),
+    ],
+)
+def test_spaces_are_cut_alike_but_where_a_warning_says_so(tmp_path, parts, other):
+    folder = tokenizer_folder(tmp_path / "m", sentencepiece_tree() | parts, NAMES)
+    assert_alike(folder, ("the cat  on\nit ", "", "12 ü東"))
+    if other:
+        with pytest.raises(AssertionError):
+            assert_alike(folder, (other,))
+    else:
+        assert_alike(folder)
+
+
+def test_a_class_with_steps_of_its_own_is_cut_as_transformers_does(tmp_path):
+    """Qwen2Tokenizer has NFC and its own cut, whatever tokenizer.json says."""
+    folder = tokenizer_folder(tmp_path / "m", byte_level_tree(), {"tokenizer_class": "Qwen2Tokenizer"}, eos_token_id=0)
+    assert_alike(folder, TEXTS)
+    with pytest.raises(AssertionError):
+        assert_alike(folder, ("e\u0301",))
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_flags_that_a_warning_names_give_other_tokens(tmp_path, flag):
+    tree = sentencepiece_tree()
+    tree["added_tokens"][2][flag] = True
+    with pytest.raises(AssertionError):
+        assert_alike(tokenizer_folder(tmp_path / "m", tree, NAMES), ("a </s> b</s>c",))
+
+
+def _with_words(tree, *words):
+    """Puts words that no merge makes in place of the last tokens."""
+    vocabulary = tree["model"]["vocab"]
+    for word, last in zip(words, sorted(vocabulary, key=vocabulary.get)[-len(words) :], strict=True):
+        vocabulary[word] = vocabulary.pop(last)
+    tree["model"]["merges"] = [merge for merge in tree["model"]["merges"] if "".join(merge) in vocabulary]
+    return tree
+
+
+@pytest.mark.parametrize(("ignored", "cut"), [(True, "smollm"), (False, "llama-bpe")])
+def test_words_that_a_warning_names_become_other_tokens(tmp_path, caplog, ignored, cut):
+    tree = _with_words(byte_level_tree(), "qx")
+    tree["model"]["ignore_merges"] = ignored
+    if cut == "llama-bpe":
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*PRE_TYPES[cut][0], byte_level]}
+    folder = tokenizer_folder(tmp_path / "m", tree, {"eos_token": "<|endoftext|>"})
+    assert_alike(folder, TEXTS)
+    assert "words become other tokens: qx" in caplog.text
+    with pytest.raises(AssertionError):
+        assert_alike(folder, ("qx",))
+
+
+def test_a_token_that_no_merge_makes_wins_over_none(tmp_path):
+    folder = tokenizer_folder(tmp_path / "m", _with_words(sentencepiece_tree(), "ut"), NAMES)
+    assert_alike(folder, ("u the", "at"))
+    tree = _with_words(sentencepiece_tree(), "oi")  # a merge makes "in"
+    assert_alike(tokenizer_folder(tmp_path / "n", tree, NAMES), ("oin",))
+
+
+def test_llama_cpp_stops_at_each_end_token(tmp_path):
+    folder = tokenizer_folder(tmp_path / "m", byte_level_tree(), {"eos_token": "<|endoftext|>"}, eos_token_id=[50, 0])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 70]}))
+    export_gguf(folder, tmp_path / "m.gguf")
+    with LlamaCpp(tmp_path / "m.gguf") as model:
+        assert ends(model) == {0, 50, 60, 70}
+
+
+def test_llama_cpp_stops_at_texts_that_it_knows(tmp_path):
+    folder = tokenizer_folder(tmp_path / "m", _with_words(byte_level_tree(), *KNOWN_ENDS - {"<|endoftext|>"}), {})
+    export_gguf(folder, tmp_path / "m.gguf")
+    vocabulary = load_tokenizer(folder).get_vocab()
+    with LlamaCpp(tmp_path / "m.gguf") as model:
+        assert ends(model) == {vocabulary[text] for text in KNOWN_ENDS} | {11}
 
 
 def test_a_chat_template_is_read(tmp_path):

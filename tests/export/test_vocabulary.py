@@ -45,6 +45,13 @@ def _folder(tmp_path, change=lambda tree: None, **overrides):
     return tmp_path / "m"
 
 
+def without_the_last(tree):
+    """Takes the last token of the vocabulary, and the merge that makes it, out of a tokenizer.json."""
+    vocabulary = tree["model"]["vocab"]
+    del vocabulary[max(vocabulary, key=vocabulary.get)]
+    tree["model"]["merges"].pop()
+
+
 def test_a_cut_can_be_named(tmp_path):
     folder = _folder(tmp_path, lambda tree: tree["pre_tokenizer"]["pretokenizers"].pop(0))
     keys, _ = read_gguf(export_gguf(folder, tmp_path / "found.gguf").path)
@@ -54,23 +61,22 @@ def test_a_cut_can_be_named(tmp_path):
 
 
 def test_tokens_and_types(tmp_path):
-    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
-    folder = _folder(tmp_path, lambda tree: tree["added_tokens"].append(token | {"id": 7, "content": "<tool>"}))
+    def add(tree):
+        token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        tree["added_tokens"].append(token | {"id": ENTRIES - 1, "content": "<tool>"})
+        without_the_last(tree)
+
+    folder = _folder(tmp_path, add)
     config = json.loads((folder / "config.json").read_text())
     assert config["vocab_size"] == ENTRIES
     keys, _ = read_gguf(export_gguf(folder, tmp_path / "m.gguf").path)
     types = keys["tokenizer.ggml.token_type"]
-    assert keys["tokenizer.ggml.tokens"][7] == "<tool>" and types[7] == TokenType.USER_DEFINED
+    assert keys["tokenizer.ggml.tokens"][-1] == "<tool>" and types[-1] == TokenType.USER_DEFINED
     assert types[0] == TokenType.CONTROL and types[20] == TokenType.NORMAL
 
 
 def test_ids_without_a_token_are_unused(tmp_path):
-    def shorten(tree):
-        last = max(tree["model"]["vocab"], key=tree["model"]["vocab"].get)
-        del tree["model"]["vocab"][last]
-        tree["model"]["merges"].pop()
-
-    keys, _ = read_gguf(export_gguf(_folder(tmp_path, shorten), tmp_path / "m.gguf").path)
+    keys, _ = read_gguf(export_gguf(_folder(tmp_path, without_the_last), tmp_path / "m.gguf").path)
     assert keys["tokenizer.ggml.tokens"][-1] == f"[PAD{ENTRIES - 1}]"
     assert keys["tokenizer.ggml.token_type"][-1] == TokenType.UNUSED
 
@@ -88,6 +94,11 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
         export_gguf(folder, tmp_path / "m.gguf")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        export_gguf(folder, tmp_path / "m.gguf")
+    (folder / "tokenizer.model").write_bytes(b"\n")
+    with pytest.raises(
+        ValueError, match=r"no tokenizer\.json \(tokenizer\.model alone is not read\); save the tokenizer"
+    ):
         export_gguf(folder, tmp_path / "m.gguf")
     shutil.rmtree(folder)
     assert list(tmp_path.iterdir()) == []
