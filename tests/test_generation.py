@@ -114,17 +114,19 @@ def test_penalty_is_transformers_and_spares_padding() -> None:
     logits = torch.tensor([[1.0, -1.0, 0.9, -0.1]])
     seen = torch.tensor([[3, 0, 1]])
     expected = RepetitionPenaltyLogitsProcessor(1.5)(seen[:, 1:], logits.clone())
-    penalised = generation._penalise(logits, seen, torch.tensor([1]), 1.5)  # 3 is padding
+    seen_BV = generation._seen(seen, torch.tensor([1]), 4)  # 3 is padding
+    penalised = generation._penalise(logits, seen_BV, 1.5)
     torch.testing.assert_close(penalised, expected)
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    rows = len(logits_BV)
-    return generation._sample(logits_BV, torch.zeros(rows, 1).long(), torch.zeros(rows).long(), sampling, generator)
+    return generation._sample(logits_BV, None, sampling, generator)
 
 
 class Letters:
     """A tokenizer whose tokens 0 to 4 are one letter each; any other token is half a character."""
+
+    eos_token_id = None
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         text = "".join("ab<>/"[i] if i < 5 else "?" for i in ids)
@@ -133,7 +135,7 @@ class Letters:
 
 def test_text_stops_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
     def pieces(tokens: list[int], stop: tuple[str, ...]) -> list[str]:
-        monkeypatch.setattr(generation, "stream", lambda model, ids: iter(tokens))
+        monkeypatch.setattr(generation, "stream", lambda model, ids, eos_token_id: iter(tokens))
         return list(stream_text(MODELS["V3"], Letters(), random_ids(1, 2), stop=stop))
 
     assert pieces([0, 1, 0], ()) == ["a", "b", "a"]

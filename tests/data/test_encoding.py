@@ -1,24 +1,43 @@
+import pytest
 import torch
 
 from smolseek.data.documents import Document
-from smolseek.data.encoding import encode_document, encode_marked, read_marks
-from tests.text import stories, tiny_tokenizer
+from smolseek.data.encoding import (
+    added_start,
+    check_vocabulary,
+    encode_marked,
+    encode_prompt,
+    encode_text,
+    read_marks,
+)
+from tests.text import KINDS, kind_of_tokenizer, stories
 
 
-def test_documents_begin_with_bos_and_decode_to_their_text():
-    tokenizer = tiny_tokenizer()
-    ids = encode_document(tokenizer, stories()[0])
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids[1:]) == stories()[0]
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_tokenizer(kind):
+    tokenizer, text = kind_of_tokenizer(kind), " Anna sees\n\na ball </s> é. " * 900
+    assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
+    adds = kind in ("adds", "sentencepiece")
+    assert added_start(tokenizer) == ([tokenizer.bos_token_id] if adds else [])
+    assert (encode_text(tokenizer, text)[0] == tokenizer.bos_token_id) == adds
+    assert encode_prompt(tokenizer, "") == ([] if kind == "none" else [tokenizer.bos_token_id])
 
 
-def test_documents_without_bos_are_marked_too():
-    class Tokenizer:
-        bos_token_id, eos_token_id = None, 9
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_text_ends_in_eos_once_and_a_part_of_it_does_not(kind):
+    tokenizer = kind_of_tokenizer(kind)
+    texts = [*stories()[:3], stories()[3] + "</s>"]
+    documents = [Document(text, text) for text in texts]
+    documents[0] = documents[0]._replace(ends=False)
+    ids, learnt, segments = read_marks(torch.cat(list(encode_marked(tokenizer, documents))))
+    end = [tokenizer.eos_token_id]
+    wanted = [tokenizer(text)["input_ids"] + more for text, more in zip(texts, ([], end, end, []), strict=True)]
+    assert ids.tolist() == sum(wanted, []) and learnt.all()
+    assert segments.tolist() == [number for number, part in enumerate(wanted, start=1) for _ in part]
 
-        def __call__(self, texts, **_options):
-            return {"input_ids": [[len(text)] * 2 for text in texts]}
 
-    windows = torch.cat(list(encode_marked(Tokenizer(), [Document("a", "a"), Document("b", "bb")])))
-    ids, _, segments = read_marks(windows)
-    assert ids.tolist() == [1, 1, 9, 2, 2, 9] and segments.tolist() == [1, 1, 1, 2, 2, 2]
+def test_tokens_beyond_the_model_are_named():
+    check_vocabulary(torch.tensor([[0, 9]]), 10)
+    check_vocabulary(torch.tensor([]), 10)
+    with pytest.raises(ValueError, match="token 10: the model has 10 vocabulary entries, the tokenizer more"):
+        check_vocabulary(torch.tensor([[3, 10]]), 10)
