@@ -11,6 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from smolseek.formats.text import read_text
+
 SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
 
@@ -272,15 +274,16 @@ def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe; a recipe without a name is named after its file.
 
     Raises:
-        ValueError: the file is missing or not YAML, a key is unknown (the message names its full path and the nearest
-            known key), or a value has the wrong type.
+        ValueError: the file is missing, not UTF-8 or not YAML; a key is unknown (the message names its full path and
+            the nearest known key); or a value has the wrong type.
     """
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in recipes_folder().glob("*.yaml")))
         raise ValueError(f"recipe {path}: no such file; the project's own recipes are {known}, under recipes/")
+    text = read_text(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
     if tree is not None and not isinstance(tree, dict):

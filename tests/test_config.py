@@ -65,6 +65,19 @@ def test_mistakes_are_named_in_one_line(tmp_path, text, words):
         assert word in message
 
 
+@pytest.mark.parametrize(("encoding", "words"), [("latin-1", "not UTF-8 at byte 8"), ("utf-16", "seems to be UTF-16")])
+def test_a_recipe_in_another_encoding_is_named_in_one_line(tmp_path, encoding, words):
+    (tmp_path / "mine.yaml").write_bytes("name: Zoë\n".encode(encoding))
+    with pytest.raises(ValueError, match=rf"mine\.yaml: {words}") as raised:
+        load_recipe(tmp_path / "mine.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_recipe_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("name: Zoë".encode("utf-8-sig"))
+    assert load_recipe(tmp_path / "mine.yaml").name == "Zoë"
+
+
 def test_a_missing_recipe_lists_the_known_ones():
     with pytest.raises(ValueError, match="quickstart"):
         load_recipe("nowhere.yaml")
