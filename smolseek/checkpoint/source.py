@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from smolseek.checkpoint.licence import LICENCE_FILES
+from smolseek.formats.foreign import describe_foreign
 
 BUILTIN_BASE = "builtin:base"
 TOKENIZER_FILES = (
@@ -17,14 +19,37 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
-_WANTED_FILES = ("*.safetensors", "*.json", *TOKENIZER_FILES, "README.md", *LICENCE_FILES)
+"""Names, and patterns of names in a subfolder."""
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+"""Files that are a tokenizer together."""
+_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+"""Files that are a tokenizer where the library sentencepiece is installed."""
+_WANTED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "conversion.json",
+    "model.safetensors",
+    "model-[0-9]*.safetensors",
+    "model.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "README.md",
+    *LICENCE_FILES,
+)
+"""Patterns; all but one match nothing in subfolders, where other formats and dtypes lie."""
+_HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:
     """Returns the local folder of a checkpoint: a folder, builtin:base, or a hub id (downloaded to the hub's cache).
+
+    A hub id may have a revision (a branch, a tag or a commit): owner/name@revision.
 
     Raises:
         ValueError: `source` is none of these, or the download failed.
@@ -34,20 +59,44 @@ def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES)
     folder = Path(source)
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
+    if folder.is_file():
+        raise ValueError(f"checkpoint {source}: {describe_foreign(folder)}")
+    hub_id = _HUB_ID.fullmatch(str(source))
+    if hub_id is None:
         raise ValueError(
             f"checkpoint {source}: no such folder; name a folder with config.json, or a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    revision = {"revision": hub_id["revision"]} if hub_id["revision"] else {}
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(only)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(hub_id["name"], allow_patterns=list(only), **revision))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"checkpoint {source}: no such folder, and the hub gave none ({type(error).__name__}); check the id and "
             "the connection, or download it elsewhere and name the folder"
         ) from error
+
+
+def pinned(source: str | Path) -> str:
+    """Returns a source that will mean the same later: owner/name@commit for a hub id, else the source as it is.
+
+    It downloads config.json alone.
+
+    Raises:
+        ValueError: as `resolve_folder` does.
+    """
+    if str(source) == BUILTIN_BASE or Path(source).exists():
+        return str(source)
+    commit = resolve_folder(source, only=("config.json",)).name
+    return f"{commit_of(source)[0]}@{commit}"
+
+
+def commit_of(source: str | Path) -> tuple[str, str | None]:
+    """Returns the parts of owner/name@commit; (source, None) for a hub id without one and for all else."""
+    hub_id = None if Path(source).exists() else _HUB_ID.fullmatch(str(source))
+    return (hub_id["name"], hub_id["revision"]) if hub_id else (str(source), None)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -59,7 +108,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder)
     path = path if path.suffix == ".json" else path / "config.json"
     if not path.is_file():
-        raise ValueError(f"checkpoint {folder}: no config.json; name a folder written by transformers' save_pretrained")
+        remedy = (
+            describe_foreign(Path(folder)) or "no config.json; name a folder written by transformers' save_pretrained"
+        )
+        raise ValueError(f"checkpoint {folder}: {remedy}")
     return read_json(path)
 
 
@@ -71,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: holds no JSON object; fetch the file again")
@@ -102,10 +154,19 @@ def check_tokenizer(folder: Path, source: str | Path) -> None:
     """Checks that a folder has a tokenizer.
 
     Raises:
-        ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
+        ValueError: it has none, or one that needs a library which is not there; the message names `source`, the
+            checkpoint as the user wrote it.
     """
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer.model").is_file():
+    if any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        return
+    models = [name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()]
+    if not models:
         raise ValueError(f"checkpoint {source}: no tokenizer.json; copy the tokenizer's files into it")
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"checkpoint {source}: {models[0]} is read by sentencepiece, which is not installed; install it: "
+            "pip install sentencepiece protobuf"
+        )
 
 
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from smolseek.formats.fields import FLAG, LARGEST_SIZE, MOST_LAYERS, check_fields, number, whole_number
+
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 """Pairs of a tensor's name and shape."""
 
@@ -137,12 +139,19 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
+_RULES = {int: whole_number(0, LARGEST_SIZE), bool: FLAG, float: number(0, 1e30)}
+_MOST_EXPERTS = 1_000_000  # of all layers together; their names are held in memory
+
+
 def _check_sizes(config: Mapping[str, Any]) -> None:
-    for field, default in DEFAULTS.items():
-        value = config[field]
-        may_be_none = field in ("q_lora_rank", "n_group", "topk_group") and value is None
-        if type(default) is int and not may_be_none and (type(value) is not int or value < 0):
-            raise ValueError(f"config.json: {field} {value!r}: must be a whole number; fetch the file again")
+    rules = {field: _RULES[type(default)] for field, default in DEFAULTS.items()}
+    rules |= {field: rules[field].or_null() for field in ("q_lora_rank", "n_group", "topk_group")}
+    check_fields(config, rules | {"num_hidden_layers": whole_number(0, MOST_LAYERS)})
+    experts, layers = config["n_routed_experts"], config["num_hidden_layers"] - config["first_k_dense_replace"]
+    if experts * layers > _MOST_EXPERTS:
+        raise ValueError(
+            f"config.json: n_routed_experts {experts:,}: too many for {layers:,} layers; fetch the file again"
+        )
 
 
 def _attention(config: Mapping[str, Any]) -> Shapes:

@@ -5,15 +5,21 @@ To add a family, add its row here and its tests in tests/formats/test_dense.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE
+from smolseek.formats.fields import FLAG, LAYERS, SIZE, TOKEN_ID, Rule, check_fields, decimal, shown, whole_number
 from smolseek.formats.rope import rope_parameters
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 """Fields that every config.json must give."""
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+"""Dtypes that weights may have, by torch's names."""
+_HEADS = whole_number(1, 4096)
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
@@ -28,8 +34,33 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "sliding_window": None,
+    "use_sliding_window": False,
+    "layer_types": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+    "partial_rotary_factor": None,
     "quantization_config": None,
+    "quantization": None,
 }
+_IDS = Rule(lambda ids: isinstance(ids, list) and all(type(i) is int for i in ids), "a list of integers")
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), SIZE),
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": _HEADS.or_null(),
+    "head_dim": _HEADS.or_null(),
+    "initializer_range": decimal(0, 1),
+    "rms_norm_eps": decimal(0, 1),
+    "pad_token_id": TOKEN_ID,
+    "bos_token_id": TOKEN_ID,
+    "eos_token_id": Rule(lambda ids: TOKEN_ID.holds(ids) or _IDS.holds(ids), "an integer, a list of them, or null"),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "use_sliding_window"), FLAG),
+    "no_rope_layers": _IDS.or_null(),
+    "no_rope_layer_interval": SIZE,
+    "partial_rotary_factor": Rule(lambda factor: factor in (None, 1), "1, as only whole heads are converted"),
+    "dtype": Rule(lambda dtype: dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+}
+"""What the fields may hold, once those that the file leaves out are filled in."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +107,18 @@ FAMILIES: dict[str, Family] = {
 }
 """The families that can be converted, by `model_type`."""
 
-REFUSED_TYPES = {"qwen3_moe": "its MLPs are experts already, and only dense ones are converted"}
+_IS_V3 = "it is DeepSeek-V3 already, and needs no conversion: heal it with smolseek train, as the source of a recipe"
+REFUSED_TYPES = {
+    "qwen3_moe": "its MLPs are experts already, and only dense ones are converted",
+    "deepseek_v3": _IS_V3,
+    SOFTMAX_MODEL_TYPE: _IS_V3,
+}
 """Architectures that look like a family and are none, and why."""
 
+_QUANTISED = "quantised weights are not converted; name the checkpoint it was made from"
 REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
-    ("quantization_config", None, "quantised weights are not converted; name the checkpoint it was made from"),
+    ("quantization_config", None, _QUANTISED),
+    ("quantization", None, _QUANTISED),
     ("sliding_window", None, "MLA attends to the whole prefix; name a checkpoint without a window"),
     ("mlp_bias", False, "stock DeepSeek-V3 has no bias in its MLP; name a model without it"),
     ("hidden_act", "silu", "stock DeepSeek-V3 is SwiGLU; name a model with it"),
@@ -166,35 +204,32 @@ def read_source(config: Mapping[str, Any]) -> DenseSource:
     """
     kind = config.get("model_type")
     family = _family(kind)
-    for field in _SIZES:
-        if type(config.get(field)) is not int or config[field] < 1:
-            raise ValueError(
-                f"config.json: {field} {config.get(field)!r}: must be a positive integer; fetch the file again"
-            )
     fields = {field: config.get(field, default) for field, default in (_LLAMA_DEFAULTS | dict(family.defaults)).items()}
-    if family.window_is_optional and not config.get("use_sliding_window"):
+    fields |= {field: config.get(field) for field in _SIZES} | {"dtype": _dtype(config)}
+    if family.window_is_optional and fields["use_sliding_window"] is False:
         fields["sliding_window"] = None  # a width is written whether or not it is used
+    if fields["hidden_act"] == "swish":  # another name of it
+        fields["hidden_act"] = "silu"
     for field, wanted, why in REFUSED_VALUES:
-        if (fields.pop(field) or wanted) != wanted:
-            raise ValueError(f"config.json: {field} {config.get(field, family.defaults.get(field))!r}: {why}")
-    biased = fields.pop("attention_bias")
-    heads = config["num_attention_heads"]
+        if fields[field] != wanted:
+            raise ValueError(f"config.json: {field} {shown(fields[field])}: {why}")
+    check_fields(fields, _RULES)
+    _check_padding(fields)
+    _check_layer_types(fields)
+    heads = fields["num_attention_heads"]
     fields["num_key_value_heads"] = fields["num_key_value_heads"] or heads
-    fields["head_dim"] = fields["head_dim"] or config["hidden_size"] // heads
-    if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2:
+    fields["head_dim"] = fields["head_dim"] or fields["hidden_size"] // heads
+    if heads % fields["num_key_value_heads"] or fields["head_dim"] % 2 or not fields["head_dim"]:
         raise ValueError(
             f"config.json: {heads} heads, {fields['num_key_value_heads']} KV heads, head_dim {fields['head_dim']}: "
             "KV heads must divide the heads and head_dim must be even; fetch the file again"
         )
     return DenseSource(
-        model_type=str(kind),
-        **{field: config[field] for field in _SIZES},
-        **fields,
-        hidden_act="silu",
-        dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+        model_type=kind,
+        **{field.name: fields[field.name] for field in dataclasses.fields(DenseSource) if field.name in fields},
         rope=rope_parameters(config, family.rope_theta),
-        rope_layers=_rope_layers(config, family),
-        biases=("qkvo" if biased else "") if family.biases is None else family.biases,
+        rope_layers=_rope_layers(fields, family),
+        biases=("qkvo" if fields["attention_bias"] else "") if family.biases is None else family.biases,
         qk_norms=family.qk_norms,
     )
 
@@ -209,20 +244,42 @@ def cache_numbers(config: Mapping[str, Any]) -> int:
 def _family(kind: Any) -> Family:
     """Returns the row of a model type, or refuses it."""
     supported = f"convert one of {', '.join(FAMILIES)}"
-    if kind in REFUSED_TYPES:
-        raise ValueError(f"model_type {kind!r}: not supported; {REFUSED_TYPES[kind]}; {supported}")
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r}: not supported; {supported}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        why = f"{REFUSED_TYPES[kind]}; " if isinstance(kind, str) and kind in REFUSED_TYPES else ""
+        raise ValueError(f"model_type {shown(kind)}: not supported; {why}{supported}")
     return FAMILIES[kind]
 
 
-def _rope_layers(config: Mapping[str, Any], family: Family) -> tuple[bool, ...]:
+def _dtype(config: Mapping[str, Any]) -> Any:
+    """Returns the dtype that a config.json names under its new or its old name; float32 if it names none."""
+    named = [config[field] for field in ("dtype", "torch_dtype") if config.get(field) is not None]
+    return named[0] if named else "float32"
+
+
+def _check_padding(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError if the padding token has no row among the embeddings; they count from the end below 0."""
+    padding, vocabulary = fields["pad_token_id"], fields["vocab_size"]
+    if padding is not None and not -vocabulary <= padding < vocabulary:
+        raise ValueError(
+            f"config.json: pad_token_id {padding}: must be below vocab_size {vocabulary}, or null; change it there"
+        )
+
+
+def _check_layer_types(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every layer attends to the whole prefix."""
+    kinds, layers = fields["layer_types"], fields["num_hidden_layers"]
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        raise ValueError(
+            f"config.json: layer_types {shown(kinds)}: must be full_attention for each of the {layers} layers; MLA "
+            "attends to the whole prefix, so name another model"
+        )
+
+
+def _rope_layers(fields: Mapping[str, Any], family: Family) -> tuple[bool, ...]:
     """Returns for each layer whether it rotates; SmolLM3 writes 1 for the layers that do."""
-    layers = config["num_hidden_layers"]
+    layers, rotates, interval = (fields[f] for f in ("num_hidden_layers", "no_rope_layers", "no_rope_layer_interval"))
     if not family.skips_rope:
         return (True,) * layers
-    interval = config.get("no_rope_layer_interval") or 4
-    rotates = config.get("no_rope_layers")
     rotates = [(i + 1) % interval != 0 for i in range(layers)] if rotates is None else rotates
     if len(rotates) < layers:
         raise ValueError(

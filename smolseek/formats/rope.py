@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from smolseek.formats.fields import check_fields, number, shown
+
 SCALING_FIELDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -14,15 +16,41 @@ SCALING_FIELDS: dict[str, tuple[str, ...]] = {
 """The rope types that a dense source may have, each with the fields that it needs."""
 
 
+_BASE = number(1, 1e30)
+_FACTOR = number(1e-6, 1e30)
+
+
 def rope_parameters(config: Mapping[str, Any], default_theta: float = 10_000.0) -> dict[str, Any]:
     """Returns the rotary parameters of a config.json; `rope_type` and `rope_theta` are always among them.
 
-    transformers 5 writes one mapping `rope_parameters`. Older files have `rope_scaling` and `rope_theta`.
+    transformers 5 writes one mapping `rope_parameters`. Older files have `rope_scaling`, which counts where both are
+    there, and `rope_theta`, which counts where the mapping has none.
+
+    Raises:
+        ValueError: the mapping is none, or differs between layers; or the type is no text, or the base no number.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or default_theta)
+    rope = _mapping(config, "rope_scaling") or _mapping(config, "rope_parameters")
+    old_type = rope.pop("type", "default")
+    rope = {"rope_type": old_type, "rope_theta": config.get("rope_theta", default_theta)} | rope
+    if not isinstance(rope["rope_type"], str):
+        raise ValueError(f"config.json: rope_type {shown(rope['rope_type'])}: must be a text; fetch the file again")
+    check_fields(rope, {"rope_theta": _BASE})
+    rope["rope_theta"] = float(rope["rope_theta"])
     return rope
+
+
+def _mapping(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """Returns a mapping of rotary parameters; empty if the file has none."""
+    rope = config.get(field)
+    rope = {} if rope is None else rope
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: {field} {shown(rope)}: must be a mapping; fetch the file again")
+    if nested := [name for name, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"config.json: {field} has parameters of its own for {shown(nested[0])}: every layer must rotate alike; "
+            "name another model"
+        )
+    return dict(rope)
 
 
 def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> list[float]:
@@ -30,16 +58,22 @@ def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> list[float]:
 
     Raises:
         ValueError: the rope type is not one of default, linear and llama3, which are the same at every length; or a
-            field of the type is missing.
+            field of the type is missing or out of range; or only a part of a head rotates.
     """
     kind = rope["rope_type"]
     if kind not in SCALING_FIELDS:
-        raise ValueError(f"rope_type {kind!r}: not supported; convert one of {', '.join(SCALING_FIELDS)}")
-    for field in SCALING_FIELDS[kind]:
-        if not isinstance(rope.get(field), int | float):
-            raise ValueError(
-                f"config.json: rope_type {kind}: {field} {rope.get(field)!r} is no number; fetch the file again"
-            )
+        raise ValueError(f"rope_type {shown(kind)}: not supported; convert one of {', '.join(SCALING_FIELDS)}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"config.json: partial_rotary_factor {shown(rope['partial_rotary_factor'])}: only whole heads are "
+            "converted; name another model"
+        )
+    check_fields(rope, dict.fromkeys(SCALING_FIELDS[kind], _FACTOR), where=f"config.json: rope_type {kind}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(
+            f"config.json: low_freq_factor {rope['low_freq_factor']}: must be below high_freq_factor "
+            f"{rope['high_freq_factor']}; fetch the file again"
+        )
     plain = [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     if kind == "linear":
         return [frequency / rope["factor"] for frequency in plain]

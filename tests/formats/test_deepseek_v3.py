@@ -1,5 +1,7 @@
 """Names, shapes and counts of a DeepSeek-V3 folder's tensors."""
 
+from typing import Any
+
 import pytest
 from transformers import DeepseekV3Config, LlamaConfig
 
@@ -34,9 +36,26 @@ def test_fields_left_out_are_what_transformers_takes():
     assert {field: getattr(config, field) for field in DEFAULTS} == DEFAULTS
 
 
-def test_a_size_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="hidden_size 'wide': must be a whole number"):
-        expected_tensors({"hidden_size": "wide"})
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": "wide"}, "hidden_size 'wide': must be an integer"),
+        ({"hidden_size": None}, "hidden_size None: must be an integer"),
+        ({"vocab_size": 2**40}, "vocab_size 1099511627776: must be an integer"),
+        ({"kv_lora_rank": -1}, "kv_lora_rank -1"),
+        ({"kv_lora_rank": 2.0}, "kv_lora_rank 2.0"),
+        ({"num_attention_heads": True}, "num_attention_heads True"),
+        ({"tie_word_embeddings": "true"}, "tie_word_embeddings 'true': must be true or false"),
+        ({"attention_bias": None}, "attention_bias None"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan: must be a number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000: must be an integer from 0 to 10,000"),
+        ({"n_routed_experts": 10**6}, "n_routed_experts 1,000,000: too many for 58 layers"),
+    ],
+)
+def test_a_size_that_is_no_number_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        expected_tensors(fields)
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

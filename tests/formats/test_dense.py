@@ -45,6 +45,7 @@ FAMILY_FIELDS: list[dict[str, Any]] = [
 def test_fields_left_out_are_those_of_transformers(kind: str, config_class: type) -> None:
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     given_fields = {name: TINY[name] for name in required} | {"num_attention_heads": 32, "sliding_window": None}
+    given_fields["vocab_size"] = 130_000  # SmolLM3's padding token is among them
     source = read_source(given_fields | {"model_type": kind})
     stock = config_class(**given_fields).to_dict()
     shared = sorted((set(vars(source)) & set(stock)) - {"dtype"})
@@ -95,7 +96,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen3_moe"}, "qwen3_moe.*experts already"),
     ({"model_type": "qwen3", "use_sliding_window": True}, "sliding_window 4096"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32}, "sliding_window 32"),
-    ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers has 1"),
+    ({"model_type": "smollm3", "pad_token_id": None, "no_rope_layers": [1]}, "no_rope_layers has 1"),
     ({"hidden_size": None}, "hidden_size None"),
     ({"vocab_size": "many"}, "vocab_size 'many'"),
     ({"num_key_value_heads": 3}, "3 KV heads"),
@@ -106,6 +107,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
     ({"model_type": "mistral"}, "sliding_window 4096"),
     ({"intermediate_size": 0}, "intermediate_size 0"),
+    ({"model_type": "deepseek_v3"}, "is DeepSeek-V3 already, and needs no conversion: heal it with smolseek train"),
+    ({"model_type": "smolseek_v3_softmax"}, "is DeepSeek-V3 already"),
+    ({"model_type": ["llama"]}, r"model_type \['llama'\]: not supported"),
+    ({"model_type": None}, "model_type None: not supported"),
+    ({"quantization": {"bits": 4}}, "quantization {'bits': 4}: quantised"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window 0: MLA"),
+    ({"layer_types": ["sliding_attention"] * 2}, "layer_types .*: must be full_attention for each of the 2"),
+    ({"layer_types": ["full_attention"]}, "layer_types"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: must be 1"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000: must be an integer from 1 to 10,000"),
+    ({"head_dim": 2**30}, "head_dim 1073741824: must be an integer from 1 to 4,096, or null"),
+    ({"hidden_size": 2**62}, "hidden_size"),
+    ({"hidden_size": 3, "head_dim": None}, "head_dim 0"),
+    ({"pad_token_id": 50}, "pad_token_id 50: must be below vocab_size 50, or null"),
+    ({"pad_token_id": -51}, "pad_token_id -51"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan: must be a decimal number"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+    ({"dtype": "auto"}, "dtype 'auto': must be one of float32, float16, bfloat16, float64"),
+    ({"dtype": None, "torch_dtype": "int8"}, "dtype 'int8'"),
 ]
 
 
@@ -114,3 +134,52 @@ def test_sources_that_cannot_be_converted_are_refused_in_one_line(fields: dict[s
     with pytest.raises(ValueError, match=message) as refusal:
         read_source(TINY | fields)
     assert "\n" not in str(refusal.value)
+
+
+NAN = float("nan")
+BROKEN: dict[str, list[Any]] = {
+    "dtype": ["auto", "bogus", 7, "torch.bfloat16", "int8", ["a"], "nn", ""],
+    "eos_token_id": ["2", [4, "5"], True, 2.0, [[1]]],
+    "bos_token_id": ["2", [1], 2.0],
+    "pad_token_id": [50, 99, "1", 1.0, True, [1], -51],
+    "max_position_embeddings": [512.0, None, "512", True, NAN],
+    "vocab_size": [50.0, None, "50", -1, True, NAN, 10**30],
+    "hidden_size": [64.0, None, -1, True, NAN, 10**30],
+    "intermediate_size": [96.0, None, True, 10**30],
+    "num_hidden_layers": [2.0, None, True],
+    "num_attention_heads": [4.0, None, True, 0],
+    "num_key_value_heads": [2.0, True, 0, -2, "2", NAN],
+    "head_dim": [16.0, True, 0, -2, "16", NAN, 15],
+    "rms_norm_eps": [None, "x", -1, 0, True, 1],
+    "initializer_range": [None, "x", NAN, -1, True, float("inf"), 10],
+    "hidden_act": [None, "SiLU", 7, ["a"], ""],
+    "tie_word_embeddings": [None, "true", 1, "", [1]],
+    "attention_bias": [None, "yes", 1],
+    "mlp_bias": [None, "yes", 1],
+    "quantization_config": [[], "x", 0],
+    "model_type": [None, 7, ["llama"], {}, "Llama"],
+    "layer_types": [["full_attention"], ["x"]],
+    "rope_parameters": [[1], "x"],
+    "rope_theta": [None, "5", {}, 10**400],
+}
+
+
+@pytest.mark.parametrize("field", BROKEN)
+def test_what_transformers_refuses_is_refused_in_one_line(field: str) -> None:
+    for value in BROKEN[field]:
+        config = TINY | {field: value}
+        with pytest.raises(Exception), torch.device("meta"):  # noqa: B017 - it raises whatever its code meets
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        with pytest.raises(ValueError) as refusal:
+            read_source(config)
+        assert "\n" not in str(refusal.value) and field in str(refusal.value)
+
+
+def test_values_that_mean_the_same_are_taken() -> None:
+    plain = read_source(TINY)
+    assert read_source(TINY | {"hidden_act": "swish", "pad_token_id": -1}).hidden_act == "silu"
+    assert read_source(TINY | {"layer_types": ["full_attention"] * 2, "partial_rotary_factor": 1.0}) == plain
+    assert read_source(TINY | {"dtype": None, "torch_dtype": "bfloat16"}) == plain
+    assert read_source(TINY | {"torch_dtype": "float16"}) == plain
+    qwen = TINY | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
+    assert read_source(qwen).biases == "qkv"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from smolseek.formats.rope import inverse_frequencies, rope_parameters
@@ -38,11 +38,63 @@ def test_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     ("fields", "message"),
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic': not supported"),
-        ({"type": "linear"}, "rope_type linear: factor None is no number"),
-        (LLAMA3 | {"low_freq_factor": "1"}, "rope_type llama3: low_freq_factor '1' is no number"),
+        ({"type": "linear"}, "rope_type linear: factor None: must be a number"),
+        (LLAMA3 | {"low_freq_factor": "1"}, "rope_type llama3: low_freq_factor '1': must be a number"),
+        ({"type": "linear", "factor": 0}, "factor 0: must be a number from"),
+        ({"type": "linear", "factor": True}, "factor True: must be a number"),
+        (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor 4.0: must be below high_freq_factor 4.0"),
+        ({"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: only whole"),
     ],
 )
 def test_types_that_cannot_be_converted_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
         inverse_frequencies(rope_parameters({"rope_scaling": fields}), 16)
     assert "\n" not in str(refusal.value)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 123.0}
+MIXED: list[dict[str, Any]] = [
+    {"rope_parameters": PLAIN, "rope_scaling": LINEAR},
+    {"rope_parameters": PLAIN, "rope_scaling": LINEAR, "rope_theta": 77.0},
+    {"rope_parameters": PLAIN, "rope_scaling": LINEAR | {"rope_theta": 9.0}, "rope_theta": 77.0},
+    {"rope_parameters": PLAIN, "rope_scaling": {}},
+    {"rope_parameters": PLAIN, "rope_scaling": None, "rope_theta": 77.0},
+    {"rope_parameters": PLAIN, "rope_theta": None},
+    {"rope_parameters": {}, "rope_scaling": LINEAR},
+    {"rope_parameters": None, "rope_theta": 77},
+    {"rope_parameters": LINEAR, "rope_theta": 77.0},
+    {"rope_parameters": {"rope_theta": 5.0}},
+    {"rope_parameters": LLAMA3 | {"type": "yarn"}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 77.0}, "rope_theta": 5.0},
+    {"rope_scaling": {"factor": 2.0}},
+]
+
+
+@pytest.mark.parametrize("fields", MIXED)
+def test_old_and_new_fields_together_mean_what_transformers_takes(fields: dict[str, Any]) -> None:
+    config = {name: value for name, value in TINY.items() if name != "rope_theta"} | fields
+    stock = AutoConfig.for_model(**config).rope_parameters
+    assert rope_parameters(config) == {name: value for name, value in stock.items() if name != "type"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": [1]}, r"rope_parameters \[1\]: must be a mapping"),
+        ({"rope_scaling": "linear"}, "rope_scaling 'linear': must be a mapping"),
+        ({"rope_scaling": False}, "rope_scaling False: must be a mapping"),
+        ({"rope_parameters": {"full_attention": PLAIN}}, "of its own for 'full_attention'"),
+        ({"rope_parameters": {"rope_type": None}}, "rope_type None: must be a text"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type \['linear'\]: must be a text"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_theta None: must be a number"),
+        *(
+            ({"rope_theta": theta}, "rope_theta .*: must be a number")
+            for theta in (None, "5", True, -1, 0, float("nan"), float("inf"), 10**400, {})
+        ),
+    ],
+)
+def test_broken_rotary_fields_are_refused_in_one_line(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        rope_parameters(TINY | fields)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 300

@@ -1,0 +1,26 @@
+"""Folders that are no safetensors checkpoint of a language model: what they are, and what to name instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_GGUF = "GGUF is a format to run models, not to convert them; name the checkpoint that it was made from"
+_FOREIGN: tuple[tuple[str, str], ...] = (
+    (
+        "adapter_config.json",
+        "a LoRA (PEFT) adapter without the weights of its base model; merge it with merge_and_unload() of peft, save "
+        "that, and name its folder",
+    ),
+    ("model_index.json", "a diffusers pipeline; name a folder with a language model's config.json"),
+    ("*.gguf", _GGUF),
+    ("*.onnx", "ONNX is a format to run models, not to convert them; name the checkpoint that it was made from"),
+    ("onnx/*.onnx", "holds ONNX files and no weights for transformers; name the checkpoint that they were made from"),
+)
+"""Files that give a folder away, and what it is."""
+
+
+def describe_foreign(path: Path) -> str | None:
+    """Returns what a folder without a checkpoint, or a file named in a folder's place, is; None if nothing tells."""
+    if path.is_file():
+        return _GGUF if path.suffix == ".gguf" else "is a file; name the folder that it lies in"
+    return next((said for pattern, said in _FOREIGN if next(path.glob(pattern), None)), None)
