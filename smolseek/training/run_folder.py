@@ -18,7 +18,7 @@ from smolseek.checkpoint.atomic import LOCK, atomic_file, refuse_inputs
 from smolseek.checkpoint.source import pinned, read_json
 from smolseek.checkpoint.state import newest_state
 from smolseek.config import Recipe
-from smolseek.data.sources import pinned_spec
+from smolseek.data.sources.hub import pinned_spec
 from smolseek.training.settings import changed_start
 
 RUN_FILE = "run.json"

@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
 from smolseek.config import DataSettings, Recipe, TrainSettings
-from smolseek.data.encoding import encode_document
+from smolseek.data.encoding import encode_text
 from smolseek.data.sources import HubSource
 from smolseek.data.splits import held_out_documents
 from smolseek.data.statistics import measure_data, render
@@ -29,15 +30,17 @@ def test_counts_are_those_of_the_training_split(files):
     for source, texts in zip(statistics.sources, (stories(), stories(9, seed=3)), strict=True):
         kept = [text for text in texts if text not in kept_out]
         assert source.documents == len(kept) and source.complete
-        assert source.tokens == sum(len(encode_document(tiny_tokenizer(), text)) for text in kept)
+        assert source.tokens == sum(len(encode_text(tiny_tokenizer(), text)) + 1 for text in kept)  # each ends in EOS
         assert source.bytes_per_token == pytest.approx(sum(map(len, kept)) / source.tokens, abs=1e-3)
         assert source.padding_share == 0 and source.loss_share == 1
         assert source.first_rows[0] == kept[0][:100] or source.first_rows[0].endswith("[...]")
     assert [source.malformed for source in statistics.sources] == [0, 2]
-    assert statistics.held_out_tokens == sum(len(encode_document(tiny_tokenizer(), text)) for text in kept_out)
+    held_out = sum(len(encode_text(tiny_tokenizer(), text)) + 1 for text in kept_out)
+    assert statistics.held_out_tokens == held_out - 2  # an EOS between two documents of a source
     assert statistics.trained_tokens == 10 * 2 * 3 * 16
-    tokens = sum(source.tokens for source in statistics.sources)
-    assert statistics.sources[0].epochs == statistics.sources[1].epochs == pytest.approx(960 / tokens)
+    sizes = [Path(source.source).stat().st_size for source in statistics.sources]
+    for source, size in zip(statistics.sources, sizes, strict=True):  # mixed by size
+        assert source.epochs == pytest.approx(960 * size / sum(sizes) / source.tokens)
 
 
 def test_epochs_follow_the_weights(files):
@@ -50,7 +53,10 @@ def test_a_hub_data_set_is_cut_and_says_so(files, monkeypatch):
 
     rows = {"text": stories(40)}
     monkeypatch.setattr(HubSource, "_open", lambda self: datasets.Dataset.from_dict(rows).to_iterable_dataset())
-    statistics = measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7)
+    monkeypatch.setattr(HubSource, "size", lambda self: None)
+    with pytest.raises(ValueError, match="hub:some/text: its size is not known.*set data.weights"):
+        measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7)
+    statistics = measure_data(recipe_of(files[0], "hub:some/text", weights=(1.0, 1.0)), tiny_tokenizer(), limit=7)
     local, hub = statistics.sources
     assert local.complete and not hub.complete and hub.documents == 7 and hub.epochs is None
     assert "hub:some/text: cut at 7 documents (--limit)" in render(statistics)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import DataSettings
-from smolseek.data.encoding import encode_document, read_marks
+from smolseek.data.encoding import encode_text, read_marks
 from smolseek.data.splits import held_out_documents
 from smolseek.data.stream import SourceProgress, WindowStream, packed_windows
 from tests.text import stories, tiny_tokenizer, write_stories
@@ -26,7 +26,8 @@ def test_no_token_is_lost_or_repeated_within_an_epoch(settings):
         if packing.readings[0].epoch:
             break
     kept_out = {document.text for document in held_out_documents(settings)}
-    wanted = [i for text in stories() if text not in kept_out for i in encode_document(tiny_tokenizer(), text)]
+    kept = [text for text in stories() if text not in kept_out]
+    wanted = [i for text in kept for i in (*encode_text(tiny_tokenizer(), text), tiny_tokenizer().eos_token_id)]
     got = torch.cat(windows).tolist()
     assert got[: len(wanted)] == wanted
     assert 0 < len(kept_out) < len(stories())
@@ -137,6 +138,35 @@ def test_weights_that_do_not_fit(tmp_path, weights, words):
         stream_of(settings)
 
 
+def test_sources_without_weights_are_mixed_by_size(tmp_path):
+    """Every source is read from the first steps on, and all are read through at about the same time."""
+    stream = stream_of(dataclasses.replace(weighted(tmp_path, 1.0, 1.0, 1.0), weights=()))
+    stream.next(150)
+    readings = stream.packing.readings
+    sizes = [source.size() for source in stream.sources]
+    assert all(reading.tokens > 0 for reading in readings)
+    for reading, size in zip(readings[1:], sizes[1:], strict=True):
+        share = reading.tokens / sum(r.tokens for r in readings)
+        assert share == pytest.approx(size / sum(sizes), abs=0.1)
+
+
+def test_the_state_of_other_sources_is_refused(tmp_path, settings):
+    plain, tensors = stream_of(weighted(tmp_path, 1.0, 1.0)).state()
+    with pytest.raises(ValueError, match="training state of 2 sources, and data.train has 1"):
+        stream_of(settings).restore(plain, tensors)
+
+
+def test_the_first_tokens_of_each_source_are_read_before_a_run(tmp_path):
+    stream = stream_of(weighted(tmp_path, 1.0, 1.0))
+    firsts = [tiny_tokenizer().decode(tokens_T[0], skip_special_tokens=True) for tokens_T in stream.first_tokens()]
+    assert firsts == [stories(4, seed=0)[0], stories(34, seed=1)[0]]
+    (tmp_path / "1.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no training text in it"):
+        list(stream_of(weighted(tmp_path, 1.0)).first_tokens()) + list(
+            stream_of(DataSettings(train=(str(tmp_path / "1.txt"),))).first_tokens()
+        )
+
+
 def test_malformed_lines_are_counted_once_whatever_is_restored(tmp_path):
     lines = [json.dumps({"text": text}) for text in stories(20)]
     lines[3:3] = ["{broken", '{"other": 1}']
@@ -156,7 +186,8 @@ def test_marks_are_the_first_tokens_of_documents(settings):
     windows = stream_of(settings).next(50)
     ids, loss, segments = read_marks(windows)
     assert loss.all()
-    assert torch.equal(segments, (ids == tiny_tokenizer().bos_token_id).cumsum(-1))
+    after_end = torch.nn.functional.pad(ids[:, :-1] == tiny_tokenizer().eos_token_id, (1, 0))
+    assert torch.equal(segments - segments[:, :1], after_end.cumsum(-1))
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=8), st.integers(2, 20))
