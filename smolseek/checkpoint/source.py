@@ -138,16 +138,14 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
     Raises:
         ValueError: a file holds no JSON object, or an id is no whole number.
     """
-    ends: dict[int, None] = {}
+    ends: list[int] = []
     for path in (folder / "config.json", folder / "generation_config.json"):
         named = read_json(path).get("eos_token_id") if path.is_file() else None
-        for end in named if isinstance(named, list) else [] if named is None else [named]:
+        for end in named if isinstance(named, list) else [named] * (named is not None):
             if not isinstance(end, int) or isinstance(end, bool):
-                raise ValueError(
-                    f"{path}: eos_token_id {end!r} is no whole number; write a token's id, or a list of ids"
-                )
-            ends[end] = None
-    return tuple(ends)
+                raise ValueError(f"{path}: eos_token_id {end!r} is no whole number; name a token's id, or a list")
+            ends.append(end)
+    return tuple(dict.fromkeys(ends))
 
 
 def check_tokenizer(folder: Path, source: str | Path) -> None:

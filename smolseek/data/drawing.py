@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smolseek.config import DataSettings
-from smolseek.data.documents import Document
+from smolseek.data.documents import PART_CHARACTERS, Document
 from smolseek.data.packing import Packed, join, pack
 from smolseek.data.sources import PythonSource, open_sources
 from smolseek.data.sources.base import Source
@@ -23,7 +23,6 @@ from smolseek.data.splits import check_weights, is_held_out, is_trained_on
 
 _CHARACTERS_PER_TOKEN = 8  # more than a token has in most texts, so that enough text is drawn
 _SPAN_WINDOWS = 2
-_SPANS_PER_WINDOW = 4
 
 
 def calibration_windows(
@@ -42,9 +41,8 @@ def calibration_windows(
     drawn, facts = [], []
     for number, (name, source) in enumerate(zip(data.train, open_sources(data.train, data).sources, strict=True)):
         tokens = windows * window_tokens
-        documents = source.sample(
-            tokens * _CHARACTERS_PER_TOKEN * _SPANS_PER_WINDOW, seed=seed + number, keep=_calibrates(source, data)
-        )
+        enough = max(tokens * _CHARACTERS_PER_TOKEN, windows * PART_CHARACTERS // _SPAN_WINDOWS)  # each span from another
+        documents = source.sample(enough, seed=seed + number, keep=_calibrates(source, data))
         generator = torch.Generator().manual_seed(seed + number)
         spans = _spans(documents, tokens * _CHARACTERS_PER_TOKEN, window_tokens, generator)
         ids_T = pack(tokenizer, spans, limit_tokens=tokens).ids_T

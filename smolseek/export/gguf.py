@@ -141,7 +141,7 @@ def _write_tensors(
     for done, (tensor, encoding) in enumerate(planned, start=1):
         data = _encode(tensor, encoding)
         writer.write_padding(file, file.tell())
-        file.write(data)  # not by `write_tensor_data`, whose errors do not say why a write failed
+        file.write(data.data)  # not by `write_tensor_data`, whose errors do not say why a write failed
         writer.write_padding(file, data.nbytes)
         on_tensor(done, len(planned))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gguf import GGUFWriter
 
-from smolseek.checkpoint.source import read_config, read_end_tokens
+from smolseek.checkpoint.source import read_config
 
 KNOWN_ENDS = frozenset(
     "</s> <eos> <EOT> [EOS] [EOT] <|eot_id|> <|eom_id|> <|im_end|> <|end|> <|return|> <|endoftext|> <|end_of_text|> "
@@ -19,11 +19,14 @@ KNOWN_ENDS = frozenset(
 log = logging.getLogger(__name__)
 
 
-def add_special_tokens(writer: GGUFWriter, tokenizer: Any, folder: Path, vocab_size: int, *, default_end: int) -> None:
+def add_special_tokens(
+    writer: GGUFWriter, tokenizer: Any, folder: Path, vocab_size: int, *, ends: tuple[int, ...], default_end: int
+) -> None:
     """Writes BOS, whether it is put before a text, EOS likewise, the end tokens, and the other special tokens.
 
     Args:
         tokenizer: the fast tokenizer of `folder`.
+        ends: the ids that end a text, as the folder's files name them; if they name none, the tokenizer's EOS does.
         default_end: the token that llama.cpp stops at if the file names none.
 
     Raises:
@@ -38,8 +41,8 @@ def add_special_tokens(writer: GGUFWriter, tokenizer: Any, folder: Path, vocab_s
         if isinstance(number, int) and 0 <= number < vocab_size:
             ids[kind] = number
     before, behind = _added_around(tokenizer)
-    ends = _end_tokens(tokenizer, folder, vocab_size)
-    if before not in ([], [ids.get("bos")]) or behind not in ([], *([end] for end in ends)):
+    text_ends = _checked_ends(ends, tokenizer, folder, vocab_size)
+    if before not in ([], [ids.get("bos")]) or behind not in ([], *([end] for end in text_ends)):
         added = " ".join(tokenizer.convert_ids_to_tokens(before + behind))
         raise ValueError(
             f"checkpoint {folder}: its tokenizer adds {added} to a text, and llama.cpp adds only BOS before it and EOS "
@@ -49,7 +52,7 @@ def add_special_tokens(writer: GGUFWriter, tokenizer: Any, folder: Path, vocab_s
         getattr(writer, f"add_{kind}_token_id")(number)
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(behind))
-    _add_ends(writer, tokenizer, behind + [end for end in ends if end not in behind], default_end)
+    _add_ends(writer, tokenizer, behind + [end for end in text_ends if end not in behind], default_end)
 
 
 def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -59,16 +62,15 @@ def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return full[:start], full[start + len(text) :]
 
 
-def _end_tokens(tokenizer: Any, folder: Path, vocab_size: int) -> list[int]:
-    """Returns the ids that end a text: those that the folder names, or else the tokenizer's EOS."""
-    ends = list(read_end_tokens(folder))
+def _checked_ends(ends: tuple[int, ...], tokenizer: Any, folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """Returns `ends`, or the tokenizer's EOS if there are none; raises ValueError if one is none of the model's."""
     for end in ends:
         if not 0 <= end < vocab_size:
             raise ValueError(
                 f"checkpoint {folder}: end token {end} where config.json says vocab_size {vocab_size}; correct "
                 "eos_token_id in config.json and generation_config.json"
             )
-    return ends or [end for end in [tokenizer.eos_token_id] if end is not None]
+    return ends or (() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))
 
 
 def _add_ends(writer: GGUFWriter, tokenizer: Any, ends: list[int], default_end: int) -> None:

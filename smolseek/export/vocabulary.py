@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from smolseek.checkpoint.hub import load_tokenizer
-from smolseek.checkpoint.source import read_json
+from smolseek.checkpoint.source import read_end_tokens, read_json
 from smolseek.export.differences import check_differences
 from smolseek.export.special import add_special_tokens
 
@@ -53,6 +53,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
             pre-tokenization, steps that llama.cpp does not do, or more tokens than the model has.
     """
     _check_kind(folder)
+    ends = read_end_tokens(folder)  # before transformers reads them, whose errors have many lines
     tokenizer = load_tokenizer(folder)
     tree = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = tree["model"]["merges"]
@@ -70,7 +71,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    add_special_tokens(writer, tokenizer, folder, vocab_size, default_end=2 if sentencepiece else 11)
+    add_special_tokens(writer, tokenizer, folder, vocab_size, ends=ends, default_end=2 if sentencepiece else 11)
     return _add_chat_template(writer, tokenizer.chat_template)
 
 

@@ -30,7 +30,7 @@ def test_end_tokens_of_both_files(tmp_path, config, generation, ends):
 @pytest.mark.parametrize("named", ["</s>", 2.0, True, [2, None], {"id": 2}])
 def test_an_end_token_that_is_no_number_is_refused(tmp_path, named):
     _write(tmp_path, {"eos_token_id": 2}, {"eos_token_id": named})
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* is no whole number; write") as said:
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* is no whole number; name") as said:
         read_end_tokens(tmp_path)
     assert "\n" not in str(said.value)
     _write(tmp_path, {"eos_token_id": named}, None)

@@ -93,3 +93,10 @@ def test_an_end_token_beyond_the_model_is_refused(tmp_path, end):
     folder = tokenizer_folder(tmp_path / "m", byte_level_tree(), END, eos_token_id=end)
     with pytest.raises(ValueError, match=rf"end token {end} where config\.json says vocab_size {ENTRIES}; correct"):
         export_gguf(folder, tmp_path / "m.gguf")
+
+
+def test_an_end_token_that_is_no_number_is_one_line(tmp_path):
+    folder = tokenizer_folder(tmp_path / "m", byte_level_tree(), END, eos_token_id="</s>")
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id '</s>' is no whole number"):
+        export_gguf(folder, tmp_path / "m.gguf")
