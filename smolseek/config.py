@@ -270,8 +270,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe; a recipe without a name is named after its file.
 
     Raises:
-        ValueError: the file is missing, not UTF-8 or not YAML, a key is unknown (the message names its full path and the
-            nearest known key), or a value has the wrong type.
+        ValueError: the file is missing, not UTF-8 or not YAML; a key is unknown (the message names its full path and
+            the nearest known key); or a value has the wrong type.
     """
     path = Path(path)
     if not path.is_file():

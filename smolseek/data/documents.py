@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
+
+LONGEST_TEXT = 65_536
+"""Characters of the longest text that stays one document; a longer one is cut into parts."""
+PART_CHARACTERS = 32_768
+"""Characters of the longest part."""
 
 
 class Document(NamedTuple):
-    """One text or one conversation."""
+    """One text, one part of a long text, or one conversation."""
 
     name: str
-    """A hash of the name decides whether the document is held out."""
+    """A hash of the name decides whether the document is held out; a part's name is its text, so a long text is divided
+    among training and held-out."""
     text: str
     """The text; of a conversation the contents of its messages, one below the other."""
     messages: tuple[dict[str, Any], ...] = ()
-    """The messages of a conversation; empty for a plain text."""
+    """The messages of a conversation; empty for a plain text. A message that calls tools may have the content None."""
+    ends: bool = True
+    """Whether the text ends here; False for a part that the next document continues."""
+
+    def parts(self) -> Iterator[Document]:
+        """Yields the document itself, or the parts of a long text, which joined are the text."""
+        if self.messages or len(self.text) <= LONGEST_TEXT:
+            yield self
+        else:
+            yield from (Document(part, part, ends=ends) for part, ends in cut_texts([(self.text, True)]))
 
 
 EMPTY_DOCUMENT = Document("", "")
@@ -31,8 +47,39 @@ class Columns(NamedTuple):
         return f"no column {self.text!r} or {self.messages!r}; it has {', '.join(there)}: set data.text_column"
 
 
+def cut_texts(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Yields texts of up to `LONGEST_TEXT` characters whole and longer ones in parts, each with whether the text ends.
+
+    The texts come in pieces of any size, each with whether it ends its text. Memory holds one piece and `LONGEST_TEXT`
+    characters more, and the parts do not depend on the pieces.
+    """
+    rest, was_cut = "", False
+    for piece, ends in pieces:
+        rest, start = rest + piece, 0
+        while len(rest) - start > (PART_CHARACTERS if was_cut else LONGEST_TEXT):
+            stop = _end_of_part(rest, start)
+            yield rest[start:stop], False
+            start, was_cut = stop, True
+        rest = rest[start:]
+        if ends:
+            yield rest, True
+            rest, was_cut = "", False
+
+
+def _end_of_part(text: str, start: int) -> int:
+    """Returns where the part from `start` ends: at the last blank line, line end or space of its second half, if any.
+
+    A space begins the next part, because tokens begin with spaces.
+    """
+    half, end = start + PART_CHARACTERS // 2, start + PART_CHARACTERS
+    for mark, kept in (("\n\n", 2), ("\n", 1), (" ", 0)):
+        if (found := text.rfind(mark, half, end)) >= 0:
+            return found + kept
+    return end
+
+
 def document_from_row(row: Any, columns: Columns) -> Document | None:
-    """Returns the document of a row: an empty one where the text is null, None where the row is malformed."""
+    """Returns the document of a row: `EMPTY_DOCUMENT` where the text is null or blank, None where it is malformed."""
     if not isinstance(row, dict):
         return None
     messages = row.get(columns.messages)
@@ -41,18 +88,55 @@ def document_from_row(row: Any, columns: Columns) -> Document | None:
     text = row.get(columns.text, 0)
     if text is None:
         return EMPTY_DOCUMENT
-    return Document(text, text) if _is_text(text) else None
+    return text_document(text) if _is_text(text) else None
+
+
+def text_document(text: str) -> Document:
+    """Returns a text as a document named by itself; a blank text as `EMPTY_DOCUMENT`."""
+    return Document(text, text) if text.strip() else EMPTY_DOCUMENT
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Returns the content of a conversation's message as text; a message that only calls tools has none."""
+    return message.get("content") or ""
 
 
 def _conversation(messages: Any) -> Document | None:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+    if not isinstance(messages, list):
         return None
-    if not all(_is_text(message.get(key)) for message in messages for key in ("role", "content")):
+    read = tuple(kept for message in messages if (kept := _message(message)))
+    if len(read) < len(messages):
         return None
-    text = "\n".join(message["content"] for message in messages)
+    text = "\n".join(map(message_text, read))
+    says_something = text.strip() or any(message.get("tool_calls") for message in read)
+    return Document(text, text, read) if says_something else EMPTY_DOCUMENT
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    """Returns a message as the chat template gets it, None if its role or content cannot be used.
+
+    A list of text parts becomes one text. The content may be null where tools are called.
+    """
+    if not isinstance(message, dict):
+        return None
     # A columnar file gives each message the keys of all messages; a key without a value was not written.
-    kept = ({key: value for key, value in message.items() if value is not None} for message in messages)
-    return Document(text, text, tuple(kept))
+    kept = {key: value for key, value in message.items() if value is not None}
+    content = _joined_parts(kept.get("content"))
+    calls = kept.get("tool_calls")
+    if content is None and not (isinstance(calls, list) and calls):
+        return None
+    kept["content"] = content
+    usable = _is_text(kept.get("role")) and isinstance(content, str | None)
+    return kept if usable and _is_text(json.dumps(kept, ensure_ascii=False, default=str)) else None
+
+
+def _joined_parts(content: Any) -> Any:
+    """Returns a list of text parts as one text, anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else content
 
 
 def _is_text(value: Any) -> bool:

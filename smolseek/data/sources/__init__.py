@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,12 +14,19 @@ from smolseek.data.sources.files import READERS, FileSource
 from smolseek.data.sources.hub import HubSource
 from smolseek.data.sources.python import PythonSource
 
+_REMEDIES = {".json": "write one JSON object a line, as .jsonl"} | dict.fromkeys(
+    (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "unpack it"
+)
+"""What to do with files of other types."""
+
 
 def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEPARATOR) -> Source:  # noqa: B008
-    """Returns the source that `spec` names: builtin:python, hub:ID[:CONFIG], a file or a glob (.txt, .jsonl, .parquet).
+    """Returns the source that `spec` names: builtin:python, hub:ID[@REVISION][:CONFIG], or local files.
+
+    Those are a file or a glob (.txt, .jsonl, .parquet), or a folder: all such files in it and in its subfolders.
 
     Raises:
-        ValueError: no such file, or its type is not one of the three.
+        ValueError: no such file, no files in the folder, or a file's type is not one of the three.
     """
     if spec == "builtin:python":
         return PythonSource()
@@ -26,13 +34,37 @@ def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEP
         raise ValueError(f"data source {spec}: unknown; the built-in text is builtin:python")
     if spec.startswith("hub:"):
         return HubSource(spec, columns)
-    paths = [Path(p) for p in sorted(glob.glob(spec, recursive=True))] or [Path(spec)]
+    return FileSource(_files(spec), columns, separator)
+
+
+def _files(spec: str) -> list[Path]:
+    """Returns the files that a file's or folder's name or a glob stands for, sorted."""
+    named = [spec] if os.path.exists(spec) else sorted(glob.glob(spec, recursive=True)) or [spec]
+    paths: dict[Path, None] = {}  # a glob can give a folder and its files
+    for name in named:
+        paths |= dict.fromkeys(_files_below(Path(name)) if os.path.isdir(name) else [Path(name)])
+    if not paths:
+        raise ValueError(f"data source {spec}: no {', '.join(READERS)} file in this folder; name one that has some")
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"data source {spec}: no such file; a hub data set is written hub:ID[:CONFIG]")
-        if path.suffix not in READERS:
-            raise ValueError(f"data source {path}: file type {path.suffix or '(none)'} is not {', '.join(READERS)}")
-    return FileSource(paths, columns, separator)
+        if not os.path.isfile(path):
+            raise ValueError(f"data source {spec}: no such file; a hub data set is written hub:ID[@REVISION][:CONFIG]")
+        if (suffix := path.suffix.lower()) not in READERS:
+            remedy = _REMEDIES.get(suffix, "convert it to one of them")
+            raise ValueError(
+                f"data source {path}: file type {suffix or '(none)'} is not {', '.join(READERS)}; {remedy}"
+            )
+    return [*paths]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Returns the readable files in a folder and its subfolders, without hidden ones."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in READERS
+        and os.path.isfile(path)
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def open_sources(specs: Iterable[str], settings: DataSettings = DataSettings()) -> ChainedSources:  # noqa: B008

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import heapq
+import random
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from smolseek.data.documents import Document
+
+
+def every_document(document: Document) -> bool:
+    """Returns True."""
+    return True
 
 
 class Source:
@@ -14,8 +21,20 @@ class Source:
     def records(self, position: Any) -> Iterator[tuple[Any, Document | None]]:
         """Yields each record after `position` with the position behind it; the document of a malformed record is None.
 
-        Positions can be written as JSON; None is the beginning.
+        A long text gives several records, its parts. Positions can be written as JSON; None is the beginning. The
+        position behind a part that is not its text's last is {"before": the position before the text, "parts": n}.
         """
+        before, done = position, 0
+        if isinstance(position, dict) and position.keys() == {"before", "parts"}:
+            before, done = position["before"], position["parts"]
+        for after, document in self.whole_records(before):
+            parts = [document] if document is None else [*document.parts()]
+            for number, part in enumerate(parts[done:], start=done + 1):
+                yield (after if number >= len(parts) else {"before": before, "parts": number}), part
+            before, done = after, 0
+
+    def whole_records(self, position: Any) -> Iterator[tuple[Any, Document | None]]:
+        """Yields what `records` yields, with long texts uncut; blank texts are left out."""
         raise NotImplementedError
 
     def documents(self, position: Any) -> Iterator[tuple[Any, Document]]:
@@ -23,6 +42,30 @@ class Source:
         for next_position, document in self.records(position):
             if document is not None:
                 yield next_position, document
+
+    def size(self) -> int | None:
+        """Returns about how many bytes of text the source holds, None if that is not known."""
+        raise NotImplementedError
+
+    def sample(
+        self, characters: int, *, seed: int, keep: Callable[[Document], bool] = every_document
+    ) -> list[Document]:
+        """Returns documents drawn evenly from the whole source, in random order, of those that `keep` accepts.
+
+        They have at least `characters` characters together, or are all that the source holds. Memory holds no more than
+        them. A seed always gives the same documents.
+        """
+        draw = random.Random(seed)
+        # Each document draws a number; those with the lowest numbers stay, the highest of them first in the heap.
+        heap: list[tuple[float, int, Document]] = []
+        total = 0
+        for number, (_, document) in enumerate(self.documents(None)):
+            if keep(document):
+                heapq.heappush(heap, (-draw.random(), number, document))
+                total += len(document.text)
+            while heap and total - len(heap[0][2].text) >= characters:
+                total -= len(heapq.heappop(heap)[2].text)
+        return [document for _, _, document in sorted(heap, key=lambda entry: -entry[0])]
 
 
 class ChainedSources(Source):
@@ -36,3 +79,29 @@ class ChainedSources(Source):
         for index in range(first, len(self.sources)):
             for next_position, document in self.sources[index].records(inner if index == first else None):
                 yield (index, next_position), document
+
+    def size(self) -> int | None:
+        """Returns the sum of the sources' sizes, None if one of them is not known."""
+        sizes = [source.size() for source in self.sources]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def sample(
+        self, characters: int, *, seed: int, keep: Callable[[Document], bool] = every_document
+    ) -> list[Document]:
+        """Returns a sample in which each source has a share of its size; one of unknown size counts as the largest."""
+        if len(self.sources) == 1:
+            return self.sources[0].sample(characters, seed=seed, keep=keep)
+        samples = [source.sample(characters, seed=seed, keep=keep) for source in self.sources]
+        sizes = [source.size() for source in self.sources]
+        largest = max((size for size in sizes if size), default=1)
+        weights = [largest if size is None else max(1, size) for size in sizes]
+        drawn: list[Document] = []
+        taken, total = [0] * len(samples), 0
+        while total < characters and any(samples):
+            # The source that is furthest behind its share gives the next document.
+            behind = min((i for i, left in enumerate(samples) if left), key=lambda i: taken[i] / weights[i])
+            drawn.append(samples[behind].pop())
+            taken[behind] += len(drawn[-1].text)
+            total += len(drawn[-1].text)
+        random.Random(seed).shuffle(drawn)
+        return drawn

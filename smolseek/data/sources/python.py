@@ -31,10 +31,18 @@ PYTHON_TABLES = {"html.entities", "email.architecture"}
 class PythonSource(Source):
     """The language reference and the sources of standard-library modules, read from the running interpreter."""
 
-    def records(self, position: Any) -> Iterator[tuple[Any, Document | None]]:
-        names = sorted([*self._topics(), *self._modules()])
+    def whole_records(self, position: Any) -> Iterator[tuple[Any, Document | None]]:
+        names = self._names()
         for index in range(position or 0, len(names)):
-            yield index + 1, Document(names[index], self._read(names[index]))
+            if (text := self._read(names[index])).strip():
+                yield index + 1, Document(names[index], text)
+
+    def size(self) -> int:
+        """Returns the bytes of all topics and modules."""
+        return sum(len(self._read(name).encode()) for name in self._names())
+
+    def _names(self) -> list[str]:
+        return sorted([*self._topics(), *self._modules()])
 
     @staticmethod
     def _topics() -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from smolseek.data.documents import Columns
 from smolseek.data.sources import HubSource, open_source
-from smolseek.data.sources.hub import SourceLost, SourceUnreachable
+from smolseek.data.sources.hub import SourceLost, SourceUnreachable, parse_spec, pinned_spec
 from tests.data.sources.hub_server import FlakyHub
 from tests.data.sources.reading import texts
 from tests.text import stories
@@ -145,3 +145,137 @@ def test_an_unreachable_hub_is_one_line_with_the_remedy(monkeypatch):
     with pytest.raises(ValueError, match=r"hub:someone/text: .*--data.train") as raised:
         next(open_source("hub:someone/text").documents(None))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("hub:a/b", ("a/b", None, None)),
+        ("hub:b:config-1", ("b", None, "config-1")),
+        ("hub:a/b@main", ("a/b", "main", None)),
+        ("hub:a/b@refs/pr/1:config", ("a/b", "refs/pr/1", "config")),
+    ],
+)
+def test_how_a_hub_data_set_is_written(spec, parts):
+    assert parse_spec(spec) == parts
+
+
+@pytest.mark.parametrize("spec", ["hub:", "hub:a/b@", "hub:a/b:", "hub::config", "hub:@main"])
+def test_what_is_no_hub_data_set(spec):
+    with pytest.raises(ValueError, match=r"written hub:OWNER/NAME\[@REVISION\]\[:CONFIG\]"):
+        open_source(spec)
+
+
+def test_the_revision_is_what_is_opened(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*names, **options):
+        asked.append((*names, options["revision"]))
+        return datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec in ("hub:a/b@main:config", "hub:a/b"):
+        assert texts(open_source(spec)) == ["a"]
+    assert asked == [("a/b", "config", "main"), ("a/b", None, None)]
+
+
+class _Info:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+def test_a_spec_is_pinned_to_the_present_commit(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, name, **options: _Info(sha=f"c0ffee-{name}"))
+    assert pinned_spec("hub:a/b") == "hub:a/b@c0ffee-a/b"
+    assert pinned_spec("hub:a/b:config") == "hub:a/b@c0ffee-a/b:config"
+    for spec in ("hub:a/b@main:config", "builtin:python", "text/*.txt"):
+        assert pinned_spec(spec) == spec
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("no id")])
+def test_a_spec_stays_as_it_is_when_the_hub_is_away(monkeypatch, caplog, error):
+    def refuse(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    assert pinned_spec("hub:a/b:config") == "hub:a/b:config"
+    assert "commit is not known" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("splits", "size"),
+    [({"train": _Info(num_bytes=123)}, 123), ({"train": _Info(num_bytes=None)}, None), ({}, None), (None, None)],
+)
+def test_the_size_is_what_the_hub_says(monkeypatch, splits, size):
+    import datasets
+
+    asked = []
+
+    def load(*names, **options):
+        asked.append((names, options))
+        return _Info(info=_Info(splits=splits))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    assert open_source("hub:a/b@main:config").size() == size
+    assert asked == [(("a/b", "config"), {"revision": "main"})]
+
+
+def test_the_size_of_an_unreachable_data_set_is_one_line(monkeypatch):
+    import datasets
+
+    def refuse(*_args, **_options):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
+    with pytest.raises(SourceUnreachable, match=r"hub:a/b: cannot be opened .*--data.train") as raised:
+        open_source("hub:a/b").size()
+    assert "\n" not in str(raised.value)
+
+
+def test_long_rows_are_cut_and_reading_continues_at_every_part(monkeypatch):
+    import datasets
+
+    rows = ["short", "word " * 20_000, " ", "a\n" * 40_000]
+    source = HubSource("hub:someone/text", Columns())
+    monkeypatch.setattr(source, "_open", lambda: datasets.Dataset.from_dict({"text": rows}).to_iterable_dataset())
+    everything = list(source.records(None))
+    assert "".join(document.text for _, document in everything) == rows[0] + rows[1] + rows[3]
+    for number, (position, _) in enumerate(everything, start=1):
+        rest = [document for _, document in source.records(json.loads(json.dumps(position)))]
+        assert rest == [document for _, document in everything[number:]]
+
+
+def test_a_sample_is_shuffled_by_the_seed_and_no_longer_than_needed(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": stories(10)})
+    source = HubSource("hub:someone/text", Columns())
+    monkeypatch.setattr(source, "_open", lambda: rows.to_iterable_dataset(num_shards=2))
+    one, again, other = ([document.text for document in source.sample(10**6, seed=seed)] for seed in (0, 0, 1))
+    assert one == again != other and sorted(one) == sorted(other) == sorted(stories(10))
+    few = source.sample(200, seed=0)
+    assert sum(len(document.text) for document in few[:-1]) < 200 <= sum(len(document.text) for document in few)
+    kept = source.sample(10**6, seed=0, keep=lambda document: "Anna" in document.text)
+    assert {document.text for document in kept} == {text for text in stories(10) if "Anna" in text}
+
+
+class _ShuffledRows(BrokenRows):
+    """Rows in an order that the seed draws; each opening breaks off `count` rows later than the one before."""
+
+    def shuffle(self, seed, buffer_size):
+        return self
+
+    def __iter__(self):
+        for number in range(1, min(self.count, 20) + 1):
+            yield {"text": f"{number:03}"}
+        if self.count < 20:
+            raise self.error
+
+
+def test_a_sample_is_the_same_however_often_the_stream_breaks(monkeypatch):
+    whole = hub_source_of(monkeypatch, iter([lambda: _ShuffledRows(20, None)])).sample(45, seed=0)
+    breaks = iter([lambda count=count: _ShuffledRows(count, OSError("gone")) for count in (0, 3, 3, 9, 20)])
+    assert hub_source_of(monkeypatch, breaks).sample(45, seed=0) == whole
+    assert len(whole) == 15
