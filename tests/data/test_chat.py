@@ -4,7 +4,8 @@ import json
 import pytest
 
 from smolseek.config import DataSettings
-from smolseek.data.chat import encode_chat
+from smolseek.data import chat
+from smolseek.data.chat import encode_chat, render_prompt
 from smolseek.data.encoding import read_marks
 from smolseek.data.packing import pack
 from smolseek.data.splits import held_out_documents
@@ -92,8 +93,115 @@ def test_nothing_to_learn_from(template):
     assert encode_chat(tokenizer_with(template), MESSAGES[:1]) is None
 
 
-def test_a_conversation_that_the_template_refuses():
-    assert encode_chat(tokenizer_with(STRICT), [MESSAGES[0], *MESSAGES]) is None
+# Like Qwen2.5's: calls of tools are written as JSON.
+TOOLS = """{% for m in messages %}<|{{ m.role }}|>
+{% if m.content %}{{ m.content }}{% endif %}\
+{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+CALLING = [
+    {"role": "user", "content": "Rain?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "weather", "arguments": {"at": "Rome"}}}],
+    },
+    {"role": "tool", "content": "No."},
+    {"role": "assistant", "content": "It is dry."},
+]
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_calls_of_tools_are_learnt(content):
+    call = '<call>{"name": "weather", "arguments": {"at": "Rome"}}</call><|end|>\n'
+    messages = [CALLING[0], CALLING[1] | {"content": content}, *CALLING[2:]]
+    assert learnt(TOOLS, messages) == [call, "It is dry.<|end|>\n"]
+    assert learnt(TOOLS, messages[:2]) == [call]
+
+
+def test_a_call_that_the_template_leaves_out_is_not_learnt():
+    """Silence in place of the call would be learnt instead."""
+    assert learnt(CHATML, [CALLING[0], CALLING[1] | {"content": ""}, *CALLING[2:]]) == ["It is dry.<|end|>\n"]
+
+
+def test_an_empty_reply_is_learnt():
+    messages = [MESSAGES[0], {"role": "assistant", "content": ""}, *MESSAGES[2:]]
+    assert learnt(CHATML, messages) == ["<|end|>\n", " Ünï 日本<|end|>\n"]
+
+
+def test_a_conversation_that_the_template_refuses(caplog, monkeypatch):
+    monkeypatch.setattr(chat, "_warned_of", set())
+    tokenizer = tokenizer_with(STRICT)
+    for _ in range(3):
+        assert encode_chat(tokenizer, [MESSAGES[0], *MESSAGES]) is None
+    assert encode_chat(tokenizer, MESSAGES) is not None
+    assert len(caplog.records) == 1 and "the first reason: roles" in caplog.text
+
+
+FAILURES = {
+    "UndefinedError": "{{ m.tools.names }}",
+    "TypeError": "{{ m.content + 1 }}",
+    "ZeroDivisionError": "{{ 1 // 0 }}",
+    "ValueError": "{{ m.content.split('') }}",
+    "KeyError": "{{ '%(a)s' % {} }}",
+    "OverflowError": "{{ range(10 ** 9) | list }}",
+}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(("kind", "failing"), FAILURES.items(), ids=FAILURES)
+def test_a_template_that_fails_on_one_conversation_skips_it(caplog, monkeypatch, kind, failing, marked):
+    monkeypatch.setattr(chat, "_warned_of", set())
+    template = "{% for m in messages %}{% if 'bad' in m.content %}" + failing + "{% endif %}{% endfor %}" + CHATML
+    tokenizer = tokenizer_with(template + "{% generation %}x{% endgeneration %}" * marked)
+    bad = [MESSAGES[0], {"role": "assistant", "content": "bad"}]
+    assert encode_chat(tokenizer, bad) is None and encode_chat(tokenizer, bad) is None
+    assert encode_chat(tokenizer, MESSAGES) is not None
+    assert len(caplog.records) == 1 and f"the first reason: {kind}: " in caplog.text
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ messages | nothing }}", "{% if %}"])
+def test_a_template_that_cannot_be_parsed_is_one_line(template):
+    for use in (encode_chat, render_prompt):
+        with pytest.raises(ValueError, match=r"chat template: cannot be parsed \(.*, line 1\); mend") as raised:
+            use(tokenizer_with(template), MESSAGES)
+        assert "\n" not in str(raised.value)
+
+
+def test_an_error_of_the_tokenizer_is_not_a_refusal(monkeypatch):
+    tokenizer = tokenizer_with(CHATML)
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *_args, **_options: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        encode_chat(tokenizer, MESSAGES)
+
+
+def test_a_prompt_ends_where_the_assistant_begins():
+    tokenizer = tokenizer_with(CHATML)
+    assert (
+        tokenizer.decode(render_prompt(tokenizer, MESSAGES[:1])) == "<|user|>\nAnna sees a ball<|end|>\n<|assistant|>\n"
+    )
+    ids, written = encode_chat(tokenizer, MESSAGES[:2])
+    prompt = render_prompt(tokenizer, MESSAGES[:1])
+    assert ids[: len(prompt)] == prompt and not any(written[: len(prompt)])
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('a system message\nis needed') }}", r"\(a system message is needed\)"),
+        ("{{ messages[0].tools.names }}", r"\(UndefinedError: .*tools.*\)"),
+        ("{{ 1 // 0 }}", r"\(ZeroDivisionError: .*\)"),
+    ],
+)
+def test_a_prompt_that_the_template_refuses_is_one_line(template, words):
+    with pytest.raises(ValueError, match=rf"chat template: refuses this conversation {words}; change") as raised:
+        render_prompt(tokenizer_with(template), MESSAGES)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_prompt_without_a_template_is_one_line():
+    with pytest.raises(ValueError, match="chat template: the tokenizer has none; "):
+        render_prompt(tiny_tokenizer(), MESSAGES)
 
 
 def test_no_template_is_one_line():
