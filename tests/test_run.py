@@ -156,7 +156,7 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
 )
 def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
-        run_recipe(dataclasses.replace(recipe, **changes), tmp_path / "run")
+        run_recipe(dataclasses.replace(recipe, train=TrainSettings(), **changes), tmp_path / "run")
 
 
 def test_a_softmax_router_trains_and_its_card_says_it_is_not_stock(tmp_path):

@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file holds no JSON object.
     """
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from error
     if not isinstance(tree, dict):

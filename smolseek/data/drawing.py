@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smolseek.config import DataSettings
 from smolseek.data.documents import PART_CHARACTERS, Document
+from smolseek.data.encoding import encode_text
 from smolseek.data.packing import Packed, join, pack
 from smolseek.data.sources import PythonSource, open_sources
 from smolseek.data.sources.base import Source
@@ -23,6 +24,7 @@ from smolseek.data.splits import check_weights, is_held_out, is_trained_on
 
 _CHARACTERS_PER_TOKEN = 8  # more than a token has in most texts, so that enough text is drawn
 _SPAN_WINDOWS = 2
+_MARGIN = 1.2
 
 
 def calibration_windows(
@@ -41,10 +43,13 @@ def calibration_windows(
     drawn, facts = [], []
     for number, (name, source) in enumerate(zip(data.train, open_sources(data.train, data).sources, strict=True)):
         tokens = windows * window_tokens
-        enough = max(tokens * _CHARACTERS_PER_TOKEN, windows * PART_CHARACTERS // _SPAN_WINDOWS)  # each span from another
+        enough = max(
+            tokens * _CHARACTERS_PER_TOKEN, windows * PART_CHARACTERS // _SPAN_WINDOWS
+        )  # each span from another
         documents = source.sample(enough, seed=seed + number, keep=_calibrates(source, data))
         generator = torch.Generator().manual_seed(seed + number)
-        spans = _spans(documents, tokens * _CHARACTERS_PER_TOKEN, window_tokens, generator)
+        characters = _MARGIN * _characters_per_token(tokenizer, documents)
+        spans = _spans(documents, int(tokens * characters), int(_SPAN_WINDOWS * window_tokens * characters), generator)
         ids_T = pack(tokenizer, spans, limit_tokens=tokens).ids_T
         whole = len(ids_T) // window_tokens
         if whole < 1:
@@ -97,15 +102,18 @@ def _calibrates(source: Source, data: DataSettings) -> Any:
     return partial(is_trained_on, settings=data)
 
 
-def _spans(
-    documents: list[Document], characters: int, window_tokens: int, generator: torch.Generator
-) -> list[Document]:
+def _characters_per_token(tokenizer: Any, documents: list[Document]) -> float:
+    """Returns the mean length of a token in the beginnings of some documents."""
+    text = " ".join(document.text[:2000] for document in documents[:8])
+    return max(1.0, len(text) / max(1, len(encode_text(tokenizer, text))))
+
+
+def _spans(documents: list[Document], characters: int, least: int, generator: torch.Generator) -> list[Document]:
     """Returns of each document a span at a random place, so that all spans together have about `characters`.
 
-    A span has `_SPAN_WINDOWS` windows at least, and begins behind a space. Conversations and short texts stay whole.
+    A span has `least` characters at least, and begins behind a space. Conversations and short texts stay whole.
     """
     share = characters / max(1, sum(len(document.text) for document in documents))
-    least = _SPAN_WINDOWS * window_tokens * _CHARACTERS_PER_TOKEN
     return [_span(document, max(least, int(share * len(document.text))), generator) for document in documents]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smolseek.data.chat import encode_chat
-from smolseek.data.documents import Document
+from smolseek.data.documents import Document, message_text
 from smolseek.data.encoding import encode_text
 
 _LONGEST_CHARACTERS = 2**22
@@ -90,7 +90,7 @@ def _encode_whole(tokenizer: Any, document: Document) -> Packed:
     """Returns one document's stream; no tokens for a conversation without anything that the assistant says."""
     if document.messages:
         ids, counts = encode_chat(tokenizer, document.messages) or ([], [])
-        said = (m.get("content") or "" for m in document.messages if m["role"] == "assistant")
+        said = (message_text(message) for message in document.messages if message["role"] == "assistant")
         size = sum(len(content.encode()) for content in said) if ids else 0
     else:
         ids = encode_text(tokenizer, document.text)

@@ -100,7 +100,9 @@ def test_tokens_beyond_the_model_are_one_line(tmp_path, capsys):
     tokenizer.add_tokens([f"<extra{number}>" for number in range(300)], special_tokens=True)
     tokenizer.save_pretrained(folder)
     assert "tokens 512" not in said(capsys, "generate", folder, "--prompt", PROMPT, "--max-new-tokens", 1)
-    assert "token 599: the model has 512" in refusal(capsys, "generate", folder, "--prompt", "<extra299>", "--max-new-tokens", 1)
+    assert "token 599: the model has 512" in refusal(
+        capsys, "generate", folder, "--prompt", "<extra299>", "--max-new-tokens", 1
+    )
 
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] + ': ' + m['content'] + '\n' }}{% endfor %}"

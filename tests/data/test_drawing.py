@@ -49,7 +49,7 @@ def test_windows_are_drawn_by_the_seed(tmp_path):
     data = DataSettings(train=(str(write_stories(tmp_path / "a.txt")),), held_out_share=0.0)
     (first, _), (again, _), (other, _) = (draw(data, 6, seed=seed) for seed in (0, 0, 1))
     assert first.shape == (6, 16) and torch.equal(first, again) and not torch.equal(first, other)
-    with pytest.raises(ValueError, match="a.txt: .* tokens, less than one window of 1000000; name more text"):
+    with pytest.raises(ValueError, match=r"a\.txt: .* tokens, less than one window of 1000000; name more text"):
         draw(data, 1, 10**6)
 
 

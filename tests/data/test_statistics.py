@@ -54,7 +54,7 @@ def test_a_hub_data_set_is_cut_and_says_so(files, monkeypatch):
     rows = {"text": stories(40)}
     monkeypatch.setattr(HubSource, "_open", lambda self: datasets.Dataset.from_dict(rows).to_iterable_dataset())
     monkeypatch.setattr(HubSource, "size", lambda self: None)
-    with pytest.raises(ValueError, match="hub:some/text: its size is not known.*set data.weights"):
+    with pytest.raises(ValueError, match=r"hub:some/text: its size is not known.*set data\.weights"):
         measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7)
     statistics = measure_data(recipe_of(files[0], "hub:some/text", weights=(1.0, 1.0)), tiny_tokenizer(), limit=7)
     local, hub = statistics.sources

@@ -152,7 +152,7 @@ def test_sources_without_weights_are_mixed_by_size(tmp_path):
 
 def test_the_state_of_other_sources_is_refused(tmp_path, settings):
     plain, tensors = stream_of(weighted(tmp_path, 1.0, 1.0)).state()
-    with pytest.raises(ValueError, match="training state of 2 sources, and data.train has 1"):
+    with pytest.raises(ValueError, match=r"training state of 2 sources, and data\.train has 1"):
         stream_of(settings).restore(plain, tensors)
 
 

@@ -79,29 +79,3 @@ class ChainedSources(Source):
         for index in range(first, len(self.sources)):
             for next_position, document in self.sources[index].records(inner if index == first else None):
                 yield (index, next_position), document
-
-    def size(self) -> int | None:
-        """Returns the sum of the sources' sizes, None if one of them is not known."""
-        sizes = [source.size() for source in self.sources]
-        return None if None in sizes else sum(size or 0 for size in sizes)
-
-    def sample(
-        self, characters: int, *, seed: int, keep: Callable[[Document], bool] = every_document
-    ) -> list[Document]:
-        """Returns a sample in which each source has a share of its size; one of unknown size counts as the largest."""
-        if len(self.sources) == 1:
-            return self.sources[0].sample(characters, seed=seed, keep=keep)
-        samples = [source.sample(characters, seed=seed, keep=keep) for source in self.sources]
-        sizes = [source.size() for source in self.sources]
-        largest = max((size for size in sizes if size), default=1)
-        weights = [largest if size is None else max(1, size) for size in sizes]
-        drawn: list[Document] = []
-        taken, total = [0] * len(samples), 0
-        while total < characters and any(samples):
-            # The source that is furthest behind its share gives the next document.
-            behind = min((i for i, left in enumerate(samples) if left), key=lambda i: taken[i] / weights[i])
-            drawn.append(samples[behind].pop())
-            taken[behind] += len(drawn[-1].text)
-            total += len(drawn[-1].text)
-        random.Random(seed).shuffle(drawn)
-        return drawn

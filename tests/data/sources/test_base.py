@@ -1,8 +1,6 @@
 import json
 import random
 
-import pytest
-
 from smolseek.data.documents import Document
 from smolseek.data.sources.base import ChainedSources, Source
 from tests.data.sources.reading import texts
@@ -89,24 +87,6 @@ def test_a_sample_holds_no_more_than_it_returns():
 
     assert len(Counting([]).sample(12 * 20, seed=0)) == 20
     assert most <= 23
-
-
-def test_the_sample_of_a_chain_follows_the_sizes():
-    small, large = Listed(numbered(300, "small"), 1000), Listed(numbered(300, "large"), 3000)
-    drawn = ChainedSources([small, large]).sample(1300, seed=0)
-    assert 23 <= sum(document.name.startswith("small") for document in drawn) <= 29
-    assert 1300 <= sum(len(document.text) for document in drawn) < 1315
-    assert drawn == ChainedSources([small, large]).sample(1300, seed=0)
-    kinds = [document.name[:5] for document in drawn]
-    assert kinds != sorted(kinds) and kinds != sorted(kinds, reverse=True)
-    few = ChainedSources([Listed(numbered(3, "small"), None), large])
-    assert len(few.sample(10**6, seed=0)) == 303
-    assert few.sample(10**6, seed=0, keep=lambda document: False) == []
-
-
-@pytest.mark.parametrize(("sizes", "size"), [((3, 4), 7), ((3, None), None), ((), 0)])
-def test_the_size_of_a_chain(sizes, size):
-    assert ChainedSources([Listed([], size) for size in sizes]).size() == size
 
 
 def test_documents_leave_malformed_records_out():
