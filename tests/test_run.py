@@ -137,9 +137,92 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
     assert (folder / "precious").exists()
 
 
+def test_a_finished_run_goes_on_with_more_steps(recipe, tmp_path):
+    folder = tmp_path / "run"
+    run_recipe(recipe, folder)
+    converted = (folder / "converted" / "model.safetensors").stat().st_mtime_ns
+    longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=9))
+    summary = run_recipe(longer, folder, resume=True)
+    assert summary["trained_tokens"] == 9 * 4 * 16
+    assert (folder / "converted" / "model.safetensors").stat().st_mtime_ns == converted
+    assert "Resumed at step 6 with train.steps 9 (was 6)" in (folder / "logs.txt").read_text()
+    assert json.loads((folder / "run.json").read_text())["recipe"]["train"]["steps"] == 9
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and max(steps) == 8
+
+
+def test_a_refused_resume_changes_nothing(recipe, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, folder, watcher=Watcher(should_stop=lambda: True))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other_text = str(write_stories(tmp_path / "b.txt", seed=5))
+    for changes in (
+        {"data": dataclasses.replace(recipe.data, train=(other_text,))},
+        {"convert": dataclasses.replace(recipe.convert, cache=0.5)},
+        {
+            "source": str(
+                save(StockModel(tiny_llama(vocab_size=ENTRIES)), tmp_path / "b", tokenizer_from=tiny_tokenizer())
+            )
+        },
+    ):
+        with pytest.raises(ValueError, match="other settings"):
+            run_recipe(dataclasses.replace(recipe, **changes), folder, resume=True)
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="no such run to resume; there are run"):
+        run_recipe(recipe, tmp_path / "rnu", resume=True)
+    assert not (tmp_path / "rnu").exists()
+
+
+def test_a_finished_conversion_stays_whatever_comes_later(recipe, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("too bad")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smolseek.run.Trainer", fails)
+        with pytest.raises(ValueError, match=r"too bad \(the conversion is kept: mend that and pass --resume\)"):
+            run_recipe(recipe, tmp_path / "run")
+    monkeypatch.setattr("smolseek.run.convert", fails)
+    shorter = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=2))
+    assert run_recipe(shorter, tmp_path / "run", resume=True)["trained_tokens"] == 2 * 4 * 16
+
+
+def test_the_conversion_reads_the_runs_training_text_as_the_run_does(recipe, tmp_path, monkeypatch):
+    """With its columns, and without what the run holds out."""
+    seen = {}
+
+    def convert_there(*_, settings, data, **__):
+        seen.update(settings=settings, data=data)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("smolseek.run.convert", convert_there)
+    with pytest.raises(ValueError, match="seen"):
+        run_recipe(recipe, tmp_path / "run")
+    assert seen["data"] == recipe.data and seen["settings"].calibration == recipe.data.train
+    own = str(write_stories(tmp_path / "c.txt", seed=7))
+    convert = dataclasses.replace(recipe.convert, calibration=(own,), separator="|")
+    with pytest.raises(ValueError, match="seen"):
+        run_recipe(dataclasses.replace(recipe, convert=convert), tmp_path / "other")
+    assert seen["data"] == dataclasses.replace(recipe.data, train=(own,), separator="|")
+
+
+def test_tokenizer_files_and_end_tokens_are_carried_byte_for_byte(recipe, tmp_path, source):
+    (source / "generation_config.json").write_text('{"eos_token_id": [0, 7],   "bos_token_id": 0}')
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer_config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=7))
+    run_recipe(recipe, tmp_path / "run")
+    files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    for folder in ("converted", "model", "best", "dense/model"):
+        for name in files:
+            assert (tmp_path / "run" / folder / name).read_bytes() == (source / name).read_bytes(), (folder, name)
+    assert {0, 7} <= set(load(tmp_path / "run" / "model").end_token_ids)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"name": "../other"}, "is the name of a folder under runs/"),
         ({"source": None}, "either source"),
         ({"model": {"model_type": "llama"}}, "either source"),
         ({"source": "./nowhere"}, "no such folder"),

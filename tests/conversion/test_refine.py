@@ -1,10 +1,13 @@
 """Layer-wise refinement of an attention block: lower errors, the same every time."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from smolseek.config import ConvertSettings
+from smolseek.conversion import refine
 from smolseek.conversion.descent import scale_latents
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.refine import attention_error, refine_attention
@@ -35,3 +38,21 @@ def test_refinement_lowers_the_error_and_repeats_itself(teacher, block):
     assert attention_error(attention, rope, stream) < 0.7 * before
     for ours, theirs in zip(attention.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_block_that_refinement_breaks_is_as_before(teacher, block, monkeypatch):
+    """A NaN is not smaller than the error before, and not kept; the report names the error of what is kept."""
+    attention, rope = block
+    stream = ResidualStream(teacher.model, random_ids(4, 16))
+    stream.enter(0)
+    before = copy.deepcopy(attention.state_dict())
+
+    def break_it(block, *_, **__):
+        for parameter in block.parameters():
+            parameter.data.fill_(float("nan"))
+
+    monkeypatch.setattr(refine, "refine_attention", break_it)
+    job = SimpleNamespace(settings=ConvertSettings(refine_steps=1))
+    facts = refine._refine_attention(job, attention, rope, stream, 0)
+    assert facts["attention_error"] == facts["attention_error_refined"] == attention_error(attention, rope, stream)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in attention.state_dict().items())

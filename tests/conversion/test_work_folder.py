@@ -20,19 +20,36 @@ def test_parts_are_found_again_after_an_interruption_only(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_inputs_start_afresh(tmp_path):
+def test_other_inputs_start_afresh_and_leave_finished_work_alone(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt), WorkFolder(tmp_path / "out", {"seed": 0}) as work:
         work.put("layer-0", {}, {})
         raise KeyboardInterrupt
     with WorkFolder(tmp_path / "out", {"seed": 1}) as work:
         assert work.get("layer-0") is None
+    assert "holds finished work of other settings" in caplog.text
+    with WorkFolder(tmp_path / "out", {"seed": 0}) as work:
+        assert work.get("layer-0") is not None
 
 
-def test_a_users_mistake_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="mistake"), WorkFolder(tmp_path / "out", {}) as work:
+@pytest.mark.parametrize("error", [ValueError, OSError, MemoryError])
+def test_finished_work_survives_every_error(error, tmp_path):
+    with pytest.raises(error), WorkFolder(tmp_path / "out", {}) as work:
+        raise error
+    assert not list(tmp_path.iterdir())  # nothing was finished
+    with pytest.raises(error), WorkFolder(tmp_path / "out", {}) as work:
         work.put("layer-0", {}, {})
-        raise ValueError("mistake")
+        raise error
+    with WorkFolder(tmp_path / "out", {}) as work:
+        assert work.get("layer-0") is not None
     assert not list(tmp_path.iterdir())
+
+
+def test_two_conversions_of_one_folder_at_once(tmp_path):
+    with WorkFolder(tmp_path / "out", {}) as work:
+        work.put("layer-0", {}, {})
+        with pytest.raises(ValueError, match="another process is at work in it"), WorkFolder(tmp_path / "out", {}):
+            pass
+        assert work.get("layer-0") is not None
 
 
 def test_half_a_part_is_no_part(tmp_path):

@@ -23,7 +23,7 @@ COMMIT = "0123456789" * 4
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/a", "../a", "a\\b", "a\0"])
 def test_a_name_is_one_plain_component(name):
-    with pytest.raises(ValueError, match="name .* is the name of a folder under runs/"):
+    with pytest.raises(ValueError, match=r"name .* is the name of a folder under runs/"):
         check_name(name)
     check_name("heal-2.b")
 
