@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -51,6 +52,18 @@ class TensorFolder:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: tensor {name}: cannot be read ({error}); fetch the file again") from error
+
+    def has_own_head(self) -> bool:
+        """Returns whether the head differs from the embeddings; transformers then unties the two, whatever config says.
+
+        A dtype of its own does not make the head another one if all its numbers are equal.
+        """
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not all(name in self.headers for name in names):
+            return False
+        head, embeddings = (self.get(name) for name in names)
+        common = torch.promote_types(head.dtype, embeddings.dtype)
+        return not torch.equal(head.to(common), embeddings.to(common))
 
     def _header(self, name: str) -> Header:
         if name not in self.headers:

@@ -12,11 +12,13 @@ import torch
 
 from smolseek.checkpoint.atomic import refuse_existing
 from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import distill_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
+from smolseek.formats.deepseek_v3 import check_strides
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.numerics.precision import check_device
 
@@ -77,16 +79,21 @@ def read_job(
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
 
     Raises:
-        ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, `out` exists and `force` is not set, or the device is not there.
+        ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
+            there is no calibration text, `out` exists and `force` is not set, or the device is not there.
     """
     check_device(device)
     folder = resolve_folder(source)
     config = read_config(folder)
     dense = read_source(config)
-    target = target_config(dense, settings)
-    steps = distill_steps(dense, settings)
     refuse_existing(out, force)
+    check_stock(folder)
+    tensors = TensorFolder(folder)
+    if dense.tie_word_embeddings and tensors.has_own_head():
+        dense = dataclasses.replace(dense, tie_word_embeddings=False)
+    target = target_config(dense, settings)
+    check_strides(target)
+    steps = distill_steps(dense, settings)
     job = Job(
         name=str(source),
         folder=folder,
@@ -97,7 +104,7 @@ def read_job(
         config=config,
         source=dense,
         target=target,
-        tensors=TensorFolder(folder),
+        tensors=tensors,
         distill_steps=steps,
         on_progress=on_progress,
     )
