@@ -16,7 +16,7 @@ from torch import Tensor
 from smolseek.checkpoint.atomic import atomic_folder
 from smolseek.checkpoint.licence import licence_files
 from smolseek.checkpoint.source import TOKENIZER_FILES
-from smolseek.formats.headers import Header, read_headers
+from smolseek.formats.headers import FLOATS, Header, read_headers
 
 _MAX_SHARD_BYTES = 2 * 2**30
 
@@ -57,13 +57,30 @@ class TensorFolder:
         """Returns whether the head differs from the embeddings; transformers then unties the two, whatever config says.
 
         A dtype of its own does not make the head another one if all its numbers are equal.
+
+        Raises:
+            ValueError: one of the two is quantised.
         """
         names = ("lm_head.weight", "model.embed_tokens.weight")
         if not all(name in self.headers for name in names):
             return False
+        for name in names:
+            self.check_float(name)
         head, embeddings = (self.get(name) for name in names)
-        common = torch.promote_types(head.dtype, embeddings.dtype)
-        return not torch.equal(head.to(common), embeddings.to(common))
+        if head.dtype != embeddings.dtype:
+            head, embeddings = head.float(), embeddings.float()
+        return not torch.equal(head, embeddings)
+
+    def check_float(self, name: str) -> None:
+        """Checks that a tensor is not quantised.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.dtype(name) not in FLOATS:
+            raise ValueError(
+                f"tensor {name}: dtype {self.dtype(name)} is quantised; name the checkpoint it was made from"
+            )
 
     def _header(self, name: str) -> Header:
         if name not in self.headers:

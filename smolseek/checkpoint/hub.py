@@ -14,7 +14,6 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
-from smolseek.formats.headers import FLOATS
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
@@ -230,10 +229,7 @@ def _check_tensors(tensors: TensorFolder, tree: dict[str, Any]) -> None:
     for name, shape in expected_tensors(tree).items():
         if tensors.shape(name) != shape:
             raise ValueError(_misfit(name, tensors.shape(name), shape))
-        if tensors.dtype(name) not in FLOATS:
-            raise ValueError(
-                f"tensor {name}: dtype {tensors.dtype(name)} is quantised; name the checkpoint it was made from"
-            )
+        tensors.check_float(name)
 
 
 def _misfit(name: str, has: tuple[int, ...], wanted: tuple[int, ...]) -> str:

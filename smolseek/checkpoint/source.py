@@ -142,7 +142,9 @@ def check_tokenizer(folder: Path, source: str | Path) -> None:
         ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
     """
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
-        raise ValueError(f"checkpoint {source}: no tokenizer.json; copy the tokenizer's files into it")
+        foreign = None if (folder / "config.json").is_file() else describe_foreign(folder)
+        missing = "no tokenizer.json; copy the tokenizer's files into it"
+        raise ValueError(f"checkpoint {source}: {foreign or missing}")
 
 
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_folders_of_other_kinds_are_named(name, tmp_path):
     (tmp_path / name).write_text("{}")
-    for read in (read_config, fetch_config):
+    for read in (read_config, fetch_config, lambda folder: check_tokenizer(folder, folder)):
         with pytest.raises(ValueError, match=FOREIGN[name]) as refusal:
             read(tmp_path)
         assert "\n" not in str(refusal.value)

@@ -50,7 +50,11 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"12345678abc"), "model.safetensors"),
-    "only a head": (lambda f: edit(f, tie_word_embeddings=False), "lm_head.weight: not in the checkpoint"),
+    "quantised head": (
+        lambda f: poke(f, "lm_head.weight", torch.ones(300, 32, dtype=torch.int8)),
+        "lm_head.weight: dtype I8 is quantised",
+    ),
+    "no head": (lambda f: edit(f, tie_word_embeddings=False), "lm_head.weight: .*tie_word_embeddings to true"),
     "dtype": (lambda f: edit(f, dtype="auto"), "dtype 'auto'"),
     "a field that only transformers knows": (
         lambda f: edit(f, use_cache="yes"),
