@@ -31,6 +31,7 @@ from torch import Tensor
 from smolseek.checkpoint.hub import load_for_evaluation, load_stock, load_tokenizer, save
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, SampleSettings, load_recipe, recipes_folder
+from smolseek.conversion.job import calibration_data
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
 from smolseek.data import calibration_windows
@@ -195,12 +196,11 @@ def compare(comparison: Comparison) -> Bench:
 def _compare_attention(bench: Bench, seed: int) -> None:
     """Measure baselines and ours at every cache size."""
     mine = bench.comparison
-    windows_BT = calibration_windows(
+    windows_BT, _ = calibration_windows(
         bench.tokenizer,
-        mine.calibration,
+        calibration_data(ConvertSettings(calibration=mine.calibration, separator=mine.separator)),
         windows=mine.calibration_windows,
         window_tokens=min(mine.calibration_window_tokens, bench.source.max_position_embeddings),
-        separator=mine.separator,
         seed=seed,
     )
 

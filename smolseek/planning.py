@@ -120,10 +120,11 @@ def plan(
     """Returns what converting this config.json under `settings`, and healing for `heal_tokens`, gives and costs.
 
     Raises:
-        ValueError: as `target_config`.
+        ValueError: as `read_source` and `target_config`, or transformers cannot run experts of this hidden size.
     """
     dense_source = read_source(source_config)
     config = target_config(dense_source, settings)
+    deepseek_v3.check_strides(config)
     source, target = _source_shape(dense_source), _target_shape(config)
     return Plan(
         source=source.size(),

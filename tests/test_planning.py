@@ -150,6 +150,24 @@ def test_impossible_settings_are_refused() -> None:
         plan(SMOLLM2_135M, ConvertSettings(kv_lora_rank=999), FAST_COMPUTE)
 
 
+@pytest.mark.parametrize(
+    ("fields", "settings", "message"),
+    [
+        ({"hidden_size": 63}, ConvertSettings(experts="upcycle"), "hidden_size 63: transformers runs experts only"),
+        ({"hidden_size": 36}, ConvertSettings(experts="carve"), "hidden_size 36: .* multiple of 8; leave out experts"),
+        ({"max_position_embeddings": "512"}, ConvertSettings(), "max_position_embeddings '512'"),
+        ({"num_hidden_layers": 10**9}, ConvertSettings(), "num_hidden_layers 1000000000"),
+        ({"model_type": "deepseek_v3"}, ConvertSettings(), "is DeepSeek-V3 already"),
+    ],
+)
+def test_configs_that_cannot_be_planned_are_refused_in_one_line(
+    fields: dict[str, Any], settings: ConvertSettings, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        plan(TINY | fields, settings, FAST_COMPUTE)
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_device_plans_with_its_own_rates() -> None:
     rates = {"flops_per_second": 1e15, "bytes_per_second": 1e12}
     even, poor = (Machine(**rates, float64_share=share, device="cuda") for share in (0.5, 0.01))

@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from smolseek.checkpoint.atomic import atomic_folder
 from smolseek.checkpoint.licence import LICENCE_FILES, licence_files
 from smolseek.checkpoint.source import TOKENIZER_FILES
-from smolseek.formats.headers import Header, read_headers
+from smolseek.formats.headers import FLOATS, Header, read_headers
 
 _MAX_SHARD_BYTES = 2 * 2**30
 
@@ -52,6 +53,35 @@ class TensorFolder:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: tensor {name}: cannot be read ({error}); fetch the file again") from error
+
+    def has_own_head(self) -> bool:
+        """Returns whether the head differs from the embeddings; transformers then unties the two, whatever config says.
+
+        A dtype of its own does not make the head another one if all its numbers are equal.
+
+        Raises:
+            ValueError: one of the two is quantised.
+        """
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if not all(name in self.headers for name in names):
+            return False
+        for name in names:
+            self.check_float(name)
+        head, embeddings = (self.get(name) for name in names)
+        if head.dtype != embeddings.dtype:
+            head, embeddings = head.float(), embeddings.float()
+        return not torch.equal(head, embeddings)
+
+    def check_float(self, name: str) -> None:
+        """Checks that a tensor is not quantised.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.dtype(name) not in FLOATS:
+            raise ValueError(
+                f"tensor {name}: dtype {self.dtype(name)} is quantised; name the checkpoint it was made from"
+            )
 
     def _header(self, name: str) -> Header:
         if name not in self.headers:

@@ -2,60 +2,116 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
-from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config
+from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turns whatever transformers raises into a ValueError of one line, `what` and the reason in brackets.
+
+    There is no list of what it raises: a broken file meets any of its code. Too little memory is no fault of the file.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The line behind "Validation error for field ..." has the reason.
+        said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{what} ({kind}{said[:200]})") from error
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """Returns the fast tokenizer of a folder or hub id.
 
     Raises:
-        ValueError: the folder has no tokenizer.
+        ValueError: the folder has no tokenizer, or transformers does not load it.
     """
     from transformers import AutoTokenizer
 
     path = resolve_folder(folder)
     check_tokenizer(path, folder)
-    return AutoTokenizer.from_pretrained(path)
+    with _refusing(f"checkpoint {folder}: transformers does not load its tokenizer{_sentencepiece_remedy(path)}"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _sentencepiece_remedy(folder: Path) -> str:
+    """Returns what to install if the only tokenizer of a folder is one of sentencepiece, which is not there; or ""."""
+    alone = not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt"))
+    if alone and importlib.util.find_spec("sentencepiece") is None:
+        return ", as sentencepiece is not installed; install it: pip install sentencepiece protobuf"
+    return ""
 
 
 def load_config(folder: str | Path) -> Any:
-    """Returns the transformers config of a folder; a `DeepseekV3Config` for V3, with a softmax router too."""
+    """Returns the transformers config of a folder; a `DeepseekV3Config` for V3, with a softmax router too.
+
+    Raises:
+        ValueError: as `read_config` does, or transformers refuses it.
+    """
     from transformers import AutoConfig, DeepseekV3Config
 
     tree = read_config(folder)
-    if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
-        return DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
-    return AutoConfig.from_pretrained(folder)
+    with _refusing(f"checkpoint {folder}: transformers does not take its config.json"):
+        if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
+            return DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_stock(folder: str | Path) -> None:
+    """Checks that transformers takes a folder's config.json.
+
+    Raises:
+        ValueError: as `load_config` does, or no model can be built from it.
+    """
+    _stock_skeleton(folder)
+
+
+def _stock_skeleton(folder: str | Path) -> Any:
+    """Returns transformers' model of a folder's config.json, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    with _refusing(f"checkpoint {folder}: transformers builds no model from its config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV3 | StockModel:
     """Loads a model from a folder or hub id: DeepSeek-V3 as our `DeepseekV3`, other causal models by transformers.
 
     Raises:
-        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or the weights do not fit the config.
+        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers refuses the config, or
+            the weights do not fit it.
     """
     folder = resolve_folder(source)
     if read_config(folder).get("model_type") not in ("deepseek_v3", SOFTMAX_MODEL_TYPE):
         return load_stock(folder, dtype=dtype, device=device)
     tensors = TensorFolder(folder)
     config = load_config(folder)
-    with torch.device("meta"):
-        model = DeepseekV3(config)
+    config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
+    _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
+    with _refusing(f"checkpoint {source}: no model can be built from its config.json"):
+        with torch.device("meta"):
+            model = DeepseekV3(config)
+        # No checkpoint holds the rope table and the expert counts.
+        rotary = type(model.model.rotary_emb)(config)
     model.to_empty(device="cpu")
-    # No checkpoint holds the rope table and the expert counts.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = rotary
     take_expert_counts(model)
     with torch.no_grad():
         for name, target in model.state_dict().items():
@@ -70,21 +126,29 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
 def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StockModel:
     """Loads any causal model as unmodified transformers runs it.
 
+    Its config says that the head is tied only if it is: transformers keeps a head of its own whatever config.json says.
+
     Raises:
-        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers does not know the model.
+        ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers does not load the model,
+            or would draw weights that the checkpoint lacks.
     """
     from transformers import AutoModelForCausalLM
 
     folder = resolve_folder(source)
     model_type = read_config(folder).get("model_type")
-    TensorFolder(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    except (ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"checkpoint {source}: transformers does not load model_type {model_type!r} ({reason})"
-        ) from error
+    tensors = TensorFolder(folder)
+    for name, weight in _stock_skeleton(folder).state_dict().items():  # before memory is taken for them
+        if name in tensors.headers and tensors.shape(name) != weight.shape:
+            raise ValueError(_misfit(name, tensors.shape(name), tuple(weight.shape)))
+    with _refusing(f"checkpoint {source}: transformers does not load model_type {model_type!r}"):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"checkpoint {source}: no tensor {missing[0]}; the weights do not fit its config.json")
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
     stock = StockModel(model.to(device)).eval()
     stock.end_token_ids = read_end_tokens(folder)
     return stock
@@ -163,22 +227,29 @@ def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Te
             yield name, tensor.clone() if name == "lm_head.weight" else tensor
 
 
+def _check_tensors(tensors: TensorFolder, tree: dict[str, Any]) -> None:
+    """Checks the tensors of a DeepSeek-V3 folder against its config.json, before memory is taken for them.
+
+    Raises:
+        ValueError: one is missing, quantised or has another shape, or a size in config.json is none.
+    """
+    for name, shape in expected_tensors(tree).items():
+        if tensors.shape(name) != shape:
+            raise ValueError(_misfit(name, tensors.shape(name), shape))
+        tensors.check_float(name)
+
+
+def _misfit(name: str, has: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"tensor {name}: shape {has} where config.json asks for {wanted}; the weights do not fit the config"
+
+
 def _fill(target: Tensor, name: str, tensors: TensorFolder) -> None:
-    """Fills one tensor of the model from disk, stacking experts; raises ValueError if the shapes differ."""
+    """Fills one tensor of the model from disk, stacking experts."""
     prefix, _, kind = name.rpartition(".")
     if prefix.endswith("mlp.experts"):
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
         for expert in range(target.shape[0]):
-            loaded = torch.cat([tensors.get(f"{prefix}.{expert}.{part}.weight") for part in parts])
-            _copy(target[expert], loaded, f"{prefix}.{expert}.{parts[0]}.weight")
+            loaded = [tensors.get(f"{prefix}.{expert}.{part}.weight") for part in parts]
+            target[expert].copy_(torch.cat(loaded))
     else:
-        _copy(target, tensors.get(name), name)
-
-
-def _copy(target: Tensor, loaded: Tensor, name: str) -> None:
-    if target.shape != loaded.shape:
-        raise ValueError(
-            f"tensor {name}: shape {tuple(loaded.shape)} where config.json asks for {tuple(target.shape)}; "
-            "the weights do not fit the config"
-        )
-    target.copy_(loaded)
+        target.copy_(tensors.get(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -27,10 +26,14 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 """Names, and patterns of names in a subfolder."""
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_TOKENIZERS = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+)
 """Files that are a tokenizer together."""
-_SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-"""Files that are a tokenizer where the library sentencepiece is installed."""
 _WANTED_FILES = (
     "config.json",
     "generation_config.json",
@@ -38,6 +41,8 @@ _WANTED_FILES = (
     "model.safetensors",
     "model-[0-9]*.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
+    "model_index.json",
     *TOKENIZER_FILES,
     "README.md",
     *LICENCE_FILES,
@@ -69,7 +74,7 @@ def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    revision = {"revision": hub_id["revision"]} if hub_id["revision"] else {}
+    revision: dict[str, Any] = {"revision": hub_id["revision"]} if hub_id["revision"] else {}
     try:
         return Path(snapshot_download(hub_id["name"], allow_patterns=list(only), **revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -152,19 +157,12 @@ def check_tokenizer(folder: Path, source: str | Path) -> None:
     """Checks that a folder has a tokenizer.
 
     Raises:
-        ValueError: it has none, or one that needs a library which is not there; the message names `source`, the
-            checkpoint as the user wrote it.
+        ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
     """
-    if any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
-        return
-    models = [name for name in _SENTENCEPIECE_FILES if (folder / name).is_file()]
-    if not models:
-        raise ValueError(f"checkpoint {source}: no tokenizer.json; copy the tokenizer's files into it")
-    if importlib.util.find_spec("sentencepiece") is None:
-        raise ValueError(
-            f"checkpoint {source}: {models[0]} is read by sentencepiece, which is not installed; install it: "
-            "pip install sentencepiece protobuf"
-        )
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        foreign = None if (folder / "config.json").is_file() else describe_foreign(folder)
+        missing = "no tokenizer.json; copy the tokenizer's files into it"
+        raise ValueError(f"checkpoint {source}: {foreign or missing}")
 
 
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:

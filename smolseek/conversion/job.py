@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from smolseek.checkpoint.atomic import refuse_existing, refuse_inputs
-from smolseek.checkpoint.folder import TensorFolder, foreign_files
-from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.checkpoint.atomic import refuse_existing
+from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.hub import check_stock
+from smolseek.checkpoint.source import pinned, read_config, resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
+from smolseek.formats.deepseek_v3 import check_strides
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.numerics.precision import check_device
 
@@ -88,19 +90,25 @@ def read_job(
     `data` says how calibration text is read; None: as the settings say, whole files.
 
     Raises:
-        ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, `out` exists and `force` is not set, or the device is not there.
+        ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
+            there is no calibration text, `out` exists and `force` is not set, or the device is not there.
     """
     check_device(device)
     check_fields(settings)
-    folder = resolve_folder(source)
+    name = pinned(source)
+    folder = resolve_folder(name)
     _check_out(out, force, [folder, *settings.calibration])
     config = read_config(folder)
     dense = read_source(config)
+    check_stock(folder)
+    tensors = TensorFolder(folder)
+    if dense.tie_word_embeddings and tensors.has_own_head():
+        dense = dataclasses.replace(dense, tie_word_embeddings=False)
     target = target_config(dense, settings)
+    check_strides(target)
     steps = distill_steps(dense, settings)
     job = Job(
-        name=str(source),
+        name=name,
         folder=folder,
         out=out,
         force=force,
@@ -109,7 +117,7 @@ def read_job(
         config=config,
         source=dense,
         target=target,
-        tensors=TensorFolder(folder),
+        tensors=tensors,
         distill_steps=steps,
         data=data or calibration_data(settings),
         on_progress=on_progress,

@@ -10,7 +10,6 @@ import torch
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.conversion.mla.weights import Projections
 from smolseek.formats.dense import DenseSource
-from smolseek.formats.headers import FLOATS
 
 
 def check_tensors(tensors: TensorFolder, source: DenseSource, *, attention_bias: bool = True) -> None:
@@ -26,15 +25,15 @@ def check_tensors(tensors: TensorFolder, source: DenseSource, *, attention_bias:
         raise ValueError(f"tensor {biases[0]}: config.json has no such bias; name a model without it")
     for name, shape in expected.items():
         if name not in names:
-            raise ValueError(f"tensor {name}: not in the checkpoint though config.json asks for it; fetch it again")
+            tie = ", or set tie_word_embeddings to true" if name == "lm_head.weight" else ""
+            raise ValueError(
+                f"tensor {name}: not in the checkpoint though config.json asks for it; fetch it again{tie}"
+            )
         if tensors.shape(name) != shape:
             raise ValueError(
                 f"tensor {name}: shape {tensors.shape(name)} is not {shape} as in config.json; fetch it again"
             )
-        if tensors.dtype(name) not in FLOATS:
-            raise ValueError(
-                f"tensor {name}: dtype {tensors.dtype(name)} is quantised; name the checkpoint it was made from"
-            )
+        tensors.check_float(name)
         if not torch.isfinite(tensors.get(name)).all():
             raise ValueError(f"tensor {name}: holds NaN or infinity; fetch the checkpoint again or name another")
         if name.endswith("o_proj.bias") and not attention_bias and tensors.get(name).any():

@@ -94,6 +94,19 @@ def group_problem(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def check_strides(config: Mapping[str, Any]) -> None:
+    """Checks that transformers' grouped product of experts takes the rows of hidden states: 16 bytes, in bf16 too.
+
+    Raises:
+        ValueError: the config has experts, and a hidden size that makes other rows.
+    """
+    if config["first_k_dense_replace"] < config["num_hidden_layers"] and config["hidden_size"] % 8:
+        raise ValueError(
+            f"hidden_size {config['hidden_size']}: transformers runs experts only where it is a multiple of 8; leave "
+            "out experts, or name another model"
+        )
+
+
 def cache_numbers(config: Mapping[str, Any]) -> int:
     """Returns W = C + R, the numbers that a token leaves in one layer's cache."""
     return config["kv_lora_rank"] + config["qk_rope_head_dim"]

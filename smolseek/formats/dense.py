@@ -225,7 +225,7 @@ def read_source(config: Mapping[str, Any]) -> DenseSource:
             "KV heads must divide the heads and head_dim must be even; fetch the file again"
         )
     return DenseSource(
-        model_type=kind,
+        model_type=str(kind),
         **{field.name: fields[field.name] for field in dataclasses.fields(DenseSource) if field.name in fields},
         rope=rope_parameters(config, family.rope_theta),
         rope_layers=_rope_layers(fields, family),

@@ -14,7 +14,6 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("model_index.json", "a diffusers pipeline; name a folder with a language model's config.json"),
     ("*.gguf", _GGUF),
     ("*.onnx", "ONNX is a format to run models, not to convert them; name the checkpoint that it was made from"),
-    ("onnx/*.onnx", "holds ONNX files and no weights for transformers; name the checkpoint that they were made from"),
 )
 """Files that give a folder away, and what it is."""
 

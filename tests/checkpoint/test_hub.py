@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smolseek.checkpoint.folder
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.hub import load, load_stock, load_tokenizer, save
+from smolseek.checkpoint.hub import check_stock, load, load_for_evaluation, load_stock, load_tokenizer, save
 from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from tests.factories import random_ids, tiny_llama, tiny_v3_pair
@@ -113,15 +113,17 @@ def test_a_missing_tensor_is_named(folder):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no tensor model\.norm\.weight"):
-        load(folder)
+    for read in (load, load_stock):
+        with pytest.raises(ValueError, match=r"no tensor model\.norm\.weight"):
+            read(folder)
 
 
 def test_weights_that_do_not_fit_the_config_are_named(folder):
     config = read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 60}))
-    with pytest.raises(ValueError, match=r"gate_proj\.weight: shape \(56, 40\) where config\.json asks for \(60, 40\)"):
-        load(folder)
+    for read in (load, load_stock):
+        with pytest.raises(ValueError, match=r"mlp\.\w+\.weight: shape .*56.* where config\.json asks for .*60"):
+            read(folder)
 
 
 def test_pickle_alone_is_refused(folder):
@@ -185,3 +187,179 @@ def test_hub_ids_go_through_the_hub_library(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=r"someone/model: .*connection"):
         resolve_folder("someone/model")
+
+
+def edit(folder, **changes):
+    (folder / "config.json").write_text(json.dumps(read_config(folder) | changes))
+
+
+@pytest.fixture
+def dense_folder(tmp_path):
+    return save(StockModel(tiny_llama()), tmp_path / "dense")
+
+
+def add_head(folder, factor):
+    """Adds a head to a folder: its embeddings times a factor; returns it."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return tensors["lm_head.weight"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+@pytest.mark.parametrize("kind", ["V3", "dense"])
+def test_a_head_beside_tied_embeddings_counts_where_it_differs(kind, factor, tmp_path):
+    """transformers unties the two then; so do we, and what is saved keeps the head."""
+    model = tiny_v3_pair(tie_word_embeddings=True)[0] if kind == "V3" else StockModel(tiny_llama())
+    folder = save(model, tmp_path / "model")
+    head, ids = add_head(folder, factor), random_ids(2, 20)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(stock.lm_head.weight, head)
+    mine = load(folder)
+    torch.testing.assert_close(mine(ids), stock(ids).logits, rtol=0, atol=1e-5)
+    assert mine.config.tie_word_embeddings is (factor == 1.0)
+    again = save(mine, tmp_path / "again")
+    assert ("lm_head.weight" in TensorFolder(again).names()) is (factor != 1.0)
+    torch.testing.assert_close(load(again)(ids), mine(ids))
+
+
+def test_a_head_in_another_dtype_with_the_same_numbers_is_tied(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert not TensorFolder(folder).has_own_head()
+
+
+@pytest.mark.parametrize("read", [load, load_stock])
+def test_a_missing_head_is_not_drawn(read, tmp_path):
+    for model in (tiny_v3_pair(tie_word_embeddings=True)[0], StockModel(tiny_llama())):
+        folder = save(model, tmp_path / "model", force=True)
+        edit(folder, tie_word_embeddings=False)
+        with pytest.raises(ValueError, match=r"no tensor lm_head\.weight"):
+            read(folder)
+
+
+def test_a_head_of_another_size_is_named(tmp_path):
+    folder = save(tiny_v3_pair(tie_word_embeddings=True)[0], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(3, 40)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head\.weight: shape \(3, 40\)"):
+        load(folder)
+
+
+BROKEN_FIELDS = [
+    {"eos_token_id": "2"},
+    {"max_position_embeddings": 64.0},
+    {"max_position_embeddings": None},
+    {"pad_token_id": 10**6},
+    {"dtype": "auto"},
+    {"dtype": ["a"]},
+    {"vocab_size": -1},
+    {"hidden_size": None},
+    {"hidden_size": 10**30},
+    {"num_attention_heads": 0},
+    {"rms_norm_eps": "small"},
+    {"hidden_act": "nothing"},
+    {"tie_word_embeddings": "true"},
+    {"rope_parameters": [1]},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}},
+    {"rope_parameters": {"rope_type": "invented", "rope_theta": 100.0}},
+    {"quantization_config": 7},
+    {"model_type": None},
+    {"model_type": ["llama"]},
+    {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "invented"},
+]
+
+
+@pytest.mark.parametrize("fields", BROKEN_FIELDS)
+def test_configs_that_transformers_refuses_are_refused_in_one_line(fields, folder, dense_folder):
+    for broken in (folder, dense_folder):
+        edit(broken, **fields)
+        for read in (load, load_for_evaluation, load_stock, *([check_stock] if broken == dense_folder else [])):
+            with pytest.raises(ValueError) as refusal:
+                read(broken)
+            said = str(refusal.value)
+            assert "\n" not in said and len(said) < 500, said
+
+
+def test_sizes_are_compared_with_the_weights_before_memory_is_taken(folder, dense_folder):
+    for huge in (folder, dense_folder):
+        edit(huge, vocab_size=2**31 - 1)
+        for read in (load, load_stock):
+            with pytest.raises(ValueError, match=r"where config\.json asks for"):
+                read(huge)
+
+
+def test_too_little_memory_is_no_fault_of_the_folder(dense_folder, monkeypatch):
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_stock(dense_folder)
+
+
+def test_quantised_v3_weights_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: dtype F8_E4M3 is quantised"):
+        load(folder)
+
+
+def vocabulary(folder):
+    """Writes a tokenizer in its older form and removes tokenizer.json."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges))
+    (folder / "tokenizer.json").unlink()
+
+
+def test_vocabulary_and_merges_are_a_tokenizer(folder):
+    vocabulary(folder)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    assert len(load_tokenizer(folder)) == len(tiny_tokenizer())
+
+
+BROKEN_TOKENIZERS = {
+    "cut": ("tokenizer.json", lambda text: text[: len(text) // 2]),
+    "swapped": ("tokenizer.json", lambda _: json.dumps({"model_type": "llama"})),
+    "list": ("tokenizer.json", lambda _: "[1]"),
+    "empty": ("tokenizer.json", lambda _: ""),
+    "no text": ("tokenizer.json", lambda _: "\xff\xfe"),
+    "config cut": ("tokenizer_config.json", lambda _: "{"),
+    "config list": ("tokenizer_config.json", lambda _: "[]"),
+    "class": ("tokenizer_config.json", lambda _: '{"tokenizer_class": 7}'),
+    "token": ("tokenizer_config.json", lambda _: '{"bos_token": 7}'),
+    "code": ("tokenizer_config.json", lambda _: '{"auto_map": {"AutoTokenizer": ["code.Own", null]}}'),
+    "special": ("special_tokens_map.json", lambda _: "[]"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TOKENIZERS)
+def test_a_broken_tokenizer_is_refused_in_one_line(case, folder):
+    name, change = BROKEN_TOKENIZERS[case]
+    path = folder / name
+    path.write_bytes(change(path.read_text() if path.is_file() else "").encode("latin-1"))
+    with pytest.raises(ValueError, match="transformers does not load its tokenizer") as refusal:
+        load_tokenizer(folder)
+    assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_sentencepiece_is_asked_for_where_it_is_missing(folder, monkeypatch):
+    import importlib.util
+
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install sentencepiece protobuf"):
+        load_tokenizer(folder)
+
+
+def test_a_folder_without_weights_says_what_it_has(dense_folder):
+    (dense_folder / "model.safetensors").rename(dense_folder / "adapter_model.safetensors")
+    (dense_folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"LoRA .* merge_and_unload"):
+        load(dense_folder)

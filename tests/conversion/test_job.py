@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smolseek.checkpoint.source import read_config
 from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
-from tests.conversion.folders import edit
+from tests.conversion.folders import edit, stock, write_source
 
 
 def poke(folder, name, value):
@@ -21,6 +22,12 @@ def poke(folder, name, value):
     else:
         tensors[name].view(-1)[3] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_lora(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -43,6 +50,22 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "pickle only": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickle"),
     "half a file": (lambda f: (f / "model.safetensors").write_bytes(b"12345678abc"), "model.safetensors"),
+    "quantised head": (
+        lambda f: poke(f, "lm_head.weight", torch.ones(300, 32, dtype=torch.int8)),
+        "lm_head.weight: dtype I8 is quantised",
+    ),
+    "no head": (lambda f: edit(f, tie_word_embeddings=False), "lm_head.weight: .*tie_word_embeddings to true"),
+    "dtype": (lambda f: edit(f, dtype="auto"), "dtype 'auto'"),
+    "a field that only transformers knows": (
+        lambda f: edit(f, use_cache="yes"),
+        "does not take its config.json.*use_cache",
+    ),
+    "a model that cannot be built": (
+        lambda f: edit(f, model_type="qwen2", head_dim=None),
+        "builds no model from its config.json",
+    ),
+    "V3": (lambda f: edit(f, model_type="deepseek_v3"), "is DeepSeek-V3 already.*smolseek train"),
+    "LoRA": (make_lora, "merge_and_unload"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
 }
 
@@ -88,3 +111,31 @@ def test_an_existing_folder_is_kept_unless_forced(source, tmp_path):
     assert (tmp_path / "out" / "mine.txt").exists()
     convert(source, tmp_path / "out", settings=ConvertSettings(exact=True), force=True)
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_beside_tied_embeddings_counts_where_it_differs(differs, source, tmp_path):
+    """transformers unties the two then, whatever config.json says; equal ones stay tied."""
+    folder = shutil.copytree(source, tmp_path / "source")
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"] * (1.5 if differs else 1.0)
+    poke(folder, "lm_head.weight", head)
+    out = convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True))
+    assert read_config(out)["tie_word_embeddings"] is not differs
+    model, dense = stock(out), stock(folder)
+    torch.testing.assert_close(model.lm_head.weight, dense.lm_head.weight)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not differs
+    ids = torch.tensor([[1, 5, 9]])
+    torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_head_of_its_own_is_kept_by_the_fitted_form(source, quick, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"] * 1.5
+    poke(folder, "lm_head.weight", head)
+    out = convert(folder, tmp_path / "out", settings=quick(calibration_windows=2, distill_steps=0))
+    torch.testing.assert_close(stock(out).lm_head.weight, head)
+
+
+def test_experts_need_a_hidden_size_that_transformers_runs(quick, tmp_path):
+    folder = write_source(tmp_path / "source", hidden_size=36, head_dim=8)
+    refused(folder, tmp_path, quick(experts="upcycle"), "hidden_size 36: transformers runs experts only")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 
 import smolseek
 from smolseek.checkpoint.hub import save
-from smolseek.config import ConvertSettings
+from smolseek.config import ConvertSettings, DataSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
 from tests.conversion.folders import edit, logits, stock, write_source
@@ -202,14 +202,8 @@ def test_stories260k_keeps_its_sense_at_half_its_cache(tmp_path):
     source, text = DATA / "stories260K", str(DATA / "text" / "tinystories-train.txt")
     settings = ConvertSettings(24, 8, (text,), calibration_windows=24, experts="upcycle", refine_steps=0)
     out = convert(source, tmp_path / "out", settings=settings)
-    ids = calibration_windows(
-        AutoTokenizer.from_pretrained(source),
-        [str(DATA / "text" / "tinystories-valid.txt")],
-        windows=12,
-        window_tokens=512,
-        separator="<|endoftext|>",
-        seed=0,
-    )
+    data = DataSettings(train=(str(DATA / "text" / "tinystories-valid.txt"),), held_out_share=0.0)
+    ids, _ = calibration_windows(AutoTokenizer.from_pretrained(source), data, windows=12, window_tokens=512, seed=0)
     with torch.no_grad():
         dense, converted = (float(stock(folder)(ids, labels=ids).loss.exp()) for folder in (source, out))
     assert dense < 4.5

@@ -33,7 +33,8 @@ def test_given_sizes_and_theta_are_kept() -> None:
 
 def test_smollm3_s_exact_form_has_room_for_unrotated_keys() -> None:
     config = target_config(
-        read_source(TINY | {"model_type": "smollm3", "no_rope_layers": [1, 0]}), ConvertSettings(exact=True)
+        read_source(TINY | {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": None}),
+        ConvertSettings(exact=True),
     )
     sizes = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
     assert [config[name] for name in sizes] == [65, 32, 16, 16, None]
