@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from smolseek.cli import main
@@ -71,3 +73,28 @@ def test_no_torch_is_needed(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("run.json", {"recipe": [1]}),
+        ("run.json", {"versions": {"torch": 3}}),
+        ("summary.json", {"trained_tokens": "many"}),
+        ("converted/conversion.json", {"layers": [{"latent_error_weighted": "w"}]}),
+        ("metrics.jsonl", {"step": 9, "loss": "low"}),
+        ("metrics.jsonl", {"step": 9, "sample": "text"}),
+        ("metrics.jsonl", {"step": 9, "sample": {"prompt": "\ud800", "text": ""}}),
+    ],
+)
+def test_a_file_of_other_values_is_one_line_that_names_the_run(file, change, tmp_path, capsys):
+    good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
+    if file == "metrics.jsonl":
+        with (bad / file).open("a") as lines:
+            lines.write(json.dumps(change) + "\n")
+    else:
+        (bad / file).write_text(json.dumps(json.loads((bad / file).read_text()) | change))
+    assert main(["report", str(good), str(bad), "-o", str(tmp_path / "report.html")]) == 2
+    error = capsys.readouterr().err
+    assert "bad" in error and "good" not in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
