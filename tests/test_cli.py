@@ -187,7 +187,7 @@ def test_perplexity_is_stock_transformers(source, text, capsys):
 
 def test_tokens_that_the_model_lacks_are_one_line(source, text, capsys):
     tokenizer = kind_of_tokenizer("has")
-    tokenizer.add_tokens([*(f"<{number}>" for number in range(ENTRIES)), "Anna"])
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(ENTRIES)), "sees a"])
     tokenizer.save_pretrained(source)
     assert main(["eval", str(source), "--text", text]) == 2
     error = capsys.readouterr().err
