@@ -213,7 +213,9 @@ def _approximations(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _losses(losses: Mapping[str, float]) -> str:
-    rows = [f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(loss):.3f} |" for name, loss in losses.items()]
+    rows = [
+        f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(min(loss, 700.0)):.3f} |" for name, loss in losses.items()
+    ]
     return "\n".join(["| | loss | perplexity |", "|---|---|---|", *rows])
 
 

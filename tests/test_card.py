@@ -85,3 +85,8 @@ def test_the_project_is_apache_licensed():
     assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_a_loss_without_bounds_has_a_card():
+    card = Card("small", V3, {}, CONVERSION | {"losses": {"dense": 1.5, "closed_form": 1e9}}).render()
+    assert "| closed form | 1000000000.0000 |" in card
