@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from smolseek.checkpoint.atomic import refuse_existing
-from smolseek.checkpoint.folder import TensorFolder
+from smolseek.checkpoint.atomic import refuse_existing, refuse_inputs
+from smolseek.checkpoint.folder import TensorFolder, foreign_files
 from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import pinned, read_config, resolve_folder
 from smolseek.config import ConvertSettings, DataSettings, check_fields
