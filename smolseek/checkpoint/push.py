@@ -29,13 +29,14 @@ def check_complete(folder: Path) -> None:
 
 
 def files_to_push(folder: Path) -> list[Path]:
-    """Returns the files of a complete checkpoint folder, without hidden files and subfolders.
+    """Returns the files of a complete checkpoint folder, without hidden files and subfolders but chat templates.
 
     Raises:
         ValueError: as `check_complete` does.
     """
     check_complete(folder)
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = (*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja"))
+    return sorted(path for path in files if path.is_file() and not path.name.startswith("."))
 
 
 def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
@@ -62,7 +63,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
         if not public and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
             raise ValueError(f"push {repo_id}: is there and public; pass --public to add to it, or name another")
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
-        operations = [CommitOperationAdd(path.name, _content(path, folder)) for path in files]
+        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path, folder)) for path in files]
         api.create_commit(repo_id, operations, commit_message="Upload by smolseek")
     except HfHubHTTPError as error:
         status = error.response.status_code

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolseek.data.encoding import check_vocabulary
 from smolseek.evaluation.quality import Model, OnWindow, check_counted, cut_windows, positions_per_chunk, window_size
 from smolseek.generation import evaluating
 
@@ -75,6 +76,7 @@ def measure_divergence(model: Model, teacher: Model, ids_T: Tensor, *, window_to
     """
     if not len(ids_T):
         raise ValueError("text of 0 tokens: at least 1 is needed to compare two models; name more text")
+    check_vocabulary(ids_T, model.config.vocab_size)
     size = _common_window_size(model, teacher, window_tokens)
     total_4 = torch.zeros(4, dtype=torch.float64)
     with evaluating(model), evaluating(teacher), torch.inference_mode():
@@ -111,6 +113,7 @@ def compare(
     size = _common_window_size(model, teacher, window_tokens)
     windows = []
     for index, (name, ids_T) in enumerate(texts.items()):
+        check_vocabulary(ids_T, model.config.vocab_size)
         counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts is None else counts[name]
         pairs = zip(cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride), strict=True)
         text_windows = [(index, window, counted.predicted_N) for window, counted in pairs]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolseek.data.encoding import check_vocabulary
 from smolseek.evaluation.paired import Estimate, estimate
 from smolseek.evaluation.quality import Model
 from smolseek.generation import evaluating
@@ -142,6 +143,7 @@ def _trial_sequences(
 def _score_trial(model: Model, ids_2T: Tensor, span_t: Tensor) -> list[float]:
     """Returns the mean log-probability of the span's tokens in each sequence, then the share the model finds likeliest
     in each."""
+    check_vocabulary(ids_2T, model.config.vocab_size)
     device = next(model.parameters()).device
     hidden_2tD = model.hidden_states(ids_2T.to(device))[:, -len(span_t) : -1]
     scores_2tV = model.lm_head(hidden_2tD).float().log_softmax(-1)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolseek.data.encoding import check_vocabulary
 from smolseek.generation import evaluating
 from smolseek.model import DeepseekV3, StockModel
 
@@ -128,8 +129,10 @@ def measure_quality(
         counts_T: True for the tokens that count in the loss; None: all tokens count.
 
     Raises:
-        ValueError: no predicted token counts, the loss is not finite, or as `window_size` and `cut_windows` do.
+        ValueError: no predicted token counts, a token is not the model's, the loss is not finite, or as `window_size`
+            and `cut_windows` do.
     """
+    check_vocabulary(ids_T, model.config.vocab_size)
     counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts_T is None else counts_T
     size = window_size([model], window_tokens)
     windows, counted = cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride)

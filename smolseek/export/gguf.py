@@ -73,6 +73,8 @@ def export_gguf(
     source, out = resolve_folder(folder), Path(out)
     _check_out(out, source, force)
     config, tensors = read_config(source), TensorFolder(source)
+    if config.get("tie_word_embeddings") and tensors.has_own_head():
+        config["tie_word_embeddings"] = False  # as transformers loads it
     findings = check(config, tensors.headers)["llama.cpp"]
     if any(finding.refuses for finding in findings):
         raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")

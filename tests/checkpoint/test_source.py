@@ -139,7 +139,6 @@ def test_every_kind_of_tokenizer_is_found(names, tmp_path):
     assert set(names) <= set(TOKENIZER_FILES)
 
 
-
 def _write(folder, config, generation):
     for name, named in (("config.json", config), ("generation_config.json", generation)):
         if named is not None:

@@ -103,14 +103,57 @@ def refused(source, tmp_path, settings, message):
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
-def test_an_existing_folder_is_kept_unless_forced(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="--force"):
-        convert(source, tmp_path / "out", settings=ConvertSettings(exact=True))
-    assert (tmp_path / "out" / "mine.txt").exists()
-    convert(source, tmp_path / "out", settings=ConvertSettings(exact=True), force=True)
-    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "mine.txt").exists()
+def test_force_replaces_what_convert_wrote_and_nothing_else(source, tmp_path):
+    out, exact = tmp_path / "out", ConvertSettings(exact=True)
+    convert(source, out, settings=exact)
+    with pytest.raises(ValueError, match="exists already; pass --force"):
+        convert(source, out, settings=exact)
+    (out / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"--force would remove mine\.txt, which convert did not write"):
+        convert(source, out, settings=exact, force=True)
+    (out / "mine.txt").unlink()
+    convert(source, out, settings=exact, force=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_text("precious")
+    with pytest.raises(ValueError, match="--force replaces only"):
+        convert(source, tmp_path / "photos", settings=exact, force=True)
+    assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+@pytest.mark.parametrize("out", ["m", "m/..", "text.txt", "texts"])
+def test_force_removes_nothing_that_is_read(out, source, quick, text, tmp_path, monkeypatch):
+    """The source itself, a folder that holds it, the calibration text, a folder that holds that."""
+    shutil.copytree(source, tmp_path / "models" / "m")
+    (tmp_path / "models" / "texts").mkdir()
+    for copy in ("text.txt", "texts/a.txt"):
+        shutil.copyfile(text, tmp_path / "models" / copy)
+    monkeypatch.chdir(tmp_path / "models")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    settings = quick(calibration=("text.txt", "texts/*.txt"))
+    with pytest.raises(ValueError, match="which is read here and would be removed; name another"):
+        convert("m", out, settings=settings, force=True)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"experts": None}, "experts: None is not one of none, upcycle, carve"),
+        ({"experts": "moe"}, "experts: 'moe' is not one of"),
+        ({"profile": "vLLM"}, "profile: 'vLLM' is not one of portable, vllm, transformers"),
+        ({"refine_steps": "many"}, "refine_steps: 'many' is not of type int"),
+        ({"refine_steps": "3"}, "refine_steps: '3' is not of the type"),
+        ({"cache": float("nan")}, "cache: nan is not"),
+        ({"exact": 1}, "exact: 1 is not of type bool"),
+        ({"calibration_windows": 0}, "calibration_windows 0: must be 1 or more"),
+        ({"calibration_window_tokens": 1}, "calibration_window_tokens 1: must be 2 or more"),
+        ({"calibration_weights": (1.0, 2.0)}, "calibration_weights .*: 2 for 1 sources of calibration"),
+    ],
+)
+def test_choices_and_types_are_checked_in_python_too(fields, words, source, quick, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        convert(source, tmp_path / "out", settings=quick(), **fields)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("differs", [False, True])
