@@ -27,9 +27,14 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
     if png:
         check_matplotlib()
     runs, conversions = read_folders(folders)
-    for run in runs:  # each alone, so that a message names the folder
-        _draw([run], [run.conversion] if run.conversion else [])
-    page, drawn = _draw(runs, conversions)
+    try:
+        page, drawn = _draw(runs, conversions)
+    except ValueError:
+        for run in runs:  # each alone, so that the message names the folder
+            _draw([run], [])
+        for conversion in conversions:
+            _draw([], [conversion])
+        raise
     charts = {
         out.with_name(f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}.png"): chart
         for heading, group in drawn.items()

@@ -23,11 +23,14 @@ def test_a_page_and_its_pictures(tmp_path, capsys):
 
 def test_files_are_kept_unless_forced(tmp_path, capsys):
     command = ["report", str(write_run(tmp_path / "first")), "-o", str(tmp_path / "report.html")]
-    (tmp_path / "report.html").write_text("precious")
-    assert main(command) == 2
-    assert "--force" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == "precious"
+    for forced in ([], ["--force"]):
+        (tmp_path / "report.html").write_text("precious")
+        assert main([*command, *forced]) == 2
+        error = capsys.readouterr().err
+        assert ("stays" if forced else "--force") in error and (tmp_path / "report.html").read_text() == "precious"
+    (tmp_path / "report.html").write_text("<!DOCTYPE html>")
     assert main([*command, "--force"]) == 0
-    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>\n<html")
 
 
 def test_a_picture_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
