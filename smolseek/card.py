@@ -55,7 +55,20 @@ class Card:
     training: Training | None = None
 
     def render(self) -> str:
-        """Returns the card as Markdown with its front matter."""
+        """Returns the card as Markdown with its front matter.
+
+        Raises:
+            ValueError: the conversion has other values than smolseek writes.
+        """
+        try:
+            return self._render()
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            if self.conversion is None:
+                raise
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"conversion.json: not as smolseek writes it ({what}); convert again") from error
+
+    def _render(self) -> str:
         sections = {
             "": self._origin(),
             "Cache": self._cache(),

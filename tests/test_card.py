@@ -1,6 +1,7 @@
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from smolseek.card import Card, Training
@@ -90,3 +91,9 @@ def test_the_project_is_apache_licensed():
 def test_a_loss_without_bounds_has_a_card():
     card = Card("small", V3, {}, CONVERSION | {"losses": {"dense": 1.5, "closed_form": 1e9}}).render()
     assert "| closed form | 1000000000.0000 |" in card
+
+
+def test_a_conversion_of_other_values_is_one_line():
+    for field in ("cache", "losses", "layers", "versions", "settings", "source"):
+        with pytest.raises(ValueError, match=r"^conversion\.json: not as smolseek writes it"):
+            Card("small", V3, {}, CONVERSION | {field: 3}).render()
