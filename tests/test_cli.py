@@ -240,6 +240,15 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_system_s_errors_name_the_file(monkeypatch, capsys):
+    def fail(_command):
+        raise IsADirectoryError(21, "Is a directory", "runs/tiny/logs.txt")
+
+    monkeypatch.setitem(VERBS, "plan", (VERBS["plan"][0], fail))
+    assert main(["plan", "builtin:base"]) == 2
+    assert capsys.readouterr().err == "smolseek: runs/tiny/logs.txt: is a directory; check the path\n"
+
+
 @pytest.mark.parametrize("verb", ["eval", "plan", "convert"])
 def test_a_device_that_is_not_there(verb, source, text, capsys, tmp_path):
     import torch

@@ -60,12 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        return _fail(str(error))
+        return _fail(_said(error))
     except StoppedBySignal as stopped:
         print(f"smolseek: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
     except KeyboardInterrupt:
         return 130
+
+
+def _said(error: ValueError | OSError) -> str:
+    """Returns an error's message; of the system's own errors the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}; check the path"
+    return str(error)
 
 
 def _fail(message: str) -> int:
