@@ -24,8 +24,12 @@ def test_files_are_kept_unless_forced(tmp_path, capsys):
     (tmp_path / "report.html").write_text("precious")
     assert main(command) == 2
     assert "--force" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == "precious"
+    assert main([*command, "--force"]) == 2  # --force replaces reports, and nothing else
+    assert "is no html file that smolseek wrote" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "precious"
+    (tmp_path / "report.html").write_text("<!doctype html>an older one")
     assert main([*command, "--force"]) == 0
-    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert "an older one" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_picture_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
