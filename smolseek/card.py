@@ -55,7 +55,20 @@ class Card:
     training: Training | None = None
 
     def render(self) -> str:
-        """Returns the card as Markdown with its front matter."""
+        """Returns the card as Markdown with its front matter.
+
+        Raises:
+            ValueError: the conversion has other values than smolseek writes.
+        """
+        try:
+            return self._render()
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            if self.conversion is None:
+                raise
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            raise ValueError(f"conversion.json: not as smolseek writes it ({what}); convert again") from error
+
+    def _render(self) -> str:
         sections = {
             "": self._origin(),
             "Cache": self._cache(),
@@ -213,7 +226,9 @@ def _approximations(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _losses(losses: Mapping[str, float]) -> str:
-    rows = [f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(loss):.3f} |" for name, loss in losses.items()]
+    rows = [
+        f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(min(loss, 700.0)):.3f} |" for name, loss in losses.items()
+    ]
     return "\n".join(["| | loss | perplexity |", "|---|---|---|", *rows])
 
 

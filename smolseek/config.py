@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from smolseek.formats.fields import shown
 from smolseek.formats.text import read_text
 
 SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
+_MOST_ENTRIES = 100_000  # of a recipe
 
 
 @dataclass(frozen=True)
@@ -284,12 +287,24 @@ def load_recipe(path: str | Path) -> Recipe:
     text = read_text(path)
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]}); correct it") from error
+    _check_size(tree, path)
     if tree is not None and not isinstance(tree, dict):
-        raise ValueError(f"recipe {path}: {tree!r} is not a mapping of settings")
+        raise ValueError(f"recipe {path}: {shown(tree)} is not a mapping of settings")
     recipe = _build(Recipe, {} if tree is None else tree, "recipe key ")
     return recipe if "name" in (tree or {}) else dataclasses.replace(recipe, name=path.stem)
+
+
+def _check_size(tree: Any, path: Path) -> None:
+    """Raises ValueError if a tree has too many entries: YAML's aliases can make any number of them from a few lines."""
+    count, nodes = 0, [tree]
+    while nodes:
+        node = nodes.pop()
+        nodes += [*node.values()] if isinstance(node, dict) else node if isinstance(node, list) else []
+        count += 1
+        if count > _MOST_ENTRIES:
+            raise ValueError(f"recipe {path}: more than {_MOST_ENTRIES:,} entries with what its aliases repeat; cut it")
 
 
 def check_fields(settings: Any) -> None:
@@ -305,14 +320,14 @@ def check_fields(settings: Any) -> None:
 def _build(kind: Any, tree: Any, where: str) -> Any:
     """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{where.removesuffix('.')}: {tree!r} is not a mapping of settings")
+        raise ValueError(f"{where.removesuffix('.')}: {shown(tree)} is not a mapping of settings")
     hints = get_type_hints(kind)
     values = {}
     for key, value in tree.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0)[0]
             parent = where.removeprefix("recipe key ")
-            raise ValueError(f"{where}{key}: unknown; did you mean {parent}{near}?")
+            raise ValueError(f"{where}{str(key)[:80]}: unknown; did you mean {parent}{near}?")
         values[key] = _coerce(hints[key], value, f"{where}{key}")
     return kind(**values)
 
@@ -328,14 +343,14 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return value if isinstance(value, kind) else _build(kind, value, f"{where}.")  # type: ignore[arg-type]
     if origin is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
+            raise ValueError(f"{where}: {shown(value)} is not one of {', '.join(map(str, get_args(kind)))}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(get_args(kind)[0], item, where) for item in items)
     if origin is dict or kind is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {value!r} is not a mapping")
+            raise ValueError(f"{where}: {shown(value)} is not a mapping")
         item_kind = get_args(kind)[1]
         return {
             key: _number(item) if item_kind is Any else _coerce(item_kind, item, f"{where}.{key}")
@@ -343,9 +358,9 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         }
     value = _number(value) if kind in (int, float) else value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 10**300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {value!r} is not of type {kind.__name__}")
+        raise ValueError(f"{where}: {shown(value)} is not of type {kind.__name__}")
     return value
 
 

@@ -272,6 +272,10 @@ def _decode(
 
 def _sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Returns the next token of each sequence, (B,); `seen_BV` marks the tokens that the penalty makes less likely."""
+    if not logits_BV.isfinite().all():
+        raise ValueError(
+            "the model gives NaN or infinity for a next token: its weights are broken; fetch the checkpoint again"
+        )
     if seen_BV is not None:
         logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:

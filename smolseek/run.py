@@ -138,6 +138,7 @@ def _train_and_compare(
     resumed = resume and trainer.resume()
     if resumed and processes.leads:
         write_about(folder, recipe, pins, processes.size)
+    _card(trainer)  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
     trained = "healed" if recipe.convert else "trained"
     folders = {trained: trainer.save_model("model", _card(trainer))}

@@ -1,6 +1,7 @@
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 from smolseek.card import Card, Training
@@ -113,3 +114,14 @@ def test_a_card_says_what_was_read_without_paths():
     assert f"source_commit: {'c' * 40}" in card and "2 tokens of b.txt" in card
     assert "/home/me" not in card
     assert front_matter(Card("small", V3, {}, None, Training(recipe, 1, 2)).render())["base_model"] == "owner/dense"
+
+
+def test_a_loss_without_bounds_has_a_card():
+    card = Card("small", V3, {}, CONVERSION | {"losses": {"dense": 1.5, "closed_form": 1e9}}).render()
+    assert "| closed form | 1000000000.0000 |" in card
+
+
+def test_a_conversion_of_other_values_is_one_line():
+    for field in ("cache", "losses", "layers", "versions", "settings", "source"):
+        with pytest.raises(ValueError, match=r"^conversion\.json: not as smolseek writes it"):
+            Card("small", V3, {}, CONVERSION | {field: 3}).render()

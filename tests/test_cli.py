@@ -10,7 +10,7 @@ from smolseek.checkpoint.hub import save
 from smolseek.cli import VERBS, main
 from smolseek.model import StockModel
 from tests.factories import tiny_llama
-from tests.text import ENTRIES, tiny_tokenizer, write_stories
+from tests.text import ENTRIES, kind_of_tokenizer, tiny_tokenizer, write_stories
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,6 +183,15 @@ def test_perplexity_is_stock_transformers(source, text, capsys):
                 count += window.shape[1] - 1
     assert result["tokens"] == count
     assert result["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_tokens_that_the_model_lacks_are_one_line(source, text, capsys):
+    tokenizer = kind_of_tokenizer("has")
+    tokenizer.add_tokens([*(f"<{number}>" for number in range(ENTRIES)), "sees a"])
+    tokenizer.save_pretrained(source)
+    assert main(["eval", str(source), "--text", text]) == 2
+    error = capsys.readouterr().err
+    assert "vocabulary entries" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("recipe", [[], [str(ROOT / "recipes" / "heal.yaml")]])

@@ -41,6 +41,10 @@ def test_one_source_may_be_written_without_a_list(tmp_path):
     assert recipe_of(tmp_path, "data: {train: a.txt}").data.train == ("a.txt",)
 
 
+LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
+"""A list of lists of lists ... by aliases: 9 ** 11 texts."""
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -54,13 +58,19 @@ def test_one_source_may_be_written_without_a_list(tmp_path):
         ("train: [1]", ["train", "mapping"]),
         ("- a", ["mapping"]),
         ("a: [", ["not YAML"]),
+        ("{a: " * 3000, ["mine.yaml: not YAML"]),
+        ("name: 2020-13-45", ["mine.yaml: not YAML", "month"]),
+        (f"name: [{'x' * 5000}]", ["name", "xxx...", "str"]),
+        (f"train: {{learning_rate: {10**400}, x: 1}}", ["train.x"]),
+        (LAUGHS, ["mine.yaml: more than 100,000 entries"]),
+        ("model: &m {a: *m}", ["mine.yaml: more than 100,000 entries"]),
     ],
 )
 def test_mistakes_are_named_in_one_line(tmp_path, text, words):
     with pytest.raises(ValueError) as raised:
         recipe_of(tmp_path, text)
     message = str(raised.value)
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 500
     for word in words:
         assert word in message
 

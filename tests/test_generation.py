@@ -174,3 +174,11 @@ def test_repetition_rate_is_the_share_of_n_grams_seen_before() -> None:
     assert repetition_rate([7] * 11) == pytest.approx(7 / 8)
     assert repetition_rate([1, 2, 1, 2, 3], n=2) == pytest.approx(1 / 4)
     assert repetition_rate([1, 2, 3]) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_weights_that_give_no_numbers_are_refused(temperature: float) -> None:
+    model = tiny_v3()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(ValueError, match="its weights are broken"):
+        generate(model, random_ids(1, 4), max_new_tokens=1, temperature=temperature)

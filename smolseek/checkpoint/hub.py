@@ -47,7 +47,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     path = resolve_folder(folder)
     check_tokenizer(path, folder)
     with _refusing(f"checkpoint {folder}: transformers does not load its tokenizer{_sentencepiece_remedy(path)}"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer("a")  # some fields are first read when a text is encoded
+        return tokenizer
 
 
 def _sentencepiece_remedy(folder: Path) -> str:

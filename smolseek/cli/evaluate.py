@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable
@@ -80,6 +81,7 @@ class Eval:
 def run_eval(command: Eval) -> None:
     quiet_libraries()
     from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
+    from smolseek.data.encoding import check_vocabulary
     from smolseek.evaluation.tasks import find_tasks
     from smolseek.numerics.precision import check_device
 
@@ -92,6 +94,8 @@ def run_eval(command: Eval) -> None:
     texts = _read_texts(command, tokenizer)
     folders = [command.folder, *_dense_folders(command)]
     models = [load_for_evaluation(f, dtype=torch_dtype(command.dtype), device=command.device) for f in folders]
+    for model, text in itertools.product(models, texts.values()):
+        check_vocabulary(text.ids_T, model.config.vocab_size)
     sections: list[Section] = []
     with progress_bars() as on_progress:
         if texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ import tyro
 
 from smolseek.cli.shared import Device, quiet_libraries, torch_dtype
 from smolseek.formats.text import read_text
+
+_NO_UTF8 = "{}: not UTF-8; convert it, for example with iconv -f LATIN1 -t UTF-8"
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ def _read_prompt(command: Generate) -> str:
         raise ValueError(f"--prompt-file {command.prompt_file}: --prompt is given too; give one of them")
     if command.prompt is not None:
         return _checked(command.prompt, "--prompt")
-    text = (
-        _checked(sys.stdin.read(), "standard input") if command.prompt_file is None else read_text(command.prompt_file)
-    )
+    text = _typed(sys.stdin.read) if command.prompt_file is None else read_text(command.prompt_file)
     return text.removesuffix("\n")  # editors and echo end a text with one that its author does not mean
 
 
@@ -104,8 +105,16 @@ def _checked(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: not UTF-8; convert it, for example with iconv -f LATIN1 -t UTF-8") from error
+        raise ValueError(_NO_UTF8.format(where)) from error
     return text
+
+
+def _typed(read: Callable[[], str]) -> str:
+    """Returns what `read` reads of standard input, which refuses or keeps what is no UTF-8 (ValueError for both)."""
+    try:
+        return _checked(read(), "standard input")
+    except UnicodeDecodeError as error:
+        raise ValueError(_NO_UTF8.format("standard input")) from error
 
 
 def run_chat(command: Chat) -> None:
@@ -139,7 +148,7 @@ def _conversation_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[in
 
 def _read_line() -> str:
     try:
-        return _checked(input("> ").strip(), "standard input")
+        return _typed(lambda: input("> ").strip())
     except EOFError:
         return ""
 

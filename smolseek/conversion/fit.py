@@ -132,7 +132,13 @@ def _fit_plan(job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], L
         weights = read_projections(job.tensors, job.source, index, device)
         gain_D = dense.model.layers[index].input_layernorm.weight.to(device).double()
         used = plan if job.source.rope_layers[index] else plan.emptied()
-        blocks.append(fit_block(job, weights, read().to(device), gain_D, used))
+        try:
+            blocks.append(fit_block(job, weights, read().to(device), gain_D, used))
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"checkpoint {job.name}: layer {index} has weights so large, small or alike that they cannot be "
+                "factorised; fetch the checkpoint again or name another"
+            ) from error
     layers, errors = zip(*blocks, strict=True)
     theta = plan.rope_theta(job.source.rope["rope_theta"], job.source.head_dim)
     return FittedAttention(list(layers), list(errors), theta, plan.folds)

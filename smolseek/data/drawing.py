@@ -69,8 +69,13 @@ def held_out_text(tokenizer: Any, data: DataSettings) -> Packed:
 
     The sources are those of `data.held_out`, in equal shares; where there are none, the held-out share of the documents
     of `data.train`.
+
+    Raises:
+        ValueError: no tokens are asked for, or a source does not exist.
     """
     specs, tokens = data.held_out or data.train, data.held_out_tokens
+    if tokens < 1:
+        raise ValueError(f"data.held_out_tokens {tokens}: must be at least 1; leave it out for 65,536")
     streams = []
     for number, source in enumerate(open_sources(specs, data).sources):
         keep = (lambda document: True) if data.held_out else partial(is_held_out, share=data.held_out_share)

@@ -8,9 +8,14 @@ from typing import Any
 
 from gguf import ExpertGatingFuncType, GGUFWriter, RopeScalingType
 
+from smolseek.formats.fields import SIZE, check_fields, number
 from smolseek.formats.rope import rope_parameters
 
 ARCHITECTURE = "deepseek2"
+_YARN = {"factor": number(1e-6, 1e30), "original_max_position_embeddings": SIZE} | dict.fromkeys(
+    ("attention_factor", "mscale", "mscale_all_dim"), number(0, 1e30).or_null()
+)
+"""What YaRN's parameters must be."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ def query_scales(config: dict[str, Any]) -> QueryScales:
     rope = rope_parameters(config)
     if rope["rope_type"] != "yarn":
         return QueryScales()
+    check_fields(rope, _YARN)
     given, factor = rope.get("mscale_all_dim") or 0.0, rope["factor"]
     key_mscale = given or 1.0
     unrotated = (_mscale(factor, given) / _mscale(factor, key_mscale)) ** 2
@@ -89,6 +95,7 @@ def _add_experts(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
 def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
     rope = rope_parameters(config)
+    scales = query_scales(config)  # which checks YaRN's parameters
     writer.add_rope_dimension_count(config["qk_rope_head_dim"])
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] != "yarn":
@@ -96,7 +103,7 @@ def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_log_mul(0.1 * query_scales(config).mscale)  # deepseek2 stores a tenth of the mscale
+    writer.add_rope_scaling_yarn_log_mul(0.1 * scales.mscale)  # deepseek2 stores a tenth of the mscale
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -134,7 +134,7 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         ValueError: a size in the config is not a number.
     """
     config = with_defaults(config)
-    _check_sizes(config)
+    check_sizes(config)
     hidden, layers, vocabulary = (config[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
     tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for index in range(layers):
@@ -156,7 +156,13 @@ _RULES = {int: whole_number(0, LARGEST_SIZE), bool: FLAG, float: number(0, 1e30)
 _MOST_EXPERTS = 1_000_000  # of all layers together; their names are held in memory
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Checks the fields that sizes and strides come from; those that are left out have transformers' defaults.
+
+    Raises:
+        ValueError: a field is no number of its kind, or there are too many experts.
+    """
+    config = with_defaults(config)
     rules = {field: _RULES[type(default)] for field, default in DEFAULTS.items()}
     rules |= {field: rules[field].or_null() for field in ("q_lora_rank", "n_group", "topk_group")}
     check_fields(config, rules | {"num_hidden_layers": whole_number(0, MOST_LAYERS)})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smolseek.formats.deepseek_v3 import expected_tensors, group_problem, has_stock_router, with_defaults
+from smolseek.formats.deepseek_v3 import check_sizes, expected_tensors, group_problem, has_stock_router, with_defaults
 from smolseek.formats.headers import FLOATS, Header
 from smolseek.formats.rope import rope_parameters
 
@@ -409,10 +409,13 @@ def check(config: Config, headers: Headers | None = None) -> dict[str, list[Find
     A runtime loads the folder if no finding refuses it. A config that is not DeepSeek-V3's gets one finding only.
 
     Raises:
-        ValueError: as `expected_tensors` does, when `headers` are given.
+        ValueError: as `check_sizes` does.
     """
     findings: dict[str, list[Finding]] = {runtime: [] for runtime in RUNTIMES}
-    for rule in RULES if config.get("model_type") == "deepseek_v3" else RULES[:1]:
+    is_v3 = config.get("model_type") == "deepseek_v3"
+    if is_v3:
+        check_sizes(config)
+    for rule in RULES if is_v3 else RULES[:1]:
         finding = rule.found(config, headers)
         if finding is not None:
             for runtime in rule.runtimes:

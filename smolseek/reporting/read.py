@@ -169,7 +169,7 @@ def _conversion(folder: Path, name: str) -> Conversion:
             dict(tree["settings"]),
             dict(tree["versions"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not as smolseek writes it ({error}); convert again") from error
 
 

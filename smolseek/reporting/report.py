@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from smolseek.checkpoint.atomic import atomic_file, refuse_existing, refuse_other_file
+from smolseek.reporting.charts import Chart
 from smolseek.reporting.page import render, sections
 from smolseek.reporting.png import check_matplotlib, draw_png
-from smolseek.reporting.read import read_folders
+from smolseek.reporting.read import Conversion, Run, read_folders
 
 
 def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force: bool = False) -> list[Path]:
@@ -26,9 +27,17 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
     if png:
         check_matplotlib()
     runs, conversions = read_folders(folders)
+    try:
+        page, drawn = _draw(runs, conversions)
+    except ValueError:
+        for run in runs:  # each alone, so that the message names the folder
+            _draw([run], [])
+        for conversion in conversions:
+            _draw([], [conversion])
+        raise
     charts = {
         out.with_name(f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}.png"): chart
-        for heading, group in sections(runs, conversions).items()
+        for heading, group in drawn.items()
         for chart in group
         if png
     }
@@ -36,10 +45,26 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
         refuse_existing(path, force)
         refuse_other_file(path, beginning)
     with ExitStack() as files:
-        files.enter_context(atomic_file(out, force=force)).write_text(render(runs, conversions), encoding="utf-8")
+        files.enter_context(atomic_file(out, force=force)).write_bytes(page)
         for path, chart in charts.items():
             draw_png(chart, files.enter_context(atomic_file(path, force=force)))
     return [out, *charts]
+
+
+def _draw(runs: Sequence[Run], conversions: Sequence[Conversion]) -> tuple[bytes, dict[str, list[Chart]]]:
+    """Returns the page and the charts by heading.
+
+    Raises:
+        ValueError: a file of the folders has other values than smolseek writes, which any part of the drawing may meet.
+    """
+    try:
+        return render(runs, conversions).encode(), sections(runs, conversions)
+    except Exception as error:
+        names = ", ".join(dict.fromkeys([*(run.name for run in runs), *(c.name for c in conversions)]))
+        raise ValueError(
+            f"report {names}: a file in it is not as smolseek writes it ({type(error).__name__}: {str(error)[:200]}); "
+            "repair or remove it"
+        ) from error
 
 
 def _slug(text: str) -> str:

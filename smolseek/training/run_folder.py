@@ -52,9 +52,8 @@ def _check_start(folder: Path, recipe: Recipe) -> None:
     begun = (folder / "converted").exists() or newest_state(folder / "checkpoints")
     if not (begun and (folder / RUN_FILE).is_file()):
         return
-    about = read_json(folder / RUN_FILE)
-    now = dataclasses.asdict(pin_recipe(recipe, about.get("pins", {})))
-    if changed := changed_start(about.get("recipe", {}), now):
+    begun_with, pins = _read_about(folder)
+    if changed := changed_start(begun_with, dataclasses.asdict(pin_recipe(recipe, pins))):
         raise ValueError(f"{folder}: begun with other settings ({changed}); use those, or start over with --force")
 
 
@@ -85,8 +84,19 @@ def new_pins(recipe: Recipe) -> dict[str, str]:
 
 def read_pins(folder: Path, recipe: Recipe) -> dict[str, str]:
     """Returns what `new_pins` did when the run began, from run.json; new ones if there is none."""
-    path = folder / RUN_FILE
-    return read_json(path).get("pins", {}) if path.is_file() else new_pins(recipe)
+    return _read_about(folder)[1] if (folder / RUN_FILE).is_file() else new_pins(recipe)
+
+
+def _read_about(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the recipe and the pins of run.json; raises ValueError if they are no mappings."""
+    about = read_json(folder / RUN_FILE)
+    recipe, pins = about.get("recipe", {}), about.get("pins", {})
+    if not (isinstance(recipe, dict) and isinstance(pins, dict) and all(isinstance(pin, str) for pin in pins.values())):
+        raise ValueError(
+            f"{folder / RUN_FILE}: its recipe or pins are not as smolseek writes them; restore the file, or start over "
+            "with --force"
+        )
+    return recipe, pins
 
 
 def pin_recipe(recipe: Recipe, pins: dict[str, str]) -> Recipe:

@@ -334,6 +334,7 @@ BROKEN_TOKENIZERS = {
     "class": ("tokenizer_config.json", lambda _: '{"tokenizer_class": 7}'),
     "token": ("tokenizer_config.json", lambda _: '{"bos_token": 7}'),
     "code": ("tokenizer_config.json", lambda _: '{"auto_map": {"AutoTokenizer": ["code.Own", null]}}'),
+    "length": ("tokenizer_config.json", lambda text: json.dumps(json.loads(text) | {"model_max_length": "x"})),
     "special": ("special_tokens_map.json", lambda _: "[]"),
 }
 

@@ -1,6 +1,7 @@
 """generate and chat: the tokens and the text of transformers, and one line for what cannot be."""
 
 import io
+import itertools
 import json
 
 import pytest
@@ -90,8 +91,9 @@ def test_prompts_that_are_no_text_are_refused(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "m", "adds")
     (tmp_path / "prompt.txt").write_bytes("café".encode("latin-1"))
     assert "prompt.txt" in refusal(capsys, "generate", folder, "--prompt-file", tmp_path / "prompt.txt")
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape"))
-    assert "standard input: not UTF-8" in refusal(capsys, "generate", folder)
+    for verb, errors in itertools.product(("generate", "chat"), ("surrogateescape", "strict")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors=errors))
+        assert "standard input: not UTF-8" in refusal(capsys, verb, folder)
 
 
 def test_tokens_beyond_the_model_are_one_line(tmp_path, capsys):

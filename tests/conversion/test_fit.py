@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import smolseek
 from smolseek.checkpoint.hub import save
@@ -15,7 +15,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.formats.runtimes import check, verdict
 from smolseek.model import StockModel
-from tests.conversion.folders import logits, stock
+from tests.conversion.folders import logits, stock, write_source
 from tests.factories import tiny_dense
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
@@ -236,3 +236,11 @@ def test_every_family_is_refined(family, folders, held_out, text, quick, tmp_pat
     model = stock(out)
     made = logits(set_eps(model, 1e-6), text)
     torch.testing.assert_close(logits(set_eps(model, 1e-4), text), made, rtol=0, atol=1e-3)
+
+
+def test_weights_that_cannot_be_factorised_are_one_line(tmp_path, quick):
+    folder = write_source(tmp_path / "huge")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.full_like(tensor, 3e38) for name, tensor in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"layer 0 has weights .* that they cannot be factorised"):
+        convert(folder, tmp_path / "out", settings=quick())

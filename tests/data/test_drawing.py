@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -103,3 +105,9 @@ def test_all_held_out_text_is_taken_where_there_is_less(settings):
 )
 def test_shares(wanted, weights, available, counts):
     assert allocate(wanted, weights, available) == counts
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_no_held_out_tokens_are_refused(settings, tokens):
+    with pytest.raises(ValueError, match=f"held_out_tokens {tokens}: must be at least 1"):
+        held_out_text(tiny_tokenizer(), dataclasses.replace(settings, held_out_tokens=tokens))

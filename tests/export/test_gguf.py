@@ -97,6 +97,12 @@ def test_yarn_scales(rope, unrotated, rotated, key_mscale):
     assert query_scales({"rope_theta": 5.0}) == type(scales)()
 
 
+@pytest.mark.parametrize(("field", "value"), [("factor", None), ("factor", "4"), ("mscale", [1.0])])
+def test_yarn_with_parameters_that_are_no_numbers(field, value):
+    with pytest.raises(ValueError, match=f"{field} .*: must be a number"):
+        query_scales({"rope_parameters": YARN | {field: value}})
+
+
 def test_types_and_fallbacks(tmp_path):
     tiny_folder(tmp_path / "m", hidden_size=64, kv_lora_rank=32)
     for kind in ("f32", "f16", "bf16", "q8_0"):

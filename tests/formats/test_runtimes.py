@@ -184,3 +184,9 @@ def test_every_rule_is_tried_above_and_has_its_source() -> None:
     tried = [(config, None) for config, _ in CASES] + [(EVERYWHERE, headers) for headers, *_ in TENSOR_CASES]
     assert [rule.finding for rule in RULES if not any(rule.found(*folder) for folder in tried)] == []
     assert all(rule.finding.source and rule.finding.remedy and set(rule.runtimes) <= set(RUNTIMES) for rule in RULES)
+
+
+@pytest.mark.parametrize("field", ["first_k_dense_replace", "n_group", "num_hidden_layers", "tie_word_embeddings"])
+def test_a_field_that_is_no_number_is_named(field: str) -> None:
+    with pytest.raises(ValueError, match=rf"{field} \[1\]: must be"):
+        check(EVERYWHERE | {field: [1]})

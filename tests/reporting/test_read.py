@@ -51,6 +51,14 @@ def test_a_broken_conversion_is_named(tmp_path, text):
         read_folders([tmp_path])
 
 
+@pytest.mark.parametrize("change", [{"source": 3}, {"cache": {"numbers_per_token": 1, "source_numbers_per_token": 0}}])
+def test_a_conversion_of_other_values_is_named(tmp_path, change):
+    path = write_conversion(tmp_path / "c") / "conversion.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"conversion\.json: not as smolseek writes it"):
+        read_folders([path.parent])
+
+
 def test_a_folder_of_something_else(tmp_path):
     with pytest.raises(ValueError, match="neither a run"):
         read_folders([tmp_path])

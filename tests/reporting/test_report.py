@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from smolseek.cli import main
@@ -21,15 +23,14 @@ def test_a_page_and_its_pictures(tmp_path, capsys):
 
 def test_files_are_kept_unless_forced(tmp_path, capsys):
     command = ["report", str(write_run(tmp_path / "first")), "-o", str(tmp_path / "report.html")]
-    (tmp_path / "report.html").write_text("precious")
-    assert main(command) == 2
-    assert "--force" in capsys.readouterr().err and (tmp_path / "report.html").read_text() == "precious"
-    assert main([*command, "--force"]) == 2  # --force replaces reports, and nothing else
-    assert "is no html file that smolseek wrote" in capsys.readouterr().err
-    assert (tmp_path / "report.html").read_text() == "precious"
-    (tmp_path / "report.html").write_text("<!doctype html>an older one")
+    for forced in ([], ["--force"]):
+        (tmp_path / "report.html").write_text("precious")
+        assert main([*command, *forced]) == 2
+        error = capsys.readouterr().err
+        assert ("stays" if forced else "--force") in error and (tmp_path / "report.html").read_text() == "precious"
+    (tmp_path / "report.html").write_text("<!DOCTYPE html>")
     assert main([*command, "--force"]) == 0
-    assert "an older one" not in (tmp_path / "report.html").read_text()
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>\n<html")
 
 
 def test_a_picture_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
@@ -75,3 +76,28 @@ def test_no_torch_is_needed(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("run.json", {"recipe": [1]}),
+        ("run.json", {"versions": {"torch": 3}}),
+        ("summary.json", {"trained_tokens": "many"}),
+        ("converted/conversion.json", {"layers": [{"latent_error_weighted": "w"}]}),
+        ("metrics.jsonl", {"step": 9, "loss": "low"}),
+        ("metrics.jsonl", {"step": 9, "sample": "text"}),
+        ("metrics.jsonl", {"step": 9, "sample": {"prompt": "\ud800", "text": ""}}),
+    ],
+)
+def test_a_file_of_other_values_is_one_line_that_names_the_run(file, change, tmp_path, capsys):
+    good, bad = (write_run(tmp_path / name) for name in ("good", "bad"))
+    if file == "metrics.jsonl":
+        with (bad / file).open("a") as lines:
+            lines.write(json.dumps(change) + "\n")
+    else:
+        (bad / file).write_text(json.dumps(json.loads((bad / file).read_text()) | change))
+    assert main(["report", str(good), str(bad), "-o", str(tmp_path / "report.html")]) == 2
+    error = capsys.readouterr().err
+    assert "bad" in error and "good" not in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()

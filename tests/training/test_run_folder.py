@@ -131,3 +131,14 @@ def test_a_resumed_run_starts_from_what_it_started_from(changes, words, tmp_path
     del about["recipe"]["convert"]["calibration_weights"]  # written before the field existed
     (tmp_path / "run.json").write_text(json.dumps(about))
     check_folder(tmp_path, recipe, resume=True, force=False)
+
+
+@pytest.mark.parametrize("change", [{"pins": 3}, {"pins": {"a": None}}, {"recipe": [1]}])
+def test_a_run_file_of_other_values_is_one_line(change, tmp_path):
+    recipe = Recipe(source="m")
+    write_about(tmp_path, recipe, {}, 1)
+    (tmp_path / "converted").mkdir()
+    about = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match=r"run\.json: its recipe or pins are not as smolseek writes them"):
+        check_folder(tmp_path, recipe, resume=True, force=False)
