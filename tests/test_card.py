@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from smolseek.card import Card, Training
-from smolseek.config import Recipe
+from smolseek.config import DataSettings, Recipe
 from smolseek.formats.deepseek_v3 import disk_config
 from tests.factories import tiny_v3_config
 
@@ -86,6 +86,34 @@ def test_the_project_is_apache_licensed():
     assert project["license"] == "Apache-2.0" and project["license-files"] == ["LICENSE"]
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_a_card_says_what_was_read_without_paths():
+    calibration = {
+        "judged_tokens": 100,
+        "judged_apart": False,
+        "window_tokens": 256,
+        "tokens_sha256": "ab",
+        "sources": [
+            {"source": "/home/me/a.txt", "windows": 12, "documents": 1500},
+            {"source": "hub:o/d", "windows": 9, "documents": 9},
+        ],
+    }
+    conversion = CONVERSION | {
+        "source": "owner/dense",
+        "source_commit": "c" * 40,
+        "settings": CONVERSION["settings"] | {"calibration": ["/home/me/a.txt", "hub:o/d"]},
+        "calibration": calibration,
+    }
+    recipe = Recipe(
+        source=f"owner/dense@{'c' * 40}", teacher="/home/me/dense", data=DataSettings(train=("/home/me/b.txt",))
+    )
+    card = Card("small", V3, {}, conversion, Training(recipe, 1, 2)).render()
+    assert "a.txt: 12 windows of 1,500 documents; hub:o/d: 9 windows of 9 documents; all of that text" in card
+    assert "100 tokens of the calibration text that it learned from" in card
+    assert f"source_commit: {'c' * 40}" in card and "2 tokens of b.txt" in card
+    assert "/home/me" not in card
+    assert front_matter(Card("small", V3, {}, None, Training(recipe, 1, 2)).render())["base_model"] == "owner/dense"
 
 
 def test_a_loss_without_bounds_has_a_card():

@@ -138,7 +138,7 @@ def test_a_server_that_stops_early(folder):
     model, tokenizer = compare.load(folder), load_tokenizer(folder)
     with FakeServer(greedy(folder, stop_at=2)) as address:
         verdict = compare.compare(model, tokenizer, address, "served", "Anna sees", 4)
-    ids = compare.encode_document(tokenizer, "Anna sees")
+    ids = compare.encode_prompt(tokenizer, "Anna sees")
     new = list(stream(model, torch.tensor([ids]), max_new_tokens=2))
     with torch.inference_mode():
         logits = model(torch.tensor([ids + new]))[0, -1]

@@ -60,7 +60,7 @@ def _draw(runs: Sequence[Run], conversions: Sequence[Conversion]) -> tuple[bytes
     try:
         return render(runs, conversions).encode(), sections(runs, conversions)
     except Exception as error:
-        names = ", ".join(dict.fromkeys(part.name for part in (*runs, *conversions)))
+        names = ", ".join(dict.fromkeys([*(run.name for run in runs), *(c.name for c in conversions)]))
         raise ValueError(
             f"report {names}: a file in it is not as smolseek writes it ({type(error).__name__}: {str(error)[:200]}); "
             "repair or remove it"

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import smolseek.checkpoint.folder
 from smolseek.checkpoint.hub import save
+from smolseek.checkpoint.push import push
 from smolseek.checkpoint.source import read_config
 from smolseek.cli import main
 from smolseek.model import StockModel
@@ -48,6 +49,27 @@ def test_a_folder_goes_up_whole_and_private_and_the_token_is_not_seen(folder, hu
     said = capsys.readouterr()
     assert "someone/model" in said.out and TOKEN not in said.out + said.err + caplog.text
     assert main(["push", str(folder), "someone/model"]) == 0  # a second time, into the same repository
+
+
+def test_names_and_digests_go_up_and_paths_do_not(folder, hub):
+    paths = {"source": "/home/me/dense", "text": "/home/me/secret/text.txt"}
+    conversion = {
+        "source": paths["source"],
+        "settings": {"calibration": [paths["text"]]},
+        "calibration": {"tokens_sha256": "ab12", "sources": [{"source": paths["text"], "windows": 3}]},
+    }
+    (folder / "conversion.json").write_text(json.dumps(conversion))
+    (folder / "README.md").write_text(f"# model\nmade of {paths['source']} with {paths['text']}\n")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    push(folder, "someone/model")
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    sent = {name: content.decode(errors="replace") for name, content in hub.files.items()}
+    assert not [name for name, text in sent.items() if "/home/me" in text or str(folder.parent) in text]
+    assert json.loads(sent["conversion.json"])["calibration"]["tokens_sha256"] == "ab12"
+    assert sent["README.md"] == "# model\nmade of dense with text.txt\n"
+    assert sent["additional_chat_templates/tools.jinja"] == "{{ tools }}"
 
 
 def test_public_only_when_asked_for(folder, hub, capsys):

@@ -14,7 +14,7 @@ from smolseek.model import StockModel
 from smolseek.model.balance import take_expert_counts
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
-from tests.factories import tiny_llama
+from tests.factories import tiny_llama, tiny_v3
 from tests.text import ENTRIES
 from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
 
@@ -108,6 +108,23 @@ def test_activation_checkpointing_changes_no_gradient_and_counts_no_token_twice(
     assert len(counts) == len(counts_again) == (0 if dense else 2)
     for (_, once), (_, again) in zip(counts, counts_again, strict=True):
         assert once.sum() == 2 * 4 * 16 * 3 and torch.equal(once, again)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_activation_checkpointing_drops_the_same_attention_again(recipe, tmp_path, dense):
+    found = []
+    for checkpointing in (False, True):
+        dropping = {"vocab_size": ENTRIES, "attention_dropout": 0.3}
+        model = StockModel(tiny_llama(**dropping)) if dense else tiny_v3(**dropping)
+        trainer = trainer_of(
+            with_train(recipe, activation_checkpointing=checkpointing), tmp_path / "run", model.train()
+        )
+        windows_BT = trainer.stream.next(4)
+        torch.manual_seed(1)
+        trainer._loss(windows_BT)[0].backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert torch.equal(grad, found[1][name]), name
 
 
 @pytest.mark.slow
