@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from smolseek.checkpoint.source import check_tokenizer, read_config, read_conver
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
+
+AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
 
 
 @contextmanager
@@ -122,7 +124,7 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.end_token_ids = read_end_tokens(folder)
-    return model.to(device=device, dtype=dtype).eval()
+    return _tried(model.to(device=device, dtype=dtype).eval(), source)
 
 
 def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StockModel:
@@ -153,7 +155,17 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
         model.config.tie_word_embeddings = False
     stock = StockModel(model.to(device)).eval()
     stock.end_token_ids = read_end_tokens(folder)
-    return stock
+    return _tried(stock, source)
+
+
+@torch.no_grad()
+def _tried(model: AnyModel, source: str | Path) -> AnyModel:
+    """Returns the model after one token: some fields of a config.json are first read when a model runs."""
+    with _refusing(f"checkpoint {source}: its model does not run"):
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))
+    if isinstance(model, DeepseekV3):
+        take_expert_counts(model)
+    return model
 
 
 def load_for_evaluation(

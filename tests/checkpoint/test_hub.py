@@ -265,6 +265,15 @@ BROKEN_FIELDS = [
     {"rope_parameters": [1]},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}},
     {"rope_parameters": {"rope_type": "invented", "rope_theta": 100.0}},
+    {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 100.0,
+            "factor": 2.0,
+            "short_factor": [1.0],
+            "long_factor": [],
+        }
+    },
     {"quantization_config": 7},
     {"model_type": None},
     {"model_type": ["llama"]},
