@@ -17,6 +17,8 @@ from smolseek.config import SampleSettings
 from smolseek.data.encoding import check_vocabulary, encode_prompt
 from smolseek.model import DeepseekV3, StockModel
 
+_COLDEST = 1e-6
+"""Temperatures below this are 0: logits over them do not fit fp32, and the likeliest token has all the chance."""
 _PREFILL_TOKENS = 2048
 """Most prompt tokens read at once, so that memory does not grow with the prompt."""
 
@@ -278,7 +280,7 @@ def _sample(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling, gener
         )
     if seen_BV is not None:
         logits_BV = _penalise(logits_BV, seen_BV, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:

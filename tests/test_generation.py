@@ -176,6 +176,12 @@ def test_repetition_rate_is_the_share_of_n_grams_seen_before() -> None:
     assert repetition_rate([1, 2, 3]) == 0
 
 
+def test_the_coldest_temperatures_are_greedy() -> None:
+    model, ids = tiny_v3(), random_ids(1, 4)
+    rows = [generate(model, ids, max_new_tokens=8, temperature=cold).tolist() for cold in (0.0, 1e-158)]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_weights_that_give_no_numbers_are_refused(temperature: float) -> None:
     model = tiny_v3()
