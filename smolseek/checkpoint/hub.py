@@ -30,7 +30,9 @@ def _refusing(what: str) -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of tokenizers, in Rust
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # The line behind "Validation error for field ..." has the reason.
         said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
@@ -73,8 +75,14 @@ def load_config(folder: str | Path) -> Any:
     tree = read_config(folder)
     with _refusing(f"checkpoint {folder}: transformers does not take its config.json"):
         if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
-            return DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (positions := getattr(config, "max_position_embeddings", None)) is not None and positions < 1:
+        raise ValueError(
+            f"checkpoint {folder}: max_position_embeddings {positions}: must be at least 1; fetch its config.json again"
+        )
+    return config
 
 
 def check_stock(folder: str | Path) -> None:

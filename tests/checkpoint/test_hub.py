@@ -265,15 +265,7 @@ BROKEN_FIELDS = [
     {"rope_parameters": [1]},
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}},
     {"rope_parameters": {"rope_type": "invented", "rope_theta": 100.0}},
-    {
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 100.0,
-            "factor": 2.0,
-            "short_factor": [1.0],
-            "long_factor": [],
-        }
-    },
+    {"max_position_embeddings": -5},
     {"quantization_config": 7},
     {"model_type": None},
     {"model_type": ["llama"]},
@@ -290,6 +282,26 @@ def test_configs_that_transformers_refuses_are_refused_in_one_line(fields, folde
                 read(broken)
             said = str(refusal.value)
             assert "\n" not in said and len(said) < 500, said
+
+
+def test_a_model_that_does_not_run_is_refused_in_one_line(folder, dense_folder):
+    rope = {"rope_type": "longrope", "rope_theta": 100.0, "factor": 2.0, "short_factor": [1.0], "long_factor": []}
+    for broken, read in ((folder, load), (folder, load_stock), (dense_folder, load)):
+        edit(broken, rope_parameters=rope)
+        with pytest.raises(ValueError, match=r"its model does not run \(RuntimeError"):
+            read(broken)
+
+
+def test_a_tokenizer_that_panics_is_refused_in_one_line(folder, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_args, **_options):
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", panic)
+    with pytest.raises(ValueError, match="does not load its tokenizer"):
+        load_tokenizer(folder)
 
 
 def test_sizes_are_compared_with_the_weights_before_memory_is_taken(folder, dense_folder):
