@@ -251,3 +251,13 @@ def test_a_softmax_router_trains_and_its_card_says_it_is_not_stock(tmp_path):
     assert "not stock" in (folder / "README.md").read_text()
     assert json.loads((folder / "config.json").read_text())["model_type"] == "smolseek_v3_softmax"
     assert main(["generate", str(folder), "--prompt", "Anna", "--max-new-tokens", "3"]) == 0
+
+
+def test_a_conversion_json_that_gives_no_card_is_refused_before_the_training(recipe, source, tmp_path):
+    (source / "conversion.json").write_text('{"source": 3, "losses": {}}')
+    alone = dataclasses.replace(
+        recipe, convert=None, compare_dense=False, train=dataclasses.replace(recipe.train, distill_weight=0.0)
+    )
+    with pytest.raises(ValueError, match=r"conversion\.json: not as smolseek writes it"):
+        run_recipe(alone, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not (tmp_path / "run" / "model").exists()
