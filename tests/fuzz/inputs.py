@@ -31,11 +31,13 @@ data: {{train: {TEXT}, shuffle_windows: 2, held_out_share: 0.2, held_out_tokens:
 train: {{steps: 2, batch_windows: 1, window_tokens: 8, warmup_steps: 0, log_every: 1, checkpoint_every: 1}}
 sample: {{every: 0, prompts: [Anna], max_new_tokens: 2}}
 """
+HEAL = RECIPE.replace("inputs/dense\nconvert", "inputs/v3\n# convert")
+ROW_FILES = ["inputs/rows.jsonl", "inputs/rows.parquet"]
 COMMANDS: dict[str, list[str]] = {
     "plan": ["plan", "inputs/dense"],
     "plan recipe": ["plan", "inputs/recipe.yaml"],
     "convert": [*CONVERT, TEXT],
-    "convert rows": [*CONVERT, "inputs/rows.jsonl", "inputs/rows.parquet"],
+    "convert rows": [*CONVERT, *ROW_FILES],
     "generate dense": ["generate", "inputs/dense", "--prompt", "Anna sees", *SPEECH],
     "generate": ["generate", "inputs/v3", "--prompt", "Anna sees", *SPEECH],
     "generate from a file": ["generate", "inputs/v3", "--prompt-file", "inputs/prompt.txt", *SPEECH],
@@ -43,35 +45,20 @@ COMMANDS: dict[str, list[str]] = {
     "chat": ["chat", "inputs/v3", *SPEECH],
     "eval dense": ["eval", "inputs/dense", "--text", TEXT],
     "eval": ["eval", "inputs/v3", "--text", TEXT],
-    "eval rows": ["eval", "inputs/v3", "--text", "inputs/rows.jsonl", "inputs/rows.parquet"],
+    "eval rows": ["eval", "inputs/v3", "--text", *ROW_FILES],
     "eval against dense": ["eval", "inputs/v3", "--compare", "inputs/dense", "--text", TEXT],
     "check": ["check", "inputs/v3"],
     "export": ["export", "gguf", "inputs/v3", f"{OUT}.gguf"],
     "push": ["push", "inputs/v3", "someone/model", "--dry-run"],
     "train": ["train", "inputs/recipe.yaml", "--runs", "work/new"],
+    "heal": ["train", "inputs/heal.yaml", "--runs", "work/new"],
+    "train on rows": ["train", "inputs/heal.yaml", "--runs", "work/new", "--data.train", *ROW_FILES],
     "data stats": ["data", "stats", "inputs/recipe.yaml"],
-    "data stats rows": [
-        "data",
-        "stats",
-        "inputs/recipe.yaml",
-        "--data.train",
-        "inputs/rows.jsonl",
-        "inputs/rows.parquet",
-    ],
+    "data stats rows": ["data", "stats", "inputs/recipe.yaml", "--data.train", *ROW_FILES],
     "report conversion": ["report", "inputs/v3", "--out", f"{OUT}.html"],
     "report run": ["report", RUN, "--out", f"{OUT}.html"],
     "eval run": ["eval", f"{RUN}/model", "--text", TEXT],
-    "resume": [
-        "train",
-        "inputs/recipe.yaml",
-        "--runs",
-        "work/runs",
-        "--name",
-        "stopped",
-        "--train.steps",
-        "3",
-        "--resume",
-    ],
+    "resume": "train inputs/recipe.yaml --runs work/runs --name stopped --train.steps 3 --resume".split(),
     "push run": ["push", f"{RUN}/model", "someone/model", "--dry-run"],
 }
 """The command line of each kind of call, seen from the folder of a case."""
@@ -97,6 +84,7 @@ def sound_files() -> Path:
     (inputs / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), inputs / "rows.parquet")
     (inputs / "recipe.yaml").write_text(RECIPE)
+    (inputs / "heal.yaml").write_text(HEAL)
     with chdir(root):
         for command in ([*CONVERT, TEXT], ["train", "inputs/recipe.yaml", "--runs", "work/runs"]):
             outcome = call(command)

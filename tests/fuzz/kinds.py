@@ -99,7 +99,8 @@ def edited_or_spoiled(draw: Draw, file: str, more: Sequence[str] = ()) -> list[C
 def models_of(command: str) -> list[str]:
     """Returns the folders of models that a command reads."""
     line = " ".join(COMMANDS[command])
-    folders = {"inputs/dense": "inputs/dense", "recipe.yaml": "inputs/dense", "inputs/v3": "inputs/v3"}
+    folders = {"inputs/dense": "inputs/dense", "inputs/v3": "inputs/v3"}
+    folders |= {"recipe.yaml": "inputs/dense", "heal.yaml": "inputs/v3"}
     return sorted({folder for word, folder in folders.items() if word in line})
 
 
@@ -323,7 +324,7 @@ COLUMNS: list[tuple[str, tuple[Any, ...]]] = [
 
 def text(draw: Draw, command: str) -> list[Change]:
     line = " ".join(COMMANDS[command])
-    if "rows" in line:
+    if "rows.jsonl" in line:
         which = draw(st.integers(0, 4))
         if which == 0:
             return spoiled(draw, "inputs/rows.parquet")
@@ -392,21 +393,14 @@ class Kind:
 
 
 _MODELS = (
-    "convert",
-    "generate dense",
-    "generate",
-    "eval dense",
-    "eval",
-    "eval against dense",
-    "check",
-    "export",
-    "push",
+    *("convert", "generate dense", "generate", "eval dense", "eval", "eval against dense"),
+    *("check", "export", "push"),
 )
 KINDS: dict[str, Kind] = {
-    "config.json": Kind(config, ("plan", *_MODELS, "train")),
-    "weights": Kind(weights, (*_MODELS, "train")),
+    "config.json": Kind(config, ("plan", *_MODELS, "train", "heal")),
+    "weights": Kind(weights, (*_MODELS, "train", "heal")),
     "tokenizer": Kind(
-        tokenizer, ("convert", "generate", "chat", "chat", "eval", "export", "push", "data stats", "train")
+        tokenizer, ("convert", "generate", "chat", "chat", "eval", "export", "push", "data stats", "train", "heal")
     ),
     "recipe": Kind(recipe, ("plan recipe", "data stats", "train", "train")),
     "text": Kind(
@@ -422,6 +416,7 @@ KINDS: dict[str, Kind] = {
             "data stats",
             "data stats rows",
             "train",
+            "train on rows",
         ),
     ),
     "finished folders": Kind(finished, tuple(FINISHED)),
