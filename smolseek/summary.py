@@ -42,7 +42,7 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
     quality = trainer.measure(stock)
     sample = trainer.recipe.sample
     samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
-    ids = next(iter(samples.values()))[1]
+    ids = next(iter(samples.values()))[1] if samples else []
     config = model.config.to_dict()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     total, active = count_parameters(config) if isinstance(model, DeepseekV3) else (parameters, parameters)
@@ -75,6 +75,6 @@ def render_summary(summary: dict[str, Any]) -> str:
             f"MaxVio of the worst layer over {summary['held_out_tokens']:,} held-out tokens: {summary['maxvio']:.3f}"
         )
     for name, row in rows.items():
-        sample = next(iter(row["samples"].values()))
-        lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", sample]
+        for sample in [*row["samples"].values()][:1]:
+            lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", sample]
     return "\n".join(lines)

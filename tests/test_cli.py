@@ -164,7 +164,7 @@ def test_chat_without_a_template_continues_one_text(source, capsys, monkeypatch)
 
 
 def test_perplexity_is_stock_transformers(source, text, capsys):
-    """Computes perplexity again from its definition: BOS and document, one stream, windows of the model's limit."""
+    """Computes perplexity again from its definition: documents parted by EOS, windows of the model's limit."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,7 +173,7 @@ def test_perplexity_is_stock_transformers(source, text, capsys):
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
     ids = []
     for document in Path(text).read_text().split("<|endoftext|>"):
-        ids += [tokenizer.bos_token_id, *tokenizer(document.strip("\n"), add_special_tokens=False)["input_ids"]]
+        ids += [*([tokenizer.eos_token_id] if ids else []), *tokenizer(document.strip("\n"))["input_ids"]]
     total = count = 0
     with torch.no_grad():
         for start in range(0, len(ids), 64):

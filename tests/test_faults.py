@@ -84,7 +84,7 @@ def test_killed_three_times_the_run_ends_the_same(reference, tmp_path):
         scratch_recipe(tmp_path), tmp_path / "runs", [signal.SIGKILL, DIES_WRITING, DIES_RENAMING], random.Random()
     )
     assert result(tmp_path / "runs") == reference
-    assert not list((tmp_path / "runs" / "scratch").rglob(".*"))
+    assert not list((tmp_path / "runs" / "scratch").rglob(".*.*"))
 
 
 @pytest.mark.slow

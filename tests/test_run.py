@@ -151,6 +151,14 @@ def test_a_finished_run_goes_on_with_more_steps(recipe, tmp_path):
     assert steps == sorted(steps) and max(steps) == 8
 
 
+def test_a_run_without_prompts_has_no_samples(recipe, tmp_path):
+    quiet = dataclasses.replace(
+        recipe, convert=None, train=TrainSettings(steps=1, window_tokens=16), sample=SampleSettings(prompts=())
+    )
+    summary = run_recipe(quiet, tmp_path / "run")
+    assert summary["trained"]["samples"] == {} and "--" not in render_summary(summary)
+
+
 def test_a_refused_resume_changes_nothing(recipe, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Interrupted):

@@ -68,8 +68,6 @@ def _check_samples(sample: SampleSettings, tokenizer: Any, positions: int, vocab
     for name, least in (("every", 0), ("max_new_tokens", 1)):
         if getattr(sample, name) < least:
             raise ValueError(f"sample.{name} {getattr(sample, name)}: must be at least {least}")
-    if not sample.prompts:
-        raise ValueError("sample.prompts: none; name one (sample.every 0 draws none before the end)")
     for prompt in sample.prompts:
         ids = encode_prompt(tokenizer, prompt)
         if not 1 <= len(ids) < positions:

@@ -42,7 +42,6 @@ def test_inputs_that_fit_give_the_held_out_text(recipe):
         ("sample", {"repetition_penalty": 0.0}, r"repetition_penalty 0\.0"),
         ("sample", {"every": -1}, "sample.every -1: must be at least 0"),
         ("sample", {"max_new_tokens": 0}, "sample.max_new_tokens 0: must be at least 1"),
-        ("sample", {"prompts": ()}, "sample.prompts: none"),
         ("sample", {"prompts": ("word " * 90,)}, "tokens; the model takes 1 to 63"),
         ("convert", {"calibration": ("nosuch.txt",)}, r"nosuch\.txt: no such file"),
     ],
