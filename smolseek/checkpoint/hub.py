@@ -14,6 +14,7 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
+from smolseek.formats.fields import shown
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
@@ -78,10 +79,12 @@ def load_config(folder: str | Path) -> Any:
             config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if (positions := getattr(config, "max_position_embeddings", None)) is not None and positions < 1:
-        raise ValueError(
-            f"checkpoint {folder}: max_position_embeddings {positions}: must be at least 1; fetch its config.json again"
-        )
+    for field in ("max_position_embeddings", "sliding_window"):
+        value = getattr(config, field, None)
+        if value not in (None, False) and not (isinstance(value, int | float) and value >= 1):
+            raise ValueError(
+                f"checkpoint {folder}: {field} {shown(value)}: must be a number from 1; fetch its config.json again"
+            )
     return config
 
 

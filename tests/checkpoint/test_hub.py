@@ -266,6 +266,7 @@ BROKEN_FIELDS = [
     {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0}},
     {"rope_parameters": {"rope_type": "invented", "rope_theta": 100.0}},
     {"max_position_embeddings": -5},
+    {"sliding_window": "wide"},
     {"quantization_config": 7},
     {"model_type": None},
     {"model_type": ["llama"]},
