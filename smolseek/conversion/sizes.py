@@ -41,12 +41,7 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
     Raises:
         ValueError: a number of steps is negative, or there are no calibration windows.
     """
-    for field in ("refine_steps", "distill_steps"):
-        if (getattr(settings, field) or 0) < 0:
-            raise ValueError(f"{field} {getattr(settings, field)}: must be 0 or more; 0 leaves the stage out")
-    for field, least in (("calibration_windows", 1), ("calibration_window_tokens", 2)):
-        if getattr(settings, field) < least:
-            raise ValueError(f"{field} {getattr(settings, field)}: must be {least} or more")
+    _check_amounts(settings)
     if settings.distill_steps is not None:
         return settings.distill_steps
     hidden, neurons, layers = source.hidden_size, source.intermediate_size, source.num_hidden_layers
@@ -55,8 +50,23 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
     return steps if settings.refine_steps and steps >= _LEAST_DISTILL_STEPS else 0
 
 
+def _check_amounts(settings: ConvertSettings) -> None:
+    """Raises ValueError if a number of steps is negative, or there are no calibration windows."""
+    for field in ("refine_steps", "distill_steps"):
+        if (getattr(settings, field) or 0) < 0:
+            raise ValueError(f"{field} {getattr(settings, field)}: must be 0 or more; 0 leaves the stage out")
+    for field, least in (("calibration_windows", 1), ("calibration_window_tokens", 2)):
+        if getattr(settings, field) < least:
+            raise ValueError(f"{field} {getattr(settings, field)}: must be {least} or more")
+
+
 def window_lengths(source: DenseSource, settings: ConvertSettings) -> tuple[int, int]:
-    """Returns the tokens of a window for the moments, and of a window for refinement (whole windows of the former)."""
+    """Returns the tokens of a window for the moments, and of a window for refinement (whole windows of the former).
+
+    Raises:
+        ValueError: as `distill_steps` does.
+    """
+    _check_amounts(settings)
     limit = source.max_position_embeddings
     tokens = min(settings.calibration_window_tokens, limit)
     return tokens, max(1, min(_WINDOW_TOKENS, limit) // tokens) * tokens

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps
+from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, window_lengths
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
@@ -111,6 +111,11 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
 )
 def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
     assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
+
+
+def test_windows_without_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="calibration_window_tokens 0: must be 2 or more"):
+        window_lengths(read_source(TINY), ConvertSettings(calibration_window_tokens=0))
 
 
 @pytest.mark.parametrize("field", ["refine_steps", "distill_steps"])
