@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,13 @@ def test_perplexity_is_stock_transformers(source, text, capsys):
                 count += window.shape[1] - 1
     assert result["tokens"] == count
     assert result["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_a_dense_model_with_other_tokens_is_not_compared_with(source, text, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "other")
+    kind_of_tokenizer("has").save_pretrained(tmp_path / "other")
+    assert main(["eval", str(source), "--text", text, "--compare", str(tmp_path / "other")]) == 2
+    assert "they must share a tokenizer" in capsys.readouterr().err
 
 
 def test_tokens_that_the_model_lacks_are_one_line(source, text, capsys):

@@ -81,7 +81,7 @@ class Eval:
 def run_eval(command: Eval) -> None:
     quiet_libraries()
     from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
-    from smolseek.data.encoding import check_vocabulary
+    from smolseek.data.encoding import check_same_tokens, check_vocabulary
     from smolseek.evaluation.tasks import find_tasks
     from smolseek.numerics.precision import check_device
 
@@ -93,6 +93,9 @@ def run_eval(command: Eval) -> None:
     tokenizer = load_tokenizer(command.folder)
     texts = _read_texts(command, tokenizer)
     folders = [command.folder, *_dense_folders(command)]
+    if command.text or command.needle:  # the same tokens go to both models
+        for folder in folders[1:]:
+            check_same_tokens(folder, load_tokenizer(folder), tokenizer)
     models = [load_for_evaluation(f, dtype=torch_dtype(command.dtype), device=command.device) for f in folders]
     for model, text in itertools.product(models, texts.values()):
         check_vocabulary(text.ids_T, model.config.vocab_size)

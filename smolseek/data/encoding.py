@@ -47,6 +47,17 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
         )
 
 
+def check_same_tokens(name: str, tokenizer: Any, ours: Any) -> None:
+    """Raises ValueError if a token is another number in the tokenizer of `name` than in ours."""
+    theirs, own = tokenizer.get_vocab(), ours.get_vocab()
+    if other := sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token)):
+        token = other[0]
+        raise ValueError(
+            f"{name}: token {token!r} is {theirs.get(token)} in its tokenizer, and {own.get(token)} in the model's; "
+            "they must share a tokenizer, name another"
+        )
+
+
 def read_marks(windows_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Takes the marks off windows.
 

@@ -10,7 +10,7 @@ import torch
 
 from smolseek.config import Recipe, SampleSettings
 from smolseek.data.drawing import held_out_text
-from smolseek.data.encoding import check_vocabulary, encode_prompt
+from smolseek.data.encoding import check_same_tokens, check_vocabulary, encode_prompt
 from smolseek.data.packing import Packed
 from smolseek.data.sources import open_sources
 from smolseek.data.stream import WindowStream
@@ -85,12 +85,7 @@ def check_teacher(teacher_config: Any, teacher_tokenizer: Any, config: Any, toke
         raise ValueError(
             f"teacher with {sizes[0]} vocabulary entries for a model with {sizes[1]}: they must share a tokenizer"
         )
-    theirs, ours = teacher_tokenizer.get_vocab(), tokenizer.get_vocab()
-    if other := sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)):
-        raise ValueError(
-            f"teacher: token {other[0]!r} is {theirs.get(other[0])} in its tokenizer, {ours.get(other[0])} in the "
-            "run's; they must share a tokenizer, name another teacher"
-        )
+    check_same_tokens("teacher", teacher_tokenizer, tokenizer)
 
 
 _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.trackers"}

@@ -64,7 +64,7 @@ def test_a_teacher_must_have_the_same_tokens():
     check_teacher(CONFIG, ours, CONFIG, kind_of_tokenizer("has"))
     with pytest.raises(ValueError, match="teacher with 99 vocabulary entries for a model with 300"):
         check_teacher(SimpleNamespace(vocab_size=99), ours, CONFIG, ours)
-    with pytest.raises(ValueError, match=r"teacher: token .* in its tokenizer, .* in the run's; they must share"):
+    with pytest.raises(ValueError, match=r"teacher: token .* in its tokenizer, and .* in the model's; they must share"):
         check_teacher(CONFIG, tiny_tokenizer(), CONFIG, ours)
 
 
