@@ -90,7 +90,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
         bad = [name for name, wanted in sums.items() if _checksum(folder / name) != wanted]
-    except (OSError, ValueError) as error:
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(bad)}: not what was written" if bad else None
 
@@ -115,7 +115,7 @@ def load_plain(folder: Path) -> dict[str, Any]:
     """
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{folder}: damaged training state ({error}); start over with --force") from error
 
 

@@ -201,7 +201,7 @@ def _read_json(path: Path) -> Record:
 def _parse(text: str) -> Record | None:
     try:
         tree = json.loads(text)
-    except ValueError:
+    except (RecursionError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None
 

@@ -34,6 +34,16 @@ def test_a_damaged_state_is_one_line(tmp_path):
         load_state(folder)
     with pytest.raises(ValueError, match=r"damaged training state step-00000010 \(tensors"):
         newest_whole_state(tmp_path)
+    (folder / "state.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="damaged training state"):
+        load_state(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a":' * 100_000, '{"../x": 3}', "\xff"])
+def test_checksums_that_are_none_are_damage(text, tmp_path):
+    folder = save_state(tmp_path, 10, {}, {"a": torch.zeros(1)})
+    (folder / "checksums.json").write_bytes(text.encode("latin-1"))
+    assert find_damage(folder) and "\n" not in find_damage(folder)
 
 
 def test_a_state_written_after_a_damaged_one_replaces_it(tmp_path):

@@ -32,9 +32,10 @@ def test_a_run_before_its_first_step_and_one_cut_off_in_a_line(tmp_path):
     whole = json.dumps(step_line(0, 3.0)) + "\n"
     metrics.write_bytes((whole + '{"step": 1, "lo€').encode()[:-1])
     assert [line["step"] for line in read_metrics(metrics)] == [0]
-    metrics.write_text('{"half\n' + whole)
-    with pytest.raises(ValueError, match="line 1 is no record of a step"):
-        read_metrics(metrics)
+    for broken in ('{"half', "[" * 100_000):
+        metrics.write_text(f"{broken}\n{whole}")
+        with pytest.raises(ValueError, match="line 1 is no record of a step"):
+            read_metrics(metrics)
 
 
 def test_names_have_as_many_parents_as_they_need(tmp_path):
