@@ -19,15 +19,21 @@ from smolseek.checkpoint.source import pinned, read_json
 from smolseek.checkpoint.state import newest_state
 from smolseek.config import Recipe
 from smolseek.data.sources.hub import pinned_spec
+from smolseek.formats.fields import shown
 from smolseek.training.settings import changed_start
 
 RUN_FILE = "run.json"
+_LONGEST_NAME = 200  # bytes: file systems take 255, and the names of unfinished files are longer than what they become
 
 
 def check_name(name: str) -> None:
     """Raises ValueError unless a run's name is one plain path component."""
-    if name in ("", ".", "..") or name != Path(name).name or any(letter in name for letter in "\\\0"):
-        raise ValueError(f"name {name!r}: is the name of a folder under runs/; use letters, digits, - and _, no path")
+    is_plain = name not in ("", ".", "..") and name == Path(name).name and not any(letter in name for letter in "\\\0")
+    if not is_plain or len(name.encode("utf-8", "replace")) > _LONGEST_NAME:
+        raise ValueError(
+            f"name {shown(name)}: is the name of a folder under runs/; use letters, digits, - and _, no path, and at "
+            f"most {_LONGEST_NAME} of them"
+        )
 
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool, force: bool) -> None:

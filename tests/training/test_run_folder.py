@@ -21,7 +21,7 @@ from smolseek.training.run_folder import (
 COMMIT = "0123456789" * 4
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/a", "../a", "a\\b", "a\0"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/a", "../a", "a\\b", "a\0", "é" * 101])
 def test_a_name_is_one_plain_component(name):
     with pytest.raises(ValueError, match=r"name .* is the name of a folder under runs/"):
         check_name(name)
