@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests.fuzz.engine import MOST_BYTES, MOST_SECONDS, Outcome  # noqa: E402
+from tests.fuzz.inputs import COMMANDS  # noqa: E402
 from tests.fuzz.kinds import KINDS, Case, cases, run_case  # noqa: E402
 
 COMMONEST = 4
@@ -82,7 +83,7 @@ class Tally:
         """Returns the counts as they are written."""
         return {
             "kind": kind,
-            "verbs": sorted({command.split()[0] for command in KINDS[kind].commands}),
+            "verbs": sorted({COMMANDS[command][0] for command in KINDS[kind].commands}),
             "inputs": self.inputs,
             "successes": self.successes,
             "refusals": sum(self.refusals.values()),
