@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from smolseek.config import Recipe
-from smolseek.formats.deepseek_v3 import has_stock_router
+from smolseek.formats.deepseek_v3 import has_stock_router, is_latent
 from smolseek.formats.paths import plain_name, plain_names
 from smolseek.formats.runtimes import check, verdict
 
@@ -106,7 +106,7 @@ class Card:
         return has_stock_router(self.config)
 
     def _front_matter(self) -> str:
-        tags = [self.config["model_type"], *(["mla"] if "kv_lora_rank" in self.config else []), "smolseek"]
+        tags = [self.config["model_type"], *(["mla"] if is_latent(self.config) else []), "smolseek"]
         tree: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
         tree |= ({"base_model": self._source} if self._on_hub else {}) | dict(self.licence)
         return f"---\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}---"

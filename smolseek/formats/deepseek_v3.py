@@ -55,7 +55,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_latent(config: Mapping[str, Any]) -> bool:
     """Returns whether a config.json describes latent attention."""
-    return "kv_lora_rank" in config
+    return config.get("kv_lora_rank") is not None
 
 
 def has_stock_router(config: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from transformers import DeepseekV3Config, LlamaConfig
 from smolseek.checkpoint.hub import named_disk_tensors
 from smolseek.config import ConvertSettings
 from smolseek.conversion.target import target_config
-from smolseek.formats.deepseek_v3 import DEFAULTS, count_parameters, disk_config, expected_tensors
+from smolseek.formats.deepseek_v3 import DEFAULTS, count_parameters, disk_config, expected_tensors, is_latent
 from smolseek.formats.dense import read_source
 from tests.configs import TINY
 from tests.factories import stock_parameters, tiny_v3
@@ -85,3 +85,7 @@ def test_parameters_with_a_query_rank_and_a_dense_first_layer() -> None:
     for fields in ({"q_lora_rank": 24}, {"q_lora_rank": 24, "attention_bias": True}):
         config = DeepseekV3Config.from_dict(target | fields)
         assert count_parameters(config.to_dict())[0] == stock_parameters(config)
+
+
+def test_a_dense_config_that_names_no_latent_is_dense() -> None:
+    assert is_latent({"kv_lora_rank": 8}) and not is_latent({}) and not is_latent({"kv_lora_rank": None})
