@@ -14,10 +14,14 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
-from smolseek.formats.fields import shown
+from smolseek.formats.fields import check_fields, number
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
+_READ_LATER = dict.fromkeys(("max_position_embeddings", "sliding_window"), number(1, 1e12).or_null()) | {
+    "attention_dropout": number(0, 1).or_null()
+}
+"""Fields that transformers takes as they are, and that are first read where text is generated or a model trained."""
 AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
 
 
@@ -79,12 +83,9 @@ def load_config(folder: str | Path) -> Any:
             config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for field in ("max_position_embeddings", "sliding_window"):
-        value = getattr(config, field, None)
-        if value not in (None, False) and not (isinstance(value, int | float) and value >= 1):
-            raise ValueError(
-                f"checkpoint {folder}: {field} {shown(value)}: must be a number from 1; fetch its config.json again"
-            )
+    found = {field: getattr(config, field, None) for field in _READ_LATER}
+    found = {field: None if value is False else value for field, value in found.items()}
+    check_fields(found, _READ_LATER, where=f"checkpoint {folder}: config.json")
     return config
 
 

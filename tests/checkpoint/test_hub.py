@@ -267,6 +267,7 @@ BROKEN_FIELDS = [
     {"rope_parameters": {"rope_type": "invented", "rope_theta": 100.0}},
     {"max_position_embeddings": -5},
     {"sliding_window": "wide"},
+    {"attention_dropout": -1.0},
     {"quantization_config": 7},
     {"model_type": None},
     {"model_type": ["llama"]},
