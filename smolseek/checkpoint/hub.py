@@ -14,14 +14,17 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
-from smolseek.formats.fields import check_fields, number
+from smolseek.formats.fields import Rule, check_fields, number
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
-_READ_LATER = dict.fromkeys(("max_position_embeddings", "sliding_window"), number(1, 1e12).or_null()) | {
-    "attention_dropout": number(0, 1).or_null()
+_READ_LATER: dict[str, Rule] = dict.fromkeys(
+    ("max_position_embeddings", "sliding_window"), number(1, 1e12).or_null()
+) | {
+    "attention_dropout": number(0, 1).or_null(),
+    "dtype": Rule(lambda name: isinstance(getattr(torch, name, None), torch.dtype), "a dtype of torch").or_null(),
 }
-"""Fields that transformers takes as they are, and that are first read where text is generated or a model trained."""
+"""Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
 AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
 
 
@@ -85,6 +88,7 @@ def load_config(folder: str | Path) -> Any:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     found = {field: getattr(config, field, None) for field in _READ_LATER}
     found = {field: None if value is False else value for field, value in found.items()}
+    found["dtype"] = None if config.dtype is None else str(config.dtype).removeprefix("torch.")
     check_fields(found, _READ_LATER, where=f"checkpoint {folder}: config.json")
     return config
 

@@ -268,6 +268,7 @@ BROKEN_FIELDS = [
     {"max_position_embeddings": -5},
     {"sliding_window": "wide"},
     {"attention_dropout": -1.0},
+    {"dtype": 2.5e16},
     {"quantization_config": 7},
     {"model_type": None},
     {"model_type": ["llama"]},
