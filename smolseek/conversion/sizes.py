@@ -31,6 +31,7 @@ _STREAM_NUMBERS = 2**25
 """Most numbers of the residual stream while layers are refined, 128 MiB; twice as many for small sources, whose
 end-to-end stage meets the same windows again and again."""
 
+_WIDEST_HEAD = 4096
 ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 """Fields that size latent attention, in the settings and in config.json."""
 
@@ -133,12 +134,12 @@ def head_sizes(source: DenseSource, settings: ConvertSettings, rope_dim: int) ->
     """Returns (qk_nope_head_dim, v_head_dim): as given, the source's head_dim, or the smallest of vLLM's that hold it.
 
     Raises:
-        ValueError: a size is not positive, or vLLM's kernels have none that fits.
+        ValueError: a size is not positive or wider than any head, or vLLM's kernels have none that fits.
     """
     head_dim, given = source.head_dim, (settings.qk_nope_head_dim, settings.v_head_dim)
     for field, size in zip(("qk_nope_head_dim", "v_head_dim"), given, strict=True):
-        if size is not None and size < 1:
-            raise ValueError(f"{field} {size}: must be positive; use {head_dim}, or leave it out")
+        if size is not None and not 1 <= size <= _WIDEST_HEAD:
+            raise ValueError(f"{field} {size}: must be 1 to {_WIDEST_HEAD}; use {head_dim}, or leave it out")
     if settings.profile != "vllm":
         nope_dim, v_dim = (head_dim if size is None else size for size in given)
         return nope_dim, v_dim

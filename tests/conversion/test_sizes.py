@@ -78,6 +78,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"qk_rope_head_dim": 3}, "qk_rope_head_dim 3.*even"),
     ({"qk_nope_head_dim": 0}, "qk_nope_head_dim 0"),
     ({"v_head_dim": -1}, "v_head_dim -1"),
+    ({"v_head_dim": 2**40}, "v_head_dim 1099511627776: must be 1 to 4096"),
     ({"cache": 0.0}, "cache 0.0"),
     ({"cache": 1.5}, "cache 1.5"),
     ({"cache": 0.04}, "cache 0.04.*leave no latent; use 0."),
