@@ -1,5 +1,6 @@
 """The sound files that every case begins with, and the commands that read them."""
 
+import atexit
 import json
 import shutil
 from contextlib import chdir
@@ -69,6 +70,7 @@ ROWS = [{"text": text} for text in stories(12, seed=1)]
 def sound_files() -> Path:
     """Returns a folder with everything that COMMANDS read: two models, texts, a recipe and two runs."""
     root = Path(mkdtemp(prefix="smolseek-fuzz-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     inputs = root / "inputs"
     (root / "work" / "beside").mkdir(parents=True)
     (root / "work" / "beside" / "precious.txt").write_text("stays")
