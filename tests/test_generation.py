@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from smolseek import generation
-from smolseek.generation import Sampling, generate, repetition_rate, stream, stream_text
+from smolseek.generation import Sampling, TextDecoder, generate, repetition_rate, stream, stream_text
 from smolseek.model import DeepseekV3, StockModel
 from tests.factories import VOCAB, random_ids, tiny_llama, tiny_v3, tiny_v3_pair
+from tests.text import KINDS, kind_of_tokenizer
 
 NEW = 12
 MODELS: dict[str, DeepseekV3 | StockModel] = {"V3": tiny_v3(), "stock": StockModel(tiny_llama())}
@@ -145,6 +146,34 @@ def test_text_stops_before_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> Non
     assert pieces([0, 2, 4, 1], ("</>",)) == ["a", "</b"]
     assert pieces([0, 2], ("</>",)) == ["a", "<"]
     assert pieces([0, 1, 2, 3], ("<>", "b")) == ["a"]
+
+
+def test_decoding_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new token costs the decoding of a few, however long prompt and text are."""
+    decoded = []
+
+    class Counting(Letters):
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            decoded.append(len(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    tokens = [0, 1, 5, 5] * 500
+    monkeypatch.setattr(generation, "stream", lambda model, ids, eos_token_id: iter(tokens))
+    text = "".join(stream_text(MODELS["V3"], Counting(), random_ids(1, 3000), stop=("<<",)))
+    assert text == "abé" * 500
+    assert max(decoded) < 40 and sum(decoded) < 40 * len(tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_behind_a_prompt_is_transformers(kind: str) -> None:
+    tokenizer = kind_of_tokenizer(kind)
+    prompt = tokenizer("Anna sees")["input_ids"]
+    new = tokenizer(" a ball é 漢 the cat.\n 5 </s> Ben")["input_ids"]
+    new = new[1:] if new[0] == tokenizer.bos_token_id else new
+    decoder = TextDecoder(tokenizer, prompt)
+    text = "".join(decoder.add(token) for token in new) + decoder.rest()
+    whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
+    assert tokenizer.decode(prompt, skip_special_tokens=True) + text == whole
 
 
 @each_model

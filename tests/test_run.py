@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smolseek.checkpoint.atomic import exclusive
 from smolseek.checkpoint.hub import load, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.model import StockModel
 from smolseek.reporting.report import write_report
 from smolseek.run import run_recipe
 from smolseek.summary import render_summary
+from smolseek.training.run_folder import write_about
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
@@ -149,6 +151,17 @@ def test_a_finished_run_goes_on_with_more_steps(recipe, tmp_path):
     assert json.loads((folder / "run.json").read_text())["recipe"]["train"]["steps"] == 9
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and max(steps) == 8
+
+
+@pytest.mark.parametrize("how", ["resume", "force"])
+def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, how):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_about(folder, recipe, {}, 1)
+    (folder / "logs.txt").write_text("of the first")
+    with exclusive(folder), pytest.raises(ValueError, match="another process is at work in it"):
+        run_recipe(recipe, folder, **{how: True})
+    assert (folder / "logs.txt").read_text() == "of the first"
 
 
 def test_a_run_without_prompts_has_no_samples(recipe, tmp_path):

@@ -3,6 +3,9 @@
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +83,14 @@ def test_one_newline_at_the_end_of_a_file_or_of_standard_input_is_no_text(tmp_pa
         file = json.loads(said(capsys, "generate", folder, "--prompt-file", tmp_path / "prompt.txt", *options))
         assert file["prompt"] == PROMPT
     assert json.loads(said(capsys, "generate", folder, "--prompt", PROMPT + "\n", *options))["prompt"] == PROMPT + "\n"
+
+
+def test_libraries_say_nothing_on_the_terminal(tmp_path):
+    """transformers warns of arguments that it will drop one day; a user can do nothing about it."""
+    folder = folder_of(tmp_path / "m", "adds", tiny_llama)
+    command = [sys.executable, "-m", "smolseek", "generate", str(folder), "--prompt", PROMPT, "--max-new-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONWARNINGS": ""})
+    assert done.stderr.startswith("[") and done.stderr.count("\n") == 1
 
 
 def refusal(capsys, *arguments):
