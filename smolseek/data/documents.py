@@ -16,8 +16,8 @@ class Document(NamedTuple):
     """One text, one part of a long text, or one conversation."""
 
     name: str
-    """A hash of the name decides whether the document is held out; a part's name is its text, so a long text is divided
-    among training and held-out."""
+    """A hash of the name decides whether the document is held out. A text without a name is named by itself, and so is
+    each part of it: a long text is divided among training and held-out. The parts of a named one stay together."""
     text: str
     """The text; of a conversation the contents of its messages, one below the other."""
     messages: tuple[dict[str, Any], ...] = ()
@@ -30,7 +30,8 @@ class Document(NamedTuple):
         if self.messages or len(self.text) <= LONGEST_TEXT:
             yield self
         else:
-            yield from (Document(part, part, ends=ends) for part, ends in cut_texts([(self.text, True)]))
+            for part, ends in cut_texts([(self.text, True)]):
+                yield Document(part if self.name == self.text else self.name, part, ends=ends)
 
 
 EMPTY_DOCUMENT = Document("", "")

@@ -50,8 +50,9 @@ def test_parts_joined_are_the_text_however_it_comes(texts, sizes):
 )
 def test_where_a_part_ends(monkeypatch, text, part):
     small(monkeypatch)
-    first, *_, last = Document("name", text).parts()
+    first, *_, last = Document(text, text).parts()
     assert first == Document(part, part, ends=False) and last.ends
+    assert {part.name for part in Document("name", text).parts()} == {"name"}  # and so is held out whole, or not at all
 
 
 def test_what_is_not_cut():

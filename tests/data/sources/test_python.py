@@ -18,6 +18,9 @@ def test_long_modules_are_cut():
     assert "".join(document.text for document in parts) == "".join(
         document.text for _, document in source.whole_records(None)
     )
+    whole_names = [document.name for _, document in source.whole_records(None)]
+    assert list(dict.fromkeys(document.name for document in parts)) == whole_names  # the model that comes along was
+    # trained on whole modules: no part of one of them may be held out now
 
 
 def test_the_size_is_that_of_all_text():
