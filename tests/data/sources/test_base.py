@@ -28,7 +28,7 @@ def numbered(count, name="document"):
 
 def test_long_texts_are_cut_and_reading_continues_at_every_part():
     source = Listed(
-        [Document("first", "one"), Document("long", LONG), None, Document("last", "two"), Document("", LONG)]
+        [Document("first", "one"), Document(LONG, LONG), None, Document("last", "two"), Document(LONG, LONG)]
     )
     everything = list(source.records(None))
     assert len(everything) > 10
