@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from smolseek.formats.fields import shown
-from smolseek.formats.text import read_text
+from smolseek.formats.text import is_text, read_text
 
 SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
@@ -361,6 +361,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < 10**300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}: {shown(value)} is not of type {kind.__name__}")
+    if kind is str and not is_text(value):
+        raise ValueError(f"{where}: {ascii(value)[:80]} is no text that UTF-8 can write; correct it")
     return value
 
 

@@ -88,6 +88,13 @@ def test_a_recipe_with_a_byte_order_mark(tmp_path):
     assert load_recipe(tmp_path / "mine.yaml").name == "Zoë"
 
 
+@pytest.mark.parametrize("line", ['name: "\\ud800"', 'data: {train: ["a", "\\udc00.txt"]}'])
+def test_half_a_surrogate_pair_is_no_text(tmp_path, line):
+    (tmp_path / "mine.yaml").write_text(line)
+    with pytest.raises(ValueError, match=r"recipe key [\w.]+: '\\ud[8c]00.* is no text that UTF-8 can write"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
 def test_a_missing_recipe_lists_the_known_ones():
     with pytest.raises(ValueError, match="quickstart"):
         load_recipe("nowhere.yaml")

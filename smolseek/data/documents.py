@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from smolseek.formats.text import is_text
+
 LONGEST_TEXT = 65_536
 """Characters of the longest text that stays one document; a longer one is cut into parts."""
 PART_CHARACTERS = 32_768
@@ -89,7 +91,7 @@ def document_from_row(row: Any, columns: Columns) -> Document | None:
     text = row.get(columns.text, 0)
     if text is None:
         return EMPTY_DOCUMENT
-    return text_document(text) if _is_text(text) else None
+    return text_document(text) if is_text(text) else None
 
 
 def text_document(text: str) -> Document:
@@ -127,8 +129,8 @@ def _message(message: Any) -> dict[str, Any] | None:
     if content is None and not (isinstance(calls, list) and calls):
         return None
     kept["content"] = content
-    usable = _is_text(kept.get("role")) and isinstance(content, str | None)
-    return kept if usable and _is_text(json.dumps(kept, ensure_ascii=False, default=str)) else None
+    usable = is_text(kept.get("role")) and isinstance(content, str | None)
+    return kept if usable and is_text(json.dumps(kept, ensure_ascii=False, default=str)) else None
 
 
 def _joined_parts(content: Any) -> Any:
@@ -138,11 +140,3 @@ def _joined_parts(content: Any) -> Any:
     parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
     return "".join(texts) if len(texts) == len(content) else content
-
-
-def _is_text(value: Any) -> bool:
-    """Returns whether the value is a string that UTF-8 can write (JSON can spell half a surrogate pair)."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False

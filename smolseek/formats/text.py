@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ def open_text(path: Path) -> Iterator[TextIO]:
                 yield text
     except OSError as error:
         raise ValueError(_cannot_be_read(path, error)) from error
+
+
+def is_text(value: Any) -> bool:
+    """Returns whether the value is a string that UTF-8 can write (JSON and YAML can spell half a surrogate pair)."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _decode(path: Path, content: bytes, *, whole: bool) -> str:
