@@ -12,6 +12,7 @@ COPIES = 4
 """Copies of the routed neurons that upcycling makes, when the number of routed experts is not given."""
 _CARVED_PARTS = 32  # fine grain keeps more of the model (LOG.md)
 _WIDTH_MULTIPLE = 8  # torch's grouped matmul wants strides of 16 bytes, in bf16 too
+_MOST_ROUTED = 4096  # a layer of copies; the whole of it is in memory
 _EXPERT_FIELDS = (
     "n_shared_experts",
     "n_routed_experts",
@@ -80,9 +81,10 @@ def _upcycle(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, in
             f"{shared} shared + {chosen} routed experts of {width} neurons: must meet {neurons} neurons, at least 2 of "
             f"them routed; let n_shared_experts + num_experts_per_tok be {met}"
         )
-    if routed < chosen or routed % chosen:
+    if not chosen <= routed <= _MOST_ROUTED or routed % chosen:
         raise ValueError(
-            f"n_routed_experts {routed}: must be whole copies of {chosen} experts; use a multiple of {chosen}"
+            f"n_routed_experts {routed}: must be whole copies of {chosen} experts; use a multiple of {chosen} up to "
+            f"{_MOST_ROUTED:,}"
         )
     return shared, routed, chosen, width
 

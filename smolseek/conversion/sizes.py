@@ -108,8 +108,10 @@ def latent_sizes(source: DenseSource, settings: ConvertSettings) -> tuple[int, i
         ValueError: a size is impossible for this source, or both a size and a share are given.
     """
     share, rope_dim, rank = settings.cache, settings.qk_rope_head_dim, settings.kv_lora_rank
-    if rope_dim is not None and (rope_dim < 2 or rope_dim % 2):
-        raise ValueError(f"qk_rope_head_dim {rope_dim}: must be even, for it holds pairs; use 2, 4, 6 and so on")
+    if rope_dim is not None and (not 2 <= rope_dim <= _WIDEST_HEAD or rope_dim % 2):
+        raise ValueError(
+            f"qk_rope_head_dim {rope_dim}: must be even, for it holds pairs; use 2, 4, 6 and so on to {_WIDEST_HEAD}"
+        )
     if share is not None and rank is not None:
         raise ValueError(f"cache {share}: it chooses the kv_lora_rank, which is given too; leave one of them out")
     if share is not None and not 0 < share <= 1:

@@ -144,6 +144,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"experts": "upcycle", "moe_intermediate_size": 7}, "moe_intermediate_size 7.*1, 2, 3, 4, 6"),
     ({"experts": "upcycle", "n_routed_experts": 6}, "n_routed_experts 6.*4"),
     ({"experts": "upcycle", "num_experts_per_tok": 1}, "at least 2"),
+    ({"experts": "upcycle", "n_routed_experts": 4 * 10**9}, "up to 4,096"),
 ]
 
 

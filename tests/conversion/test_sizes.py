@@ -87,6 +87,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"profile": "vllm", "qk_rope_head_dim": 8}, "vLLM takes"),
     ({"profile": "vllm", "cache": 0.5}, "leave no latent"),
     ({"qk_rope_head_dim": 0}, "qk_rope_head_dim 0"),
+    ({"qk_rope_head_dim": 98_650_412}, "qk_rope_head_dim 98650412.*and so on to 4096"),
     ({"kv_lora_rank": 0}, "kv_lora_rank 0.*1 to 64"),
     ({"kv_lora_rank": 65}, "kv_lora_rank 65.*1 to 64"),
 ]
