@@ -86,14 +86,18 @@ def refuse_existing(out: Path, force: bool) -> None:
 
 def refuse_other_file(out: Path, beginning: bytes) -> None:
     """Raises ValueError if `out` is there and is no file that begins so: --force replaces its own kind only."""
-    if out.is_file():
-        with out.open("rb") as file:
-            if file.read(len(beginning)).lower() == beginning.lower():
-                return
-    if out.exists():
+    if out.exists() and not begins_with(out, beginning):
         raise ValueError(
             f"{out}: is no {out.suffix.lstrip('.')} file that smolseek wrote, and stays; name another file"
         )
+
+
+def begins_with(path: Path, beginning: bytes) -> bool:
+    """Returns whether a path is a file that begins with these bytes, whatever their case."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(beginning)).lower() == beginning.lower()
 
 
 def refuse_inputs(out: Path, inputs: Iterable[str | Path]) -> None:

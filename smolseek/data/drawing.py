@@ -19,7 +19,7 @@ from smolseek.data.documents import PART_CHARACTERS, Document
 from smolseek.data.encoding import encode_text
 from smolseek.data.packing import Packed, join, pack
 from smolseek.data.sources import PythonSource, open_sources
-from smolseek.data.sources.base import Source
+from smolseek.data.sources.base import Source, every_document
 from smolseek.data.splits import check_weights, is_held_out, is_trained_on
 
 _CHARACTERS_PER_TOKEN = 8  # more than a token has in most texts, so that enough text is drawn
@@ -43,21 +43,21 @@ def calibration_windows(
     drawn, facts = [], []
     for number, (name, source) in enumerate(zip(data.train, open_sources(data.train, data).sources, strict=True)):
         tokens = windows * window_tokens
-        enough = max(
-            tokens * _CHARACTERS_PER_TOKEN, windows * PART_CHARACTERS // _SPAN_WINDOWS
-        )  # each span from another
+        # So much that each span can be of another document.
+        enough = max(tokens * _CHARACTERS_PER_TOKEN, windows * PART_CHARACTERS // _SPAN_WINDOWS)
         documents = source.sample(enough, seed=seed + number, keep=_calibrates(source, data))
         generator = torch.Generator().manual_seed(seed + number)
         characters = _MARGIN * _characters_per_token(tokenizer, documents)
         spans = _spans(documents, int(tokens * characters), int(_SPAN_WINDOWS * window_tokens * characters), generator)
-        ids_T = pack(tokenizer, spans, limit_tokens=tokens).ids_T
+        unread = iter(spans)
+        ids_T = pack(tokenizer, unread, limit_tokens=tokens).ids_T
         whole = len(ids_T) // window_tokens
         if whole < 1:
             raise ValueError(
                 f"calibration {name}: {len(ids_T)} tokens, less than one window of {window_tokens}; name more text"
             )
         drawn.append(ids_T[: whole * window_tokens].view(whole, window_tokens))
-        facts.append({"source": name, "documents": len(documents)})
+        facts.append({"source": name, "documents": len(spans) - len(list(unread))})
     counts = allocate(windows, data.weights or (1.0,) * len(drawn), [len(part_BT) for part_BT in drawn])
     windows_BT = torch.cat([part_BT[:count] for part_BT, count in zip(drawn, counts, strict=True)])
     order = torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(seed))
@@ -78,7 +78,7 @@ def held_out_text(tokenizer: Any, data: DataSettings) -> Packed:
         raise ValueError(f"data.held_out_tokens {tokens}: must be at least 1; leave it out for 65,536")
     streams = []
     for number, source in enumerate(open_sources(specs, data).sources):
-        keep = (lambda document: True) if data.held_out else partial(is_held_out, share=data.held_out_share)
+        keep = every_document if data.held_out else partial(is_held_out, share=data.held_out_share)
         documents = source.sample(tokens * _CHARACTERS_PER_TOKEN, seed=number, keep=keep)
         streams.append(pack(tokenizer, (document._replace(ends=True) for document in documents), tokens))
     counts = allocate(tokens, (1.0,) * len(streams), [len(stream.ids_T) for stream in streams])
@@ -103,7 +103,8 @@ def allocate(wanted: int, weights: Sequence[float], available: Sequence[int]) ->
 def _calibrates(source: Source, data: DataSettings) -> Any:
     """Returns a function that says whether a document may calibrate."""
     if isinstance(source, PythonSource) and not data.held_out:
-        return partial(is_trained_on, settings=DataSettings(held_out_share=data.held_out_share or 0.1))
+        share = data.held_out_share or DataSettings().held_out_share
+        return partial(is_trained_on, settings=DataSettings(held_out_share=share))
     return partial(is_trained_on, settings=data)
 
 

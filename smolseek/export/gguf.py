@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
-from smolseek.checkpoint.atomic import atomic_file, refuse_existing
+from smolseek.checkpoint.atomic import atomic_file, begins_with, refuse_existing
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.export.keys import ARCHITECTURE, add_keys
@@ -102,15 +102,10 @@ def _check_out(out: Path, source: Path, force: bool) -> None:
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file")
     refuse_existing(out, force)
-    if out.exists() and not (out.is_file() and _starts_as_gguf(out)):
+    if out.exists() and not begins_with(out, b"GGUF"):
         raise ValueError(f"{out}: is no GGUF file, and --force replaces only those; name another")
     if out.suffix != ".gguf" and out.absolute().parent.resolve() == source.resolve():
         raise ValueError(f"{out}: may be taken for a file of the checkpoint in that folder; end the name in .gguf")
-
-
-def _starts_as_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def wanted_encoding(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
