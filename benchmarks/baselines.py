@@ -24,7 +24,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.mla.heads import scale_queries
 from smolseek.conversion.mla.rope_slots import complex_moment, interleave, rotated_queries, to_complex
 from smolseek.conversion.target import target_config
-from smolseek.formats.dense import read_source
+from smolseek.formats.dense import DenseSource, read_source
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import LATENT_NORM_EPS, MultiheadLatentAttention
 
@@ -257,6 +257,12 @@ def assemble(
             if isinstance(module, MultiheadLatentAttention):
                 module.kv_a_layernorm = nn.Identity()  # type: ignore[assignment]
     return model.eval()
+
+
+def ways_to_split(source: DenseSource, total: int) -> list[Sizes]:
+    """Returns the ways to divide `total` between rank and rope; these baselines need a rope that divides the head."""
+    ropes = [source.head_dim // part for part in (1, 2, 4) if source.head_dim % (2 * part) == 0]
+    return [Sizes(total - rope, rope) for rope in ropes if 1 <= total - rope <= source.cache_numbers - rope]
 
 
 # -- calibration ------------------------------------------------------------------------------------------------------

@@ -14,8 +14,14 @@ import torch
 
 
 def command_line() -> str:
-    """Returns the command line of this process, from the repository's root."""
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """Returns the command line of this process, from the repository's root; see `without_folders`."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(without_folders, sys.argv[1:])])
+
+
+def without_folders(argument: str) -> str:
+    """Returns an argument, PATH or NAME=PATH, an absolute path cut to its name: reports tell no machine's paths."""
+    name, equals, path = argument.rpartition("=")
+    return f"{name}{equals}{Path(path).name}" if path.startswith("/") else argument
 
 
 def circumstances() -> str:

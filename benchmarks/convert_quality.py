@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from baselines import Sizes, TransMLA, mean_loss, supports, x_ecomla
+from baselines import Sizes, TransMLA, mean_loss, supports, ways_to_split, x_ecomla
 from circumstances import circumstances, command_line
 from rows import Row, Rows, present
 from torch import Tensor
@@ -215,15 +215,9 @@ def _compare_attention(bench: Bench, seed: int) -> None:
         if not supports(bench.dense.model):
             print("  no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
         elif not bench.kept.find(size=size, what=SVD, seed=seed):
-            _measure_baselines(bench, size, seed, windows_BT, rotate, [given] if mine.sizes else _splits(bench, given))
+            ways = [given] if mine.sizes else ways_to_split(bench.source, sum(given))
+            _measure_baselines(bench, size, seed, windows_BT, rotate, ways)
         _compare_ours(bench, seed, "attention", size, fields)
-
-
-def _splits(bench: Bench, given: Sizes) -> list[Sizes]:
-    """Returns the ways to divide the same total between rank and rope; baselines need a rope that divides the head."""
-    head_dim, total = bench.source.head_dim, sum(given)
-    ropes = [head_dim // part for part in (1, 2, 4) if head_dim % (2 * part) == 0]
-    return [Sizes(total - rope, rope) for rope in ropes if 1 <= total - rope <= bench.whole - rope]
 
 
 def _measure_baselines(

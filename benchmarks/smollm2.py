@@ -1,64 +1,203 @@
-"""What conversion keeps of a real model: perplexity over the dense one on texts that it was not calibrated on.
+"""What conversion keeps of a real model: perplexity, KL and zero-shot tasks against the dense model.
 
-python benchmarks/smollm2.py FOLDER --calibration MIXED --texts NAME=FILE ... [--cache 0.5] [--out NAME]
+python benchmarks/smollm2.py --source FOLDER --texts NAME=FILE ... --calibration FILE ... --tasks FOLDER
 
-Stock transformers loads the dense folder and the folders that `convert` writes. Tokens are those of `tokenizer(text)`,
-without a BOS where the tokenizer adds none; documents are joined by EOS; windows have 512 tokens. Every conversion is
-written as a JSON line when it is measured, and the same command goes on from there.
+Stock transformers loads every folder. Tokens are those of `tokenizer(text)`, without a BOS where the tokenizer adds
+none; documents are joined by EOS. Every measurement is at once written as a JSON line, with the answer to each document
+of the tasks, and the same command goes on from there. Converted and healed folders stay in `--work`.
 
-Shapes: T tokens.
+Shapes: B windows, T tokens.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
+import functools
 import json
+import math
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
-from circumstances import circumstances, command_line
-from rows import Rows, present
+from baselines import Sizes, TransMLA, mean_loss, supports, ways_to_split, x_ecomla
+from circumstances import command_line, without_folders
+from rows import Row, Rows, present
+from smollm2_report import plot, render
 from torch import Tensor
+from zero_shot import answer, write_tasks
 
-from smolseek.checkpoint.hub import load_stock, load_tokenizer
-from smolseek.config import SEPARATOR, DataSettings
+from smolseek.checkpoint.hub import load_stock, load_tokenizer, save
+from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.config import (
+    SEPARATOR,
+    ConvertSettings,
+    DataSettings,
+    Recipe,
+    SampleSettings,
+    load_recipe,
+    recipes_folder,
+)
+from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
+from smolseek.conversion.target import target_config
+from smolseek.data import calibration_windows
 from smolseek.data.splits import held_out_documents
-from smolseek.evaluation import measure_quality
+from smolseek.evaluation import compare
+from smolseek.formats.dense import read_source
+from smolseek.model import StockModel
+from smolseek.run import run_recipe
+from smolseek.training.stages import step_tokens
 
-ROOT = Path(__file__).parent.parent
+Stage = Literal["closed", "converted", "healed", "baselines"]
+WINDOWS = (512, 2048)
+TRANSMLA, SVD = "TransMLA, gain repaired", "X-EcoMLA's initialisation"
 
 
 @dataclass(frozen=True)
 class RealModel:
-    """Convert a real checkpoint and measure it on other texts."""
+    """Convert a real checkpoint in several sizes, and measure every stage against the dense model."""
 
-    source: tyro.conf.Positional[str]
+    source: str
     """Dense checkpoint: a folder or hub id."""
-    calibration: tuple[str, ...]
-    """Text to calibrate on."""
     texts: tuple[str, ...]
-    """Texts to measure on, NAME=FILE each; none may be calibration text."""
-    cache: tuple[float, ...] = (0.5,)
-    """Shares of the source's cache to keep."""
-    refine_steps: int = 200
-    """Steps of layer-wise refinement."""
-    calibration_windows: int = 96
-    """Windows for the second moments."""
+    """Texts to measure on, NAME=FILE each; none may be calibrated or trained on."""
+    calibration: tuple[str, ...] = ()
+    """Text to calibrate on; none: the conversion's own."""
+    sizes: tuple[str, ...] = ("50%", "31.25%", "256+64", "12.5%", "25%")
+    """Cache sizes in their order: a share of the source's cache (SHARE%), or RANK+ROPE."""
+    stages: tuple[Stage, ...] = ("closed", "converted", "healed", "baselines")
+    """What to measure of each size, in this order; healed needs --heal-text."""
+    carve: bool = False
+    """Measure experts of 75% of the neurons too, with exact attention."""
+    upcycle: bool = False
+    """Measure upcycled experts with half the cache too."""
+    heal_text: tuple[str, ...] = ()
+    """Text to heal on."""
+    heal_tokens: tuple[int, ...] = (250_000, 1_000_000, 3_000_000)
+    """Tokens of healing after which to measure; one run, given more steps each time."""
+    heal_learning_rate: float | None = None
+    """Peak learning rate of healing; none: that of recipes/heal.yaml."""
+    tasks: Path | None = None
+    """Folder with the documents of the tasks, one JSONL file for each of benchmarks/tasks; none: no tasks."""
+    task_rows: int = 500
+    """Documents of each task, drawn over the whole of it; 0: no tasks."""
     tokens: int = 8192
-    """Tokens to measure on in each text."""
+    """Tokens to measure on in each text, in windows of 512."""
+    long_tokens: int = 4096
+    """Tokens to measure on in each text, in windows of 2,048; 0: none."""
+    calibration_windows: int = ConvertSettings.calibration_windows
+    """Windows of calibration text, for ours and the baselines alike."""
+    calibration_window_tokens: int = ConvertSettings.calibration_window_tokens
+    """Tokens in one of them."""
+    refine_steps: int | None = None
+    """Layer-wise steps; none: the conversion's own number."""
+    distill_steps: int | None = None
+    """End-to-end KL steps; none: the conversion's own number."""
     out: str = "smollm2"
-    """Name of the result."""
-    results: Path = ROOT / "benchmarks" / "results"
-    """Folder for the report and its JSON lines."""
+    """NAME in results/DATE-NAME.md."""
+    results: Path = Path(__file__).parent / "results"
+    """Where report, plot and JSON lines go."""
     work: Path = Path("runs/smollm2")
-    """Folder for converted folders."""
+    """Where converted and healed folders go."""
+
+
+class Bench:
+    """The dense model, the texts, the tasks and the rows measured so far."""
+
+    def __init__(self, mine: RealModel, task_folder: Path) -> None:
+        self.mine, self.work = mine, mine.work / mine.out
+        named = dict(text.partition("=")[::2] for text in mine.texts)
+        if not all(named.values()):
+            raise ValueError(f"texts {' '.join(mine.texts)}: must be NAME=FILE each; for example prose=prose.txt")
+        if both := set(named.values()) & {*mine.calibration, *mine.heal_text}:
+            raise ValueError(f"texts {min(both)}: is calibrated or trained on too; name text that no conversion sees")
+        if "healed" in mine.stages and not mine.heal_text:
+            raise ValueError("stages healed: there is no text to heal on; name some with --heal-text, or leave it out")
+        self.folder = resolve_folder(mine.source)
+        self.config = read_config(self.folder)
+        self.source = read_source(self.config)
+        self.sizes = {size: read_size(size, self.source.cache_numbers) for size in mine.sizes}
+        self.tokenizer = load_tokenizer(self.folder)
+        self.manager = write_tasks(mine.tasks, task_folder, mine.task_rows) if mine.tasks and mine.task_rows else None
+        free = ("sizes", "stages", "carve", "upcycle", "heal_text", "heal_tokens", "heal_learning_rate")
+        self.kept = Rows(mine.results, mine.out, _without_folders(mine), (*free, "results", "work"))
+        self.ids = {name: read_tokens(self.tokenizer, file, mine.tokens) for name, file in named.items()}
+        self.dense = load_stock(self.folder)
+        self.rotated = functools.cache(lambda rope: TransMLA(self.dense.model, self.config, self.windows_BT, rope))
+
+    def measure(self, model: StockModel, **about: Any) -> None:
+        """Keep the row of a model: distance from the dense one on every text, and its answers to the tasks."""
+        row: Row = {"windows": {}}
+        for size, tokens in zip(WINDOWS, (self.mine.tokens, self.mine.long_tokens), strict=True):
+            if tokens:
+                texts = {name: ids_T[:tokens] for name, ids_T in self.ids.items()}
+                window = min(size, self.source.max_position_embeddings)
+                by_text = compare(model, self.dense, texts, window_tokens=window).by_text
+                row["windows"][str(size)] = {name: difference.to_dict() for name, difference in by_text.items()}
+        row["tasks"] = answer(model, self.tokenizer, self.manager) if self.manager else {}
+        self.kept.add(**about, **row)
+        ratios = [math.exp(one["loss"] - one["teacher_loss"]) for one in row["windows"][str(WINDOWS[0])].values()]
+        told = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"{about['size']} {about['stage']}, {about['tokens']:,} tokens: {told}", flush=True)
+
+    def settings(self, **fields: Any) -> ConvertSettings:
+        """Returns the settings of one conversion."""
+        mine = self.mine
+        own = {"refine_steps": mine.refine_steps, "distill_steps": mine.distill_steps}
+        fields = {name: steps for name, steps in own.items() if steps is not None} | fields
+        return ConvertSettings(
+            calibration=mine.calibration,
+            calibration_windows=mine.calibration_windows,
+            calibration_window_tokens=min(mine.calibration_window_tokens, self.source.max_position_embeddings),
+            **fields,
+        )
+
+    def converted(self, name: str, **fields: Any) -> tuple[Path, Row]:
+        """Returns the folder of a conversion, which is made if it is not there, and what it says of itself."""
+        folder = self.work / name
+        if not folder.exists():
+            convert(self.mine.source, folder, settings=self.settings(**fields))
+        report, target = (json.loads((folder / f"{file}.json").read_text("utf-8")) for file in ("conversion", "config"))
+        return folder, self.cache(Sizes(target["kv_lora_rank"], target["qk_rope_head_dim"])) | {
+            "seconds": report["seconds"]
+        }
+
+    def cache(self, sizes: Sizes) -> Row:
+        """Returns what a row says of its cache."""
+        return {"cache": sum(sizes) / self.source.cache_numbers, "split": f"{sizes.rank}+{sizes.rope}"}
+
+    @functools.cached_property
+    def windows_BT(self) -> Tensor:
+        """The text that the baselines calibrate on: the conversion's own."""
+        settings, out = self.settings(), self.work / "baseline"
+        shutil.rmtree(out, ignore_errors=True)
+        job = read_job(self.mine.source, out, settings, device="cpu", force=False, on_progress=lambda *_: None)
+        count, tokens = settings.calibration_windows, settings.calibration_window_tokens
+        return calibration_windows(self.tokenizer, job.data, windows=count, window_tokens=tokens, seed=settings.seed)[0]
+
+
+def read_size(size: str, whole: int) -> dict[str, Any]:
+    """Returns the conversion's settings of a size, SHARE% or RANK+ROPE.
+
+    Raises:
+        ValueError: it is neither, or not above 0 and at most the source's cache, `whole` numbers.
+    """
+    rank, _, rope = size.partition("+")
+    try:
+        if size.endswith("%") and 0 < float(size[:-1]) <= 100:
+            return {"cache": float(size[:-1]) / 100}
+        if int(rank) > 0 and int(rope) > 0 and int(rank) + int(rope) <= whole:
+            return {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(rope)}
+    except ValueError:
+        pass
+    raise ValueError(f"sizes {size}: must be SHARE% or RANK+ROPE, at most {whole} in all; for example 50% or 160+32")
 
 
 def read_tokens(tokenizer: Any, file: str, tokens: int) -> Tensor:
@@ -72,71 +211,125 @@ def read_tokens(tokenizer: Any, file: str, tokens: int) -> Tensor:
     return torch.tensor(ids[:tokens])
 
 
-def measure(mine: RealModel) -> Rows:
-    """Convert and measure what has no row yet; returns all rows."""
-    free = ("cache", "results", "work")
-    rows = Rows(mine.results, mine.out, mine, free)
-    tokenizer = load_tokenizer(mine.source)
-    texts = dict(text.split("=", 1) for text in mine.texts)
-    ids = {name: read_tokens(tokenizer, file, mine.tokens) for name, file in texts.items()}
-    if not rows.find(what="dense"):
-        _add(rows, "dense", mine.source, ids, seconds=0.0, cache=1.0)
-    for share, steps in itertools.product(mine.cache, (0, mine.refine_steps)):
-        what = f"{'refined' if steps else 'closed form'} at {share:g}"
-        if rows.find(what=what):
+def _without_folders(mine: RealModel) -> RealModel:
+    """Returns the settings as the results show them."""
+    texts, calibration = (tuple(map(without_folders, names)) for names in (mine.texts, mine.calibration))
+    tasks = Path(without_folders(str(mine.tasks))) if mine.tasks else None
+    source = without_folders(mine.source)
+    return dataclasses.replace(mine, source=source, texts=texts, calibration=calibration, tasks=tasks)
+
+
+# -- measurements -----------------------------------------------------------------------------------------------------
+
+
+def measure(mine: RealModel) -> Bench:
+    """Measure what has no row yet, the most telling first."""
+    with tempfile.TemporaryDirectory() as task_folder:
+        bench = Bench(mine, Path(task_folder))
+        if not bench.kept.find(stage="dense"):
+            bench.measure(bench.dense, size="", stage="dense", cache=1.0, split="", tokens=0, seconds=None)
+        stages = {"closed": _closed, "converted": _converted, "healed": _healed, "baselines": _baselines}
+        for size, fields in bench.sizes.items():
+            for stage in mine.stages:
+                stages[stage](bench, size, fields)
+        if mine.carve:
+            _converted(bench, "carve 75%", {"experts": "carve", "active": 0.75, "exact": True})
+        if mine.upcycle:
+            _converted(bench, "upcycle + 50%", {"experts": "upcycle", "cache": 0.5})
+    return bench
+
+
+def _closed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
+    """Measure the closed form; its folder does not stay."""
+    if not bench.kept.find(size=size, stage="closed"):
+        folder, about = bench.converted(_file_name(size, "closed"), **fields | {"refine_steps": 0, "distill_steps": 0})
+        bench.measure(load_stock(folder), size=size, stage="closed", tokens=0, **about)
+        shutil.rmtree(folder)
+
+
+def _converted(bench: Bench, size: str, fields: dict[str, Any]) -> None:
+    """Measure what `convert` writes."""
+    if not bench.kept.find(size=size, stage="converted"):
+        folder, about = bench.converted(_file_name(size, "converted"), **fields)
+        bench.measure(load_stock(folder), size=size, stage="converted", tokens=0, **about)
+
+
+def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
+    """Distil what `convert` writes, and measure it after each number of tokens.
+
+    One run is given more steps each time. So its learning rate has fallen to its end at every measurement, and rises
+    again to where the longer schedule has it.
+    """
+    rate = bench.mine.heal_learning_rate or load_recipe(recipes_folder() / "heal.yaml").train.learning_rate
+    about: Row = {"size": size, "stage": "healed", "text": [*map(without_folders, bench.mine.heal_text)], "rate": rate}
+    run = bench.work / _file_name(size, f"healed-{rate:g}")
+    for asked in sorted(bench.mine.heal_tokens):
+        if bench.kept.find(**about, asked=asked):
             continue
-        folder, began = mine.work / what.replace(" ", "-"), time.perf_counter()
-        shutil.rmtree(folder, ignore_errors=True)
-        settings = {"calibration_windows": mine.calibration_windows, "refine_steps": steps, "distill_steps": 0}
-        convert(mine.source, folder, cache=share, calibration=mine.calibration, **settings)
-        report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
-        kept = report["cache"]["numbers_per_token"] / report["cache"]["source_numbers_per_token"]
-        _add(rows, what, str(folder), ids, seconds=time.perf_counter() - began, cache=kept)
-    return rows
+        folder, facts = bench.converted(_file_name(size, "converted"), **fields)
+        recipe = _heal_recipe(bench, folder, rate, asked)
+        began = time.perf_counter()
+        run_recipe(recipe, run, resume=run.exists())
+        facts |= {"seconds": time.perf_counter() - began, "tokens": recipe.train.steps * step_tokens(recipe.train)}
+        bench.measure(load_stock(run / "model"), **about, asked=asked, **facts)
 
 
-def _add(rows: Rows, what: str, folder: str, ids: dict[str, Tensor], *, seconds: float, cache: float) -> None:
-    """Measure one folder through stock transformers and keep the row."""
-    model = load_stock(folder)
-    by_text = {name: measure_quality(model, ids_T, 0).perplexity for name, ids_T in ids.items()}
-    rows.add(what=what, cache=cache, by_text=by_text, seconds=seconds)
-    print(what, {name: round(value, 2) for name, value in by_text.items()}, f"{seconds:.0f} s", flush=True)
+def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
+    """Returns recipes/heal.yaml with this run's own settings; only its steps depend on `tokens`."""
+    mine, heal = bench.mine, load_recipe(recipes_folder() / "heal.yaml")
+    window = min(heal.train.window_tokens, bench.source.max_position_embeddings)
+    train = dataclasses.replace(heal.train, learning_rate=rate, window_tokens=window, checkpoint_every=20, keep_last=1)
+    first, steps = (math.ceil(count / step_tokens(train)) for count in (min(mine.heal_tokens), tokens))
+    train = dataclasses.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, first // 10))
+    data = DataSettings(train=mine.heal_text, held_out_tokens=8192)
+    sample = SampleSettings(every=0)
+    return dataclasses.replace(heal, source=str(start), teacher=mine.source, data=data, train=train, sample=sample)
 
 
-def render(mine: RealModel, rows: Rows) -> str:
-    """Returns the report."""
-    (dense,) = rows.find(what="dense")
-    names = list(dense["by_text"])
-    perplexities = " | ".join(f"{dense['by_text'][name]:.2f}" for name in names)
-    lines = [
-        f"# {Path(mine.source).name}: what conversion keeps",
-        "",
-        f"`{command_line()}`",
-        "",
-        f"{circumstances()} Perplexity over the dense model's through stock transformers, without BOS, "
-        f"{mine.tokens:,} tokens of each text in windows of 512; no text was calibrated on.",
-        "",
-        f"| | cache kept | {' | '.join(names)} | mean | seconds |",
-        f"|---|---|{'---|' * (len(names) + 2)}",
-        f"| dense, perplexity | | {perplexities} | | |",
-    ]
-    for row in rows.rows:
-        if row["what"] != "dense":
-            ratios = [row["by_text"][name] / dense["by_text"][name] for name in names]
-            told = " | ".join(f"{ratio:.3f}" for ratio in [*ratios, sum(ratios) / len(ratios)])
-            lines.append(f"| {row['what']} | {row['cache']:.1%} | {told} | {row['seconds']:.0f} |")
-    return "\n".join(lines) + "\n"
+def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:
+    """Measure each published method with as many numbers in its cache, at its best split on the calibration text."""
+    if not supports(bench.dense.model):
+        print("no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
+        return
+
+    def transmla(split: Sizes) -> Any:
+        return bench.rotated(split.rope).cut(split.rank).repaired
+
+    def svd(split: Sizes) -> Any:
+        return x_ecomla(bench.dense.model, bench.config, bench.windows_BT, split)
+
+    methods: dict[str, Callable[[Sizes], Any]] = {SVD: svd, TRANSMLA: transmla}
+    for what, method in methods.items():
+        if bench.kept.find(size=size, stage=what):
+            continue
+        began = time.perf_counter()
+        target = target_config(bench.source, bench.settings(**fields))
+        total = target["kv_lora_rank"] + target["qk_rope_head_dim"]
+        splits = ways_to_split(bench.source, total)
+        losses = {split: mean_loss(method(split), bench.windows_BT) for split in splits}
+        best = min(splits, key=losses.__getitem__)
+        folder = save(method(best), bench.work / "baseline", tokenizer_from=bench.folder, force=True)
+        facts = bench.cache(best) | {"seconds": time.perf_counter() - began}
+        bench.measure(load_stock(folder), size=size, stage=what, tokens=0, **facts)
+        shutil.rmtree(folder)
+
+
+def _file_name(size: str, stage: str) -> str:
+    """Returns the name of a folder in the working folder."""
+    return f"{size.replace('%', '').replace(' ', '')}-{stage}"
 
 
 def main(mine: RealModel) -> int:
-    """Measure, write, print."""
+    """Measure, write the report and the plot, print the report."""
 
-    def run() -> tuple[Path, str, None]:
-        rows = measure(mine)
-        return rows.path, render(mine, rows), None
+    def run() -> tuple[Path, str, Callable[[Path], None]]:
+        bench = measure(mine)
+        name = Path(without_folders(mine.source)).name
+        about = f"`{command_line()}`"
+        return bench.kept.path, render(name, about, bench.kept.rows), functools.partial(plot, name, bench.kept.rows)
 
-    return present(run, plots=False)
+    return present(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(RealModel)))
+    sys.exit(main(tyro.cli(RealModel, description=__doc__)))
