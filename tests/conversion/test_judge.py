@@ -5,12 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from smolseek.checkpoint.hub import load_for_evaluation
 from smolseek.config import DataSettings
 from smolseek.conversion.judge import perplexity_ratios
 from smolseek.conversion.pipeline import convert
 from smolseek.data.drawing import held_out_text
+from smolseek.data.packing import Packed
 from smolseek.evaluation import measure_divergence, measure_quality
 from tests.text import tiny_tokenizer, write_stories
 
@@ -117,10 +119,10 @@ def test_of_the_built_in_text_the_part_that_calibrates_is_not_judged_on(refused,
     assert read[0].train == ("builtin:python",) and not read[0].held_out and read[0].held_out_share == 0.1
 
 
-def test_conversations_need_something_that_the_assistant_says(refused, tmp_path):
-    talk = tmp_path / "talk.jsonl"
-    talk.write_text(json.dumps({"messages": [{"role": "user", "content": "Anna sees a ball. " * 40}]}) + "\n")
-    assert "judge " in refused(talk)
+def test_conversations_cut_off_before_the_assistant_speaks(refused, other, monkeypatch):
+    silent = Packed(torch.ones(100, dtype=torch.long), torch.zeros(100, dtype=torch.bool), 0)
+    monkeypatch.setattr("smolseek.conversion.judge.held_out_text", lambda *_: silent)
+    assert refused(other).startswith(f"judge {other}: the assistant says nothing in it")
 
 
 def test_text_in_the_folder_that_would_be_replaced(source, quick, other, tmp_path):
