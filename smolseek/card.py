@@ -167,6 +167,9 @@ class Card:
                 f"Perplexity by stage of the conversion, on {tokens:,} tokens of the calibration text that it {apart} "
                 f"({read + '; ' if read else ''}all of that text: sha256 {digest}):\n\n{_losses(losses)}"
             )
+        if self.conversion and self.conversion.get("judged"):
+            what = "After the conversion, on text that nothing was learnt from, beside the dense model"
+            parts.append(f"{what}:\n\n{_judged(self.conversion['judged'])}")
         if self.training and self.training.held_out_losses:
             parts.append(f"On held-out text, after training:\n\n{_losses(self.training.held_out_losses)}")
         return "\n\n".join(parts) or "Not measured."
@@ -230,6 +233,16 @@ def _losses(losses: Mapping[str, float]) -> str:
         f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(min(loss, 700.0)):.3f} |" for name, loss in losses.items()
     ]
     return "\n".join(["| | loss | perplexity |", "|---|---|---|", *rows])
+
+
+def _judged(records: list[dict[str, Any]]) -> str:
+    rows = [
+        f"| {plain_name(r['source'])} | {r['tokens']:,} | {r['dense_perplexity']:.3f} | {r['perplexity']:.3f} "
+        f"| {r['ratio']:.3f} | {r['kl']:.4f} | {r['agreement']:.1%} |"
+        for r in records
+    ]
+    head = "| | tokens | dense perplexity | perplexity | ratio | KL | same top token |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
 
 
 def _yaml(tree: Mapping[str, Any]) -> str:

@@ -217,6 +217,7 @@ def _load_model(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> 
             if stage not in reported:
                 reported.append(stage)
                 watcher.on_stage(f"convert: {stage}")
+            watcher.on_progress(stage, done, count)
 
         data = calibration_text(recipe)
         settings = dataclasses.replace(recipe.convert, calibration=data.train)

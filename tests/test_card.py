@@ -116,6 +116,15 @@ def test_a_card_says_what_was_read_without_paths():
     assert front_matter(Card("small", V3, {}, None, Training(recipe, 1, 2)).render())["base_model"] == "owner/dense"
 
 
+def test_a_card_shows_the_texts_that_the_conversion_was_judged_on():
+    judged = {"source": "/home/me/a.txt", "tokens": 8176, "dense_perplexity": 8.0, "perplexity": 9.0}
+    judged |= {"ratio": 1.125, "kl": 0.0512, "agreement": 0.875}
+    card = Card("small", V3, {}, CONVERSION | {"judged": [judged]}).render()
+    assert "| a.txt | 8,176 | 8.000 | 9.000 | 1.125 | 0.0512 | 87.5% |" in card and "/home/me" not in card
+    with pytest.raises(ValueError, match=r"^conversion\.json: not as smolseek writes it"):
+        Card("small", V3, {}, CONVERSION | {"judged": [{"source": "a.txt"}]}).render()
+
+
 def test_a_loss_without_bounds_has_a_card():
     card = Card("small", V3, {}, CONVERSION | {"losses": {"dense": 1.5, "closed_form": 1e9}}).render()
     assert "| closed form | 1000000000.0000 |" in card

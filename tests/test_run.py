@@ -68,9 +68,10 @@ def test_a_recipe_converts_on_the_device_that_it_trains_on(recipe, tmp_path, mon
 
 
 def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
-    stages = []
+    stages, told = [], []
     folder = tmp_path / "runs" / "tiny"
-    summary = run_recipe(recipe, folder, watcher=Watcher(on_stage=stages.append))
+    watcher = Watcher(on_stage=stages.append, on_progress=lambda *how: told.append(how))
+    summary = run_recipe(recipe, folder, watcher=watcher)
     assert json.loads((folder / "summary.json").read_text()) == summary
     for row in ("dense", "converted", "healed", "dense_trained"):
         assert {
@@ -88,6 +89,7 @@ def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert "healed" in render_summary(summary) and summary["healed"]["samples"]["Anna "] in render_summary(summary)
     started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
     assert started == ["convert", "heal:", "train", "measure"]
+    assert {stage for stage, done, count in told if done == count} == {"closed form", "refine layers", "end-to-end KL"}
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
         assert (folder / name).exists()
     stock = AutoModelForCausalLM.from_pretrained(folder / "model")

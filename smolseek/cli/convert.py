@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from smolseek.cli.shared import Device, progress_bars, quiet_libraries
 from smolseek.config import ConvertSettings, load_recipe
+
+log = logging.getLogger(__name__)
+
+_MOST_RATIO = 1.1  # of perplexities, without a warning
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Convert:
     out: tyro.conf.Positional[Path]
     """Folder to write."""
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
+    judge: tuple[str, ...] = ()
+    """Text that nothing is learnt from, named as calibration is: at the end the source and OUT are compared on up to
+    8,192 tokens of each."""
     force: bool = False
     """Replace OUT if it exists."""
     device: Device = "cpu"
@@ -67,6 +78,7 @@ def run_convert(command: Convert) -> None:
             command.source,
             command.out,
             settings=command.settings,
+            judge=command.judge,
             device=command.device,
             force=command.force,
             on_progress=on_progress,
@@ -79,4 +91,26 @@ def run_convert(command: Convert) -> None:
         if stage in report["losses"]:
             loss, judged = report["losses"][stage], calibration["judged_tokens"]
             print(f"{stage.replace('_', ' '):12} loss {loss:.4f} on {judged:,} tokens {apart}")
+    for judged in report.get("judged", ()):
+        print(
+            f"{judged['source']}: dense perplexity {judged['dense_perplexity']:.3f}, converted "
+            f"{judged['perplexity']:.3f}, ratio {judged['ratio']:.3f}, KL {judged['kl']:.4f}, "
+            f"same top token {judged['agreement']:.1%}"
+        )
     print(f"{out}: a stock DeepSeek-V3 folder, in {report['seconds']:.0f} s; next: smolseek eval {out} --text FILE")
+    _warn_if_far(report, command)
+
+
+def _warn_if_far(report: Mapping[str, Any], command: Convert) -> None:
+    """Warns of a perplexity far above the dense model's, on the text where it is farthest, and says what to do."""
+    from smolseek.conversion.judge import perplexity_ratios
+
+    ratios = perplexity_ratios(report)
+    if not ratios or max(ratios.values()) <= _MOST_RATIO:
+        return
+    text = max(ratios, key=ratios.__getitem__)
+    log.warning(
+        "%s: its perplexity is %.2f times the dense model's on %s; convert with more or other calibration text or with "
+        "more of the cache, or heal it: smolseek train recipes/heal.yaml --source %s --teacher %s --data.train TEXT",
+        *(command.out, ratios[text], text, *map(shlex.quote, (str(command.out), command.source))),
+    )

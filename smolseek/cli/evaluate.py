@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from smolseek.cli.shared import Device, Dtype, align_table, progress_bars, quiet_libraries, torch_dtype
+from smolseek.cli.shared import Device, Dtype, OnProgress, align_table, progress_bars, quiet_libraries, torch_dtype
 from smolseek.config import SEPARATOR, DataSettings
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 Section = tuple[dict[str, Any], str]
 """One measurement, as JSON and as text."""
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

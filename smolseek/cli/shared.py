@@ -7,12 +7,19 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 Device = Literal["cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16"]
+OnProgress = Callable[[str, int, int], None]
+"""Told (stage, done, count)."""
+
+_SECONDS_BETWEEN_LINES = 2.0
+_MOST_SINGLE_LINES = 100  # a stage of more parts than that has a line for each tenth of them
 
 
 class StoppedBySignal(Exception):
@@ -45,22 +52,69 @@ def deferred_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a callback (stage, done, count); it draws a bar for each stage if standard error is a terminal."""
+def progress_bars() -> Iterator[OnProgress]:
+    """Yields a callback that shows on standard error how far each stage is, and its time left.
+
+    A terminal gets one bar for each stage; a file or pipe gets lines, as `ProgressLines` says.
+    """
+    if not sys.stderr.isatty():
+        yield ProgressLines()
+        return
     from tqdm import tqdm
 
     bars: dict[str, tqdm[Any]] = {}
 
     def on_progress(stage: str, done: int, count: int) -> None:
         if stage not in bars:
-            bars[stage] = tqdm(total=count, desc=stage, disable=not sys.stderr.isatty())
+            bars[stage] = tqdm(total=count, desc=stage, miniters=1)  # parts of a stage may differ much in length
         bars[stage].update(done - bars[stage].n)
+        if done >= count:
+            bars[stage].close()  # so that what is shown next begins on a line of its own
 
     try:
         yield on_progress
     finally:
         for bar in bars.values():
             bar.close()
+
+
+class ProgressLines:
+    """Writes lines on standard error, such as `refine layers 12/30, 3:10, about 4:45 left` (time since the beginning).
+
+    A stage of at most 100 parts has a line for each, a longer one for each tenth. A line comes two seconds after the
+    one before or later, but the last of a stage always. The time left follows from the latest parts: the first of a
+    conversion that goes on are only read.
+    """
+
+    def __init__(self) -> None:
+        self.stage: str | None = None
+        self.written = -_SECONDS_BETWEEN_LINES
+
+    def __call__(self, stage: str, done: int, count: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.began, self.shown = stage, now, -1
+            self.latest: deque[tuple[float, int]] = deque(maxlen=1 + max(5, count // 10))
+        self.latest.append((now, done))
+        part = done if count <= _MOST_SINGLE_LINES else 10 * done // count
+        early = part == self.shown or now < self.written + _SECONDS_BETWEEN_LINES
+        if early and done < count:
+            return
+        self.shown, self.written = part, now
+        left = "" if (seconds := self._seconds_left(count)) is None else f", about {_clock(seconds)} left"
+        print(f"{stage} {done:,}/{count:,}, {_clock(now - self.began)}{left}", file=sys.stderr, flush=True)
+
+    def _seconds_left(self, count: int) -> float | None:
+        """Returns what the rest takes at the pace of the latest parts; None if that is unknown, and at the end."""
+        (then, before), (now, done) = self.latest[0], self.latest[-1]
+        return (now - then) / (done - before) * (count - done) if before < done < count else None
+
+
+def _clock(seconds: float) -> str:
+    """Returns minutes and seconds, m:ss, or hours too, h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def align_table(rows: Sequence[Sequence[str]]) -> str:

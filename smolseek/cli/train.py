@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.cli.shared import Device, StoppedBySignal, deferred_signals, quiet_libraries
+from smolseek.cli.shared import Device, StoppedBySignal, deferred_signals, progress_bars, quiet_libraries
 from smolseek.config import Recipe
 
 
@@ -73,8 +73,8 @@ def run_train(command: Train) -> None:
         bar.update()
 
     # There is a bar while steps are being trained. A signal then waits for the end of the step, and the state is saved.
-    with deferred_signals(defer=lambda: bar is not None) as received:
-        watcher = Watcher(on_stage, on_step, lambda: bool(received))
+    with deferred_signals(defer=lambda: bar is not None) as received, progress_bars() as on_progress:
+        watcher = Watcher(on_stage, on_step, lambda: bool(received), on_progress)
         try:
             summary = run_recipe(
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher

@@ -26,14 +26,20 @@ _POSITIONS_AT_ONCE = 64  # whose logits are held
 
 
 def collect_moments(
-    model: Any, windows_BT: Tensor, slot_angles_F: Tensor, *, seed: int, folder: Path
+    model: Any,
+    windows_BT: Tensor,
+    slot_angles_F: Tensor,
+    *,
+    seed: int,
+    folder: Path,
+    on_windows: Callable[[int], None] = lambda more: None,
 ) -> list[Callable[[], LayerMoments]]:
     """Returns one loader per layer for that layer's second moments, after one forward and backward pass.
 
     The labels of the loss are sampled from the model itself: the true Fisher, not the empirical one (docs/method.md,
     "Calibration"). `model` is a transformers Llama-like model. Sums are streamed in float64. Where those of all layers
     are large they live as files in `folder`. The blocks' inputs are kept there too, so that no latent needs a pass of
-    its own.
+    its own. `on_windows` is told how many windows each batch had.
 
     Raises:
         ValueError: `folder` has less free space than that takes.
@@ -64,6 +70,7 @@ def collect_moments(
                 probe.add(*gradients[2 * index : 2 * index + 2])
             del hidden_BTD, gradients
             release_memory()
+            on_windows(len(ids_BT))
     for probe in probes:
         probe.end()
     return [probe.moments for probe in probes]

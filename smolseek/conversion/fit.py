@@ -70,7 +70,6 @@ def fit_attention(job: Job, dense: Any, calibration: Calibration, work: WorkFold
     """
     if (kept := work.get("closed-form")) is not None:
         return _unpack(*kept, layers=job.source.num_hidden_layers)
-    job.on_progress("closed form", 0, 1)
     moments = work.path / "moments"
     shutil.rmtree(moments, ignore_errors=True)  # of an interrupted conversion
     moments.mkdir()
@@ -79,7 +78,6 @@ def fit_attention(job: Job, dense: Any, calibration: Calibration, work: WorkFold
     work.put("closed-form", named, {k: getattr(fitted, k) for k in ("errors", "rope_theta", "folds")})
     shutil.rmtree(moments)
     release_memory()
-    job.on_progress("closed form", 1, 1)
     return fitted
 
 
@@ -101,19 +99,41 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
     best: tuple[float, FittedAttention] | None = None
     stride, moments = 0, []
     plans = rope_plans(job.source.head_dim, job.target["qk_rope_head_dim"])
+    on_more = _progress(job, plans, len(calibration.moments_BT))
     for plan in plans:
         if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
             stride, slots = plan.stride, plan.slot_frequencies(job.source.head_dim)
             windows_BT = calibration.moments_BT
-            moments = collect_moments(dense, windows_BT, angles_F[slots], seed=job.settings.seed, folder=folder)
-        fitted = _fit_plan(job, dense, plan, moments)
+            angles = angles_F[slots]
+            moments = collect_moments(
+                dense, windows_BT, angles, seed=job.settings.seed, folder=folder, on_windows=on_more
+            )
+        fitted = _fit_plan(job, dense, plan, moments, on_more)
         divergence = _divergence(job, dense, fitted, calibration.judged_BT) if len(plans) > 1 else 0.0
         divergence = math.inf if math.isnan(divergence) else divergence
         if best is None or divergence < best[0]:
             best = divergence, fitted
+        on_more(1)
     assert best is not None
     _warn_of_approximations(best[1].errors)
     return best[1]
+
+
+def _progress(job: Job, plans: list[RopePlan], windows: int) -> Callable[[int], None]:
+    """Returns a function that is told how much more is done, and tells the job.
+
+    Counted are the windows of each pass for moments, and for each plan its layers and its comparison with the others.
+    """
+    passes, done = len({plan.stride for plan in plans}), 0
+    count = passes * windows + len(plans) * (job.source.num_hidden_layers + 1)
+
+    def on_more(more: int) -> None:
+        nonlocal done
+        done += more
+        job.on_progress("closed form", done, count)
+
+    on_more(0)
+    return on_more
 
 
 def _divergence(job: Job, dense: Any, fitted: FittedAttention, judged_BT: Tensor) -> float:
@@ -124,7 +144,9 @@ def _divergence(job: Job, dense: Any, fitted: FittedAttention, judged_BT: Tensor
     return divergence
 
 
-def _fit_plan(job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], LayerMoments]]) -> FittedAttention:
+def _fit_plan(
+    job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], LayerMoments]], on_more: Callable[[int], None]
+) -> FittedAttention:
     """Returns all blocks under one plan, one after the other: all moments at once do not fit into memory."""
     device = algebra_device(dense.device)
     blocks = []
@@ -139,6 +161,7 @@ def _fit_plan(job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], L
                 f"checkpoint {job.name}: layer {index} has weights so large, small or alike that they cannot be "
                 "factorised; fetch the checkpoint again or name another"
             ) from error
+        on_more(1)
     layers, errors = zip(*blocks, strict=True)
     theta = plan.rope_theta(job.source.rope["rope_theta"], job.source.head_dim)
     return FittedAttention(list(layers), list(errors), theta, plan.folds)

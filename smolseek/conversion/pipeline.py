@@ -1,9 +1,10 @@
-"""The conversion, folder to folder: calibrate → fit → refine → distill → write, each stage a function."""
+"""The conversion, folder to folder: calibrate → fit → refine → distill → write → judge, each stage a function."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from smolseek.conversion.calibrate import Calibration, read_calibration
 from smolseek.conversion.distill import distill_model
 from smolseek.conversion.fit import FittedAttention, exact_block, fit_attention
 from smolseek.conversion.job import Job, OnProgress, read_job
+from smolseek.conversion.judge import judge_folder, read_judged
 from smolseek.conversion.refine import refine_layers
 from smolseek.conversion.student import assemble, mean_loss
 from smolseek.conversion.work_folder import WorkFolder
-from smolseek.conversion.write import Facts, exact_tensors_of_source, student_tensors, write_folder
+from smolseek.conversion.write import Facts, add_judged, exact_tensors_of_source, student_tensors, write_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.memory import keep_freed_memory, release_memory
 
@@ -28,6 +30,7 @@ def convert(
     *,
     settings: ConvertSettings | None = None,
     data: DataSettings | None = None,
+    judge: str | Path | Iterable[str | Path] = (),
     device: str = "cpu",
     force: bool = False,
     on_progress: OnProgress = lambda stage, done, count: None,
@@ -36,31 +39,46 @@ def convert(
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
 
     `fields` are those of `ConvertSettings`, in place of or on top of `settings`; `calibration` may be one name or
-    several. `data` says how that text is read and what of it is held out, where it is a run's training text. `device`
-    (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and `out` is complete or
-    absent. A conversion that ends early leaves its finished layers beside `out`, and the same call goes on from there.
-    `on_progress(stage, done, count)` tells how far it is.
+    several. `data` says how that text is read and what of it is held out, where it is a run's training text. `judge`
+    names texts, one or several, that nothing is learnt from: when `out` is there, it is measured on them beside the
+    dense folder. `device` (cpu, cuda or mps) is where it computes. Every refusal comes before anything heavy runs, and
+    `out` is complete or absent. A conversion that ends early leaves its finished layers beside `out`, and the same call
+    goes on from there. `on_progress(stage, done, count)` tells how far it is.
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, the device is not there, or `out` exists and `force` is not set; with `force`, `out` is no conversion
-            or holds what is read.
+            text, a text to judge by is missing, too short or calibration text too, the device is not there, or `out`
+            exists and `force` is not set; with `force`, `out` is no conversion or holds what is read.
     """
     began = time.perf_counter()
     if "calibration" in fields:
-        names = fields["calibration"]
-        fields["calibration"] = (str(names),) if isinstance(names, str | Path) else tuple(map(str, names))
+        fields["calibration"] = _names(fields["calibration"])
     settings = dataclasses.replace(settings or ConvertSettings(), **fields)
     job = read_job(source, Path(out), settings, data=data, device=device, force=force, on_progress=on_progress)
+    texts = read_judged(job, _names(judge))
+    _write(job, began)  # its models are gone when others are loaded
+    if texts:
+        add_judged(job, judge_folder(job, texts))
+    return job.out
+
+
+def _names(names: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """Returns one name or several as text."""
+    return (str(names),) if isinstance(names, str | Path) else tuple(map(str, names))
+
+
+def _write(job: Job, began: float) -> None:
+    """Convert and write the folder."""
     if not job.calibrates:
         facts = Facts({}, {}, _numbered(job), None)
-        return write_folder(job, exact_tensors_of_source(job), facts, began=began)
+        write_folder(job, exact_tensors_of_source(job), facts, began=began)
+        return
     calibration = read_calibration(job)
     with WorkFolder(job.out, _fingerprint(job, calibration)) as work:
         job, student, facts = _make_student(job, calibration, work)
         tensors = student_tensors(job, student, calibration.moments_BT)
-        return write_folder(job, tensors, facts, began=began)
+        write_folder(job, tensors, facts, began=began)
 
 
 def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple[Job, DeepseekV3, Facts]:

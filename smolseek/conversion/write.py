@@ -6,10 +6,10 @@ Shapes: B windows, T tokens in each, D hidden_size, g copies of an upcycled MLP.
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from smolseek import __version__
 from smolseek.card import Card
+from smolseek.checkpoint.atomic import atomic_file
 from smolseek.checkpoint.folder import FolderWriter
 from smolseek.checkpoint.hub import named_disk_tensors
 from smolseek.checkpoint.licence import licence_fields
-from smolseek.checkpoint.source import commit_of
+from smolseek.checkpoint.source import commit_of, read_json
 from smolseek.conversion.collect import collect_mlp_inputs
 from smolseek.conversion.fit import exact_block
 from smolseek.conversion.job import Job
@@ -47,8 +48,8 @@ class Facts:
     """Source frequencies in each rope slot."""
 
 
-def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, *, began: float) -> Path:
-    """Write the folder, tensor by tensor, and return its path; `began` is `time.perf_counter()` at the start."""
+def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, *, began: float) -> None:
+    """Write the folder, tensor by tensor; `began` is `time.perf_counter()` at the start."""
     with FolderWriter(job.out, force=job.force) as writer:
         for name, tensor in tensors:
             keep_fp32 = name.endswith("e_score_correction_bias")
@@ -56,11 +57,26 @@ def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, 
         report = conversion_report(job, facts, time.perf_counter() - began)
         writer.write_json("config.json", job.target)
         writer.write_json("conversion.json", report)
-        writer.write_text("README.md", Card(job.out.name, job.target, licence_fields(job.folder), report).render())
+        writer.write_text("README.md", _card(job, job.target, report))
         writer.copy_tokenizer(job.folder)
         writer.copy_generation_config(job.folder)
         writer.copy_licence(job.folder)
-    return job.out
+
+
+def add_judged(job: Job, judged: list[dict[str, Any]]) -> None:
+    """Write what `judge_folder` found into conversion.json and the card of the written folder."""
+    report = read_json(job.out / "conversion.json") | {"judged": judged}
+    texts = {
+        "conversion.json": json.dumps(report, indent=2, sort_keys=True) + "\n",
+        "README.md": _card(job, read_json(job.out / "config.json"), report),
+    }
+    for name, text in texts.items():
+        with atomic_file(job.out / name, force=True) as file:
+            file.write_text(text, encoding="utf-8")
+
+
+def _card(job: Job, config: dict[str, Any], report: dict[str, Any]) -> str:
+    return Card(job.out.name, config, licence_fields(job.folder), report).render()
 
 
 def exact_tensors_of_source(job: Job) -> Iterator[tuple[str, Tensor]]:

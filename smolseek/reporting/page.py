@@ -26,6 +26,14 @@ COLUMNS = {
     "active_parameters": ("active", ",d"),
     "decode_tokens_per_second": ("decode tok/s", ",.0f"),
 }
+_JUDGED_COLUMNS = {
+    "tokens": ("tokens", ",.0f"),
+    "dense_perplexity": ("dense perplexity", ".3f"),
+    "perplexity": ("perplexity", ".3f"),
+    "ratio": ("ratio", ".3f"),
+    "kl": ("KL", ".4f"),
+    "agreement": ("same top token", ".1%"),
+}
 
 
 def sections(runs: Sequence[Run], conversions: Sequence[Conversion]) -> dict[str, list[Chart]]:
@@ -44,7 +52,7 @@ def render(runs: Sequence[Run], conversions: Sequence[Conversion]) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     drawn = {heading: _charts(charts, len(runs)) for heading, charts in sections(runs, conversions).items()}
     bodies = {"Results": _results(runs), **drawn}
-    bodies["Conversion"] = _stages(conversions) + drawn.get("Conversion", "")
+    bodies["Conversion"] = _stages(conversions) + _judged(conversions) + drawn.get("Conversion", "")
     bodies |= {"Samples": "".join(map(_samples, runs)), "Settings": _settings(runs, conversions)}
     bodies = {heading: body for heading, body in bodies.items() if body}
     links = "".join(f'<a href="#s{number}">{escape(heading)}</a>' for number, heading in enumerate(bodies))
@@ -121,6 +129,18 @@ def _stages(conversions: Sequence[Conversion]) -> str:
     ]
     heads = ["", "source", "cache kept", *map(in_words, order)]
     note = '<p class="note">Perplexity by stage, on text that the conversion kept aside.</p>'
+    return f'{note}<div class="scroll">{table(heads, rows)}</div>' if rows else ""
+
+
+def _judged(conversions: Sequence[Conversion]) -> str:
+    """Returns a table of each conversion on the texts that it was judged on."""
+    rows = [
+        [conversion.name, text, *(format(numbers[name], kind) for name, (_, kind) in _JUDGED_COLUMNS.items())]
+        for conversion in conversions
+        for text, numbers in conversion.judged
+    ]
+    heads = ["", "text", *(head for head, _ in _JUDGED_COLUMNS.values())]
+    note = '<p class="note">On text that nothing was learnt from, beside the dense model.</p>'
     return f'{note}<div class="scroll">{table(heads, rows)}</div>' if rows else ""
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from smolseek.checkpoint.source import read_conversion
+from smolseek.formats.paths import plain_name
 
 Record = dict[str, Any]
+JUDGED = ("tokens", "dense_perplexity", "perplexity", "ratio", "kl", "agreement")
 _NOT_JSON = "{path}: not JSON as smolseek writes it; repair or remove it"
 
 
@@ -29,6 +31,8 @@ class Conversion:
     """Errors of each layer under their names in conversion.json."""
     settings: Record
     versions: dict[str, str]
+    judged: list[tuple[str, dict[str, float]]]
+    """Texts that nothing was learnt from, each with the numbers in `JUDGED`."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,10 @@ def _conversion(folder: Path, name: str) -> Conversion:
             [{"layer": index, **layer} for index, layer in enumerate(tree["layers"])],
             dict(tree["settings"]),
             dict(tree["versions"]),
+            [
+                (plain_name(record["source"]), {name: float(record[name]) for name in JUDGED})
+                for record in tree.get("judged", ())
+            ],
         )
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not as smolseek writes it ({error}); convert again") from error

@@ -20,11 +20,13 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Watcher:
-    """Functions that a run calls: at each stage, after each step, and to ask whether it should stop."""
+    """Functions that a run calls: at each stage, after each step, to ask whether it should stop, and of a conversion
+    how far each of its stages is (stage, done, count)."""
 
     on_stage: Callable[[str], None] = lambda stage: None
     on_step: Callable[[Progress], None] = lambda progress: None
     should_stop: Callable[[], bool] = lambda: False
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, count: None
 
 
 class Interrupted(Exception):

@@ -161,6 +161,17 @@ def test_profile_transformers_keeps_biases_and_rope_types(family, folders, held_
     assert lost(folders(family), out, held_out) < MARGIN * LOST_IN_TRANSFORMERS[family]
 
 
+@pytest.mark.parametrize(("rope_dim", "plans", "passes"), [(8, 1, 1), (4, 3, 2)])
+def test_the_closed_form_tells_its_windows_and_layers(rope_dim, plans, passes, folders, quick, tmp_path):
+    told = []
+    settings = quick(qk_rope_head_dim=rope_dim, distill_steps=0)
+    out = convert(folders("llama"), tmp_path / "out", settings=settings, on_progress=lambda *how: told.append(how))
+    windows = json.loads((out / "conversion.json").read_text())["calibration"]["windows"]
+    done, counts = zip(*((done, count) for stage, done, count in told if stage == "closed form"), strict=True)
+    assert set(counts) == {passes * windows + plans * (2 + 1)}
+    assert done[0] == 0 and done[-1] == counts[0] and list(done) == sorted(set(done)) and len(done) > plans * 3 + passes
+
+
 def test_exact_refuses_norms_on_heads(folders, tmp_path):
     with pytest.raises(ValueError, match="norms on every head"):
         convert(folders("qwen3"), tmp_path / "out", settings=ConvertSettings(exact=True))

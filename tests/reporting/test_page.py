@@ -112,6 +112,14 @@ def test_a_conversion_without_calibration_or_experts(tmp_path):
     assert "50.0%" in text and "<figure" not in text
 
 
+def test_the_texts_that_a_conversion_was_judged_on(tmp_path):
+    numbers = {"tokens": 8176, "dense_perplexity": 8.0, "perplexity": 9.0, "ratio": 1.125, "kl": 0.0512}
+    judged = [{"source": f"/home/{user}/<a>.txt", "agreement": 0.875} | numbers for user in ("me", "you")]
+    text = render(*read_folders([write_conversion(tmp_path / "small", judged=judged)]))
+    row = "<td>&lt;a&gt;.txt<td>8,176<td>8.000<td>9.000<td>1.125<td>0.0512<td>87.5%"
+    assert text.count(row) == 2 and "/home/" not in text
+
+
 def luminance(color):
     parts = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return sum(

@@ -52,7 +52,14 @@ def test_a_broken_conversion_is_named(tmp_path, text):
         read_folders([tmp_path])
 
 
-@pytest.mark.parametrize("change", [{"source": 3}, {"cache": {"numbers_per_token": 1, "source_numbers_per_token": 0}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": 3},
+        {"cache": {"numbers_per_token": 1, "source_numbers_per_token": 0}},
+        {"judged": [{"source": "a.txt"}]},
+    ],
+)
 def test_a_conversion_of_other_values_is_named(tmp_path, change):
     path = write_conversion(tmp_path / "c") / "conversion.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
