@@ -85,7 +85,7 @@ def test_text_is_read_before_the_model_writes(source, tmp_path, quick):
 
     with pytest.raises(ValueError, match=r"nowhere\.txt: no such file"):
         convert(source, tmp_path / "out", settings=quick(calibration=("self", "nowhere.txt")), on_progress=told)
-    with pytest.raises(ValueError, match="calibration_weights .*: 1 for 2 sources of calibration"):
+    with pytest.raises(ValueError, match=r"calibration_weights .*: 1 for 2 sources of calibration"):
         settings = ConvertSettings(calibration=("self", "a.txt"), calibration_weights=(1.0,))
         convert(source, tmp_path / "out", settings=settings, on_progress=told)
     assert not list(tmp_path.iterdir())
