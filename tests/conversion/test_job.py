@@ -1,6 +1,7 @@
 """Refusals: one line each, before anything heavy runs, and nothing is left behind."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_a_folder_called_self_is_no_text_that_is_read(source, quick, tmp_path, m
     """The word stands for what the model writes, so --force may replace the folder."""
     monkeypatch.chdir(tmp_path)
     convert(source, "self", settings=ConvertSettings(exact=True))
-    convert(source, "self", settings=quick(calibration=("self",), calibration_windows=2), force=True)
+    read_job(source, Path("self"), quick(calibration=("self",)), device="cpu", force=True, on_progress=print)
 
 
 @pytest.mark.parametrize("differs", [False, True])
