@@ -17,6 +17,8 @@ from smolseek.formats.text import is_text, read_text
 
 SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
+SELF = "self"
+"""The name, among the calibration sources, of text that the model writes itself; no text of a run is called so."""
 _MOST_ENTRIES = 100_000  # of a recipe
 
 
@@ -29,8 +31,8 @@ class ConvertSettings:
     qk_rope_head_dim: int | None = None
     """Width of the one rotated key that all heads share (even)."""
     calibration: tuple[str, ...] = ()
-    """Calibration text, drawn over the whole of each source: files, folders, globs, hub:ID[:CONFIG] or builtin:python
-    (its training split)."""
+    """Calibration text, drawn over the whole of each source: files, folders, globs, hub:ID[:CONFIG], builtin:python
+    (its training split), or self: text that the model writes itself. None: self; in a recipe, the training text."""
     calibration_weights: tuple[float, ...] = ()
     """Shares of the calibration windows, one for each source of calibration, in any unit; none: equal shares."""
     calibration_windows: int = 128

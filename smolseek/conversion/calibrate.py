@@ -5,18 +5,27 @@ Shapes: B windows, T tokens in each.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smolseek.checkpoint.hub import load_tokenizer
+from smolseek.checkpoint.hub import load_stock, load_tokenizer
+from smolseek.config import SELF
 from smolseek.conversion.job import Job
+from smolseek.conversion.self_text import read_openings, sample_windows
 from smolseek.conversion.sizes import wanted_windows, window_lengths
+from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
+from smolseek.data.splits import check_weights
+from smolseek.generation import end_tokens
+from smolseek.numerics.memory import release_memory
+from smolseek.numerics.precision import compute_dtype
 
 _JUDGED_WINDOWS = 8
 
@@ -36,22 +45,65 @@ class Calibration:
     there is, which is then learnt from and judged by."""
 
 
-def read_calibration(job: Job) -> Calibration:
-    """Returns the windows that a conversion reads.
+@dataclass(frozen=True)
+class NamedText:
+    """The windows of the sources that were named, before the model has written its own."""
+
+    windows_BT: Tensor
+    sources: list[dict[str, Any]]
+    """How much was read of which."""
+    sampled: int
+    """How many windows the model is to write beside them."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the calibration follows from, together with source and settings."""
+        return {"sources": self.sources, "sampled": self.sampled, "tokens_sha256": _digest(self.windows_BT)}
+
+
+def read_text(job: Job) -> NamedText:
+    """Returns the windows of the sources that are text, and how many others the model writes (`SELF`).
 
     Raises:
-        ValueError: a source holds less than one window of text, or the tokenizer has tokens that the model has not.
+        ValueError: a source holds less than one window of text, the weights do not fit the sources, or the tokenizer
+            has tokens that the model has not.
     """
-    settings = job.settings
-    tokens, length = window_lengths(job.source, settings)
+    data, (_, length) = job.data, window_lengths(job.source, job.settings)
+    check_weights(data, "calibration", "calibration_weights")
+    tokenizer = load_tokenizer(job.folder)
+    windows = wanted_windows(job.source, job.settings) + _JUDGED_WINDOWS
+    shares = list(zip(data.train, data.weights or (1.0,) * len(data.train), strict=True))
+    read = [(name, weight) for name, weight in shares if name != SELF]
+    if not read:
+        return NamedText(torch.empty(0, length, dtype=torch.long), [], windows)
+    wanted = max(1, round(windows * sum(weight for _, weight in read) / sum(weight for _, weight in shares)))
+    names, weights = zip(*read, strict=True)
     windows_BT, sources = calibration_windows(
-        load_tokenizer(job.folder),
-        job.data,
-        windows=wanted_windows(job.source, settings) + _JUDGED_WINDOWS,
+        tokenizer,
+        dataclasses.replace(data, train=names, weights=weights if data.weights else ()),
+        windows=wanted,
         window_tokens=length,
-        seed=settings.seed,
+        seed=job.settings.seed,
     )
     check_vocabulary(windows_BT, job.source.vocab_size)
+    return NamedText(windows_BT, sources, windows - len(windows_BT) if SELF in data.train else 0)
+
+
+def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration:
+    """Returns the windows that a conversion reads: those of `text` and those that the model writes.
+
+    The latter are kept in `work`.
+
+    Raises:
+        ValueError: as `read_openings` and `sample_windows` do.
+    """
+    settings, (tokens, length) = job.settings, window_lengths(job.source, job.settings)
+    windows_BT, sources = text.windows_BT, text.sources
+    if text.sampled:
+        own_BT, documents = _sampled(job, text.sampled, length, work)
+        windows_BT = torch.cat([windows_BT, own_BT])
+        windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(settings.seed))]
+        sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]
     judged = max(1, min(_JUDGED_WINDOWS, len(windows_BT) // 4)) if len(windows_BT) > 1 else 0
     judged_BT, refined_BT = windows_BT[:judged] if judged else windows_BT, windows_BT[judged:]
     moments_BT = refined_BT.reshape(-1, tokens)[: settings.calibration_windows]
@@ -62,6 +114,35 @@ def read_calibration(job: Job) -> Calibration:
         "judged_tokens": judged_BT.numel(),
         "judged_apart": bool(judged),
         "sources": sources,
-        "tokens_sha256": hashlib.sha256(windows_BT.to(torch.int64).numpy().tobytes()).hexdigest(),
+        "tokens_sha256": _digest(windows_BT),
     }
     return Calibration(moments_BT, refined_BT, judged_BT, facts)
+
+
+def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:
+    """Returns windows that the model writes and their number of documents, from `work` if they are there.
+
+    The model that writes has its weights in the dtype of products; it is gone before the one to convert is loaded.
+    """
+    if (part := work.get(SELF)) is None:
+        tokenizer = load_tokenizer(job.folder)
+        writer = load_stock(job.folder, dtype=compute_dtype(job.device, "auto"), device=str(job.device))
+        ends = end_tokens(writer, tokenizer)
+        windows_BT, documents = sample_windows(
+            writer.model,
+            read_openings(tokenizer, job.source.vocab_size, ends),
+            windows=windows,
+            window_tokens=window_tokens,
+            end_tokens=ends,
+            seed=job.settings.seed,
+            on_progress=partial(job.on_progress, "sample text"),
+        )
+        del writer
+        release_memory()
+        work.put(SELF, {"windows_BT": windows_BT}, documents)
+        return windows_BT, documents
+    return part[0]["windows_BT"], part[1]
+
+
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

@@ -14,7 +14,7 @@ from smolseek.checkpoint.atomic import refuse_existing, refuse_inputs
 from smolseek.checkpoint.folder import TensorFolder, foreign_files
 from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import pinned, read_config, resolve_folder
-from smolseek.config import ConvertSettings, DataSettings, check_fields
+from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
@@ -87,17 +87,18 @@ def read_job(
 ) -> Job:
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
 
-    `data` says how calibration text is read; None: as the settings say, whole files.
+    `data` says how calibration text is read; None: as the settings say, whole files. Where text is needed and none is
+    named, the model writes it.
 
     Raises:
         ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
-            there is no calibration text, `out` exists and `force` is not set, or the device is not there.
+            `out` exists and `force` is not set, or the device is not there.
     """
     check_device(device)
     check_fields(settings)
     name = pinned(source)
     folder = resolve_folder(name)
-    _check_out(out, force, [folder, *settings.calibration])
+    _check_out(out, force, [folder, *(text for text in settings.calibration if text != SELF)])
     config = read_config(folder)
     dense = read_source(config)
     check_stock(folder)
@@ -123,9 +124,8 @@ def read_job(
         on_progress=on_progress,
     )
     if job.calibrates and not settings.calibration:
-        raise ValueError(
-            "calibration: none given, and the low-rank cut is weighed by it; name text files or builtin:python"
-        )
+        settings = dataclasses.replace(settings, calibration=(SELF,))
+        job = dataclasses.replace(job, settings=settings, data=calibration_data(settings))
     check_tensors(job.tensors, dense, attention_bias=target["attention_bias"])
     return job
 

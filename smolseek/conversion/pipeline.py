@@ -11,7 +11,7 @@ from typing import Any
 from smolseek import __version__
 from smolseek.checkpoint.hub import load_stock
 from smolseek.config import ConvertSettings, DataSettings
-from smolseek.conversion.calibrate import Calibration, read_calibration
+from smolseek.conversion.calibrate import Calibration, NamedText, read_calibration, read_text
 from smolseek.conversion.distill import distill_model
 from smolseek.conversion.fit import FittedAttention, exact_block, fit_attention
 from smolseek.conversion.job import Job, OnProgress, read_job
@@ -47,9 +47,9 @@ def convert(
 
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
-        ValueError: the source is missing, unsupported or broken, the settings do not fit it, there is no calibration
-            text, a text to judge by is missing, too short or calibration text too, the device is not there, or `out`
-            exists and `force` is not set; with `force`, `out` is no conversion or holds what is read.
+        ValueError: the source is missing, unsupported or broken, the settings do not fit it, a calibration text is too
+            short or not there, a text to judge by is missing, too short or calibration text too, the device is not
+            there, or `out` exists and `force` is not set; with `force`, `out` is no conversion or holds what is read.
     """
     began = time.perf_counter()
     if "calibration" in fields:
@@ -74,8 +74,9 @@ def _write(job: Job, began: float) -> None:
         facts = Facts({}, {}, _numbered(job), None)
         write_folder(job, exact_tensors_of_source(job), facts, began=began)
         return
-    calibration = read_calibration(job)
-    with WorkFolder(job.out, _fingerprint(job, calibration)) as work:
+    text = read_text(job)
+    with WorkFolder(job.out, _fingerprint(job, text)) as work:
+        calibration = read_calibration(job, text, work)
         job, student, facts = _make_student(job, calibration, work)
         tensors = student_tensors(job, student, calibration.moments_BT)
         write_folder(job, tensors, facts, began=began)
@@ -116,12 +117,13 @@ def _extend(layers: list[dict[str, Any]], facts: list[dict[str, Any]]) -> None:
         layer |= more
 
 
-def _fingerprint(job: Job, calibration: Calibration) -> dict[str, Any]:
-    """Returns everything that the finished parts depend on."""
-    files = [path.stat() for path in sorted(job.folder.resolve().glob("*.safetensors"))]
+def _fingerprint(job: Job, text: NamedText) -> dict[str, Any]:
+    """Returns everything that the finished parts depend on, text that the model writes among them."""
+    folder = job.folder.resolve()
+    files = [path.stat() for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])]
     return {
         "settings": dataclasses.asdict(job.settings),
-        "source": [str(job.folder.resolve()), job.config, [(f.st_size, f.st_mtime_ns) for f in files]],
-        "calibration": calibration.facts,
+        "source": [str(folder), job.config, [(f.st_size, f.st_mtime_ns) for f in files]],
+        "calibration": text.facts,
         "version": __version__,
     }

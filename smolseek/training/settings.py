@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from smolseek.config import Recipe, SampleSettings
+from smolseek.config import SELF, Recipe, SampleSettings
 from smolseek.data.drawing import held_out_text
 from smolseek.data.encoding import check_same_tokens, check_vocabulary, encode_prompt
 from smolseek.data.packing import Packed
@@ -49,7 +49,7 @@ def check_inputs(recipe: Recipe, tokenizer: Any, config: Any) -> Packed:
         raise ValueError(f"train.window_tokens {window}: the model's limit is {positions} positions")
     _check_samples(recipe.sample, tokenizer, positions, config.vocab_size)
     if recipe.convert:
-        open_sources(recipe.convert.calibration, recipe.data)
+        open_sources((name for name in recipe.convert.calibration if name != SELF), recipe.data)
     stream = WindowStream(tokenizer, recipe.data, window_tokens=window + 1, seed=recipe.seed)
     for tokens_T in stream.first_tokens():
         check_vocabulary(tokens_T, config.vocab_size)

@@ -1,6 +1,7 @@
 """Refusals: one line each, before anything heavy runs, and nothing is left behind."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from smolseek.checkpoint.source import read_config
 from smolseek.config import ConvertSettings
+from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
 from tests.conversion.folders import edit, stock, write_source
 
@@ -84,8 +86,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "odd rope": ({"qk_rope_head_dim": 3}, "even"),
     "exact with ranks": ({"exact": True, "kv_lora_rank": 8}, "exact"),
     "experts do not divide": ({"experts": "upcycle", "moe_intermediate_size": 7}, "moe_intermediate_size 7"),
-    "no calibration": ({"calibration": ()}, "calibration"),
-    "experts without calibration": ({"calibration": (), "exact": True, "experts": "upcycle"}, "calibration"),
+    "weights without calibration": ({"calibration": (), "calibration_weights": (1.0, 2.0)}, "2 for 1 sources"),
     "missing calibration": ({"calibration": ("nowhere.txt",)}, "nowhere.txt"),
 }
 
@@ -154,6 +155,24 @@ def test_choices_and_types_are_checked_in_python_too(fields, words, source, quic
     with pytest.raises(ValueError, match=words):
         convert(source, tmp_path / "out", settings=quick(), **fields)
     assert not list(tmp_path.iterdir())
+
+
+def test_where_no_text_is_named_the_model_writes_it(source, quick, tmp_path):
+    def read(**changes):
+        job = read_job(
+            source, tmp_path / "self", quick(calibration=(), **changes), device="cpu", force=False, on_progress=print
+        )
+        return job.settings.calibration, job.data.train
+
+    assert read() == read(exact=True, experts="upcycle") == (("self",), ("self",))
+    assert read(exact=True)[0] == ()  # reads no text
+
+
+def test_a_folder_called_self_is_no_text_that_is_read(source, quick, tmp_path, monkeypatch):
+    """The word stands for what the model writes, so --force may replace the folder."""
+    monkeypatch.chdir(tmp_path)
+    convert(source, "self", settings=ConvertSettings(exact=True))
+    read_job(source, Path("self"), quick(calibration=("self",)), device="cpu", force=True, on_progress=print)
 
 
 @pytest.mark.parametrize("differs", [False, True])

@@ -25,6 +25,8 @@ def recipe(tmp_path):
 
 def test_inputs_that_fit_give_the_held_out_text(recipe):
     assert len(check_inputs(recipe, tiny_tokenizer(), CONFIG).ids_T) > 100
+    written = dataclasses.replace(recipe, convert=ConvertSettings(calibration=("self", *recipe.data.train)))
+    assert len(check_inputs(written, tiny_tokenizer(), CONFIG).ids_T) > 100
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolseek.config import SEPARATOR, DataSettings
+from smolseek.config import SELF, SEPARATOR, DataSettings
 from smolseek.data.documents import Columns
 from smolseek.data.sources.base import ChainedSources, Source
 from smolseek.data.sources.files import READERS, FileSource
@@ -26,8 +26,13 @@ def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEP
     Those are a file or a glob (.txt, .jsonl, .parquet), or a folder: all such files in it and in its subfolders.
 
     Raises:
-        ValueError: no such file, no files in the folder, or a file's type is not one of the three.
+        ValueError: no such file, no files in the folder, a file's type is not one of the three, or the name is that of
+            the text which a model writes itself.
     """
+    if spec == SELF:
+        raise ValueError(
+            f"data source {SELF}: is text that the model writes, for calibration alone; a folder called so is ./{SELF}"
+        )
     if spec == "builtin:python":
         return PythonSource()
     if spec.startswith("builtin:"):

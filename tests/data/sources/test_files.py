@@ -274,3 +274,12 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"'text' or 'messages'; it has body"):
         texts(open_source(str(tmp_path / "a.parquet")))
+
+
+def test_text_that_a_model_writes_is_no_source_to_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "a.txt").write_text("a text")
+    with pytest.raises(ValueError, match=r"data source self: .* for calibration alone; a folder called so is \./self"):
+        open_source("self")
+    assert texts(open_source("./self")) == ["a text"]

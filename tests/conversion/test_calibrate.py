@@ -1,0 +1,91 @@
+"""Calibration from text, from the model itself, and from both, in whole conversions."""
+
+import json
+
+import pytest
+import torch
+
+from smolseek.config import ConvertSettings
+from smolseek.conversion import calibrate
+from smolseek.conversion.calibrate import read_calibration, read_text
+from smolseek.conversion.job import read_job
+from smolseek.conversion.pipeline import convert
+from smolseek.conversion.work_folder import WorkFolder
+from tests.text import write_stories
+
+
+def read(source, out, settings, told=lambda *_: None):
+    """Returns the calibration of a conversion of `source`."""
+    job = read_job(source, out, settings, device="cpu", force=False, on_progress=told)
+    text = read_text(job)
+    with WorkFolder(out, {}) as work:
+        return read_calibration(job, text, work)
+
+
+def all_windows(calibration):
+    return torch.cat([calibration.judged_BT, calibration.refined_BT])
+
+
+def test_a_conversion_without_any_text(source, quick, tmp_path):
+    told = []
+    out = convert(source, tmp_path / "out", settings=quick(calibration=()), on_progress=lambda *step: told.append(step))
+    report = json.loads((out / "conversion.json").read_text())
+    (fact,) = report["calibration"]["sources"]
+    assert fact["source"] == "self" and fact["windows"] == 6 + 8 and fact["documents"] >= fact["windows"]
+    assert report["settings"]["calibration"] == ["self"]
+    assert "self: 14 windows of" in (out / "README.md").read_text()
+    assert ("sample text", 14 * 64, 14 * 64) in told
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_seed_and_nothing_named_give_the_same_windows(source, quick, tmp_path):
+    first, named, other = (
+        all_windows(read(source, tmp_path / "out", quick(**changes)))
+        for changes in ({"calibration": ()}, {"calibration": ("self",)}, {"calibration": ("self",), "seed": 1})
+    )
+    assert torch.equal(first, named) and not torch.equal(first, other)
+
+
+def test_the_model_writes_its_share_beside_the_text(source, quick, text, tmp_path):
+    settings = quick(calibration=("self", text), calibration_weights=(5.0, 2.0))
+    mixed, plain = (read(source, tmp_path / "out", s) for s in (settings, quick(calibration_windows=8)))
+    counts = {fact["source"]: fact["windows"] for fact in mixed.facts["sources"]}
+    assert counts == {"self": 10, text: 4} and len(all_windows(mixed)) == 14
+    assert all(fact["source"] == text for fact in plain.facts["sources"])
+    equal = read(source, tmp_path / "out", quick(calibration=(text, "self")))
+    assert {fact["windows"] for fact in equal.facts["sources"]} == {7}
+
+
+def test_the_model_writes_more_where_there_is_too_little_text(source, quick, tmp_path):
+    short = str(write_stories(tmp_path / "short.txt", count=2))
+    sources = read(source, tmp_path / "out", quick(calibration=(short, "self"))).facts["sources"]
+    assert sources[0]["windows"] < 7 and sources[0]["windows"] + sources[1]["windows"] == 14
+
+
+def test_an_interrupted_conversion_goes_on_without_writing_again(source, quick, tmp_path, monkeypatch):
+    settings = quick(calibration=("self",))
+    whole = convert(source, tmp_path / "whole", settings=settings)
+
+    def stop(stage, done, count):
+        if stage == "closed form":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", settings=settings, on_progress=stop)
+    monkeypatch.delattr(calibrate, "sample_windows")
+    out = convert(source, tmp_path / "out", settings=settings)
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    reports = [json.loads((folder / "conversion.json").read_text())["calibration"] for folder in (out, whole)]
+    assert reports[0] == reports[1]
+
+
+def test_text_is_read_before_the_model_writes(source, tmp_path, quick):
+    def told(stage, done, count):
+        raise AssertionError(stage)
+
+    with pytest.raises(ValueError, match=r"nowhere\.txt: no such file"):
+        convert(source, tmp_path / "out", settings=quick(calibration=("self", "nowhere.txt")), on_progress=told)
+    with pytest.raises(ValueError, match=r"calibration_weights .*: 1 for 2 sources of calibration"):
+        settings = ConvertSettings(calibration=("self", "a.txt"), calibration_weights=(1.0,))
+        convert(source, tmp_path / "out", settings=settings, on_progress=told)
+    assert not list(tmp_path.iterdir())
