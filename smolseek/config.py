@@ -64,11 +64,12 @@ class ConvertSettings:
     """Neurons in one expert, before padding to a multiple of 8."""
     first_k_dense_replace: int = 0
     """Number of first layers that keep their dense MLP."""
-    refine_steps: int = 300
-    """Steps in which each converted layer learns to match its dense layer's output; 0: the closed form only."""
+    refine_steps: int | None = None
+    """Steps in which each converted layer learns to match its dense layer's output; 0: the closed form only; none: 300,
+    but 40 for a source above 24M parameters."""
     distill_steps: int | None = None
     """Steps of end-to-end distillation (KL to the dense model) after that; none: what takes minutes on a CPU, 600 at
-    most, but 0 for a source above 24M parameters."""
+    most, 30 for a source above 24M parameters, 0 above 500M."""
     exact: bool = False
     """Convert exactly: the same logits and a larger cache; only transformers loads the result."""
     seed: int = 0

@@ -20,6 +20,7 @@ from smolseek.conversion.sizes import (
     REFINE_BATCH_TOKENS,
     SPILL_BYTES,
     distill_steps,
+    refine_steps,
     window_lengths,
 )
 from smolseek.conversion.target import target_config
@@ -268,7 +269,7 @@ def _convert_cost(
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
     float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
-    refined = 0 if settings.exact else settings.refine_steps * REFINE_BATCH_TOKENS
+    refined = 0 if settings.exact else refine_steps(dense_source, settings) * REFINE_BATCH_TOKENS
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
     flops = tokens * 4 * source.weights + float64 / machine.float64_share
     flops += refined * 8 * layers * target.attention + distilled * 8 * source.weights

@@ -17,17 +17,22 @@ from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import shuffled
-from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS
+from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS, is_small
 from smolseek.conversion.student import layers_of, mean_divergence, mean_loss, own_weights
 from smolseek.model import DeepseekV3
+from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
+from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.loss import divergence
 from smolseek.numerics.precision import autocast
 
 log = logging.getLogger(__name__)
 
-_RATE = 0.005
+_RATE = 0.011
+"""Of each parameter's own size, over the root of the number of layers: what every layer changes adds up (LOG.md)."""
 _BALANCE_SPEED = 1e-3
+_LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
+"""What is trained of a large source: the few tokens of its stage say little about all the other weights."""
 
 
 def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibration) -> float | None:
@@ -35,8 +40,10 @@ def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibr
 
     Returns None where the judged windows moved away from the dense model by it: then the training is undone.
     """
+    job.on_progress("end-to-end KL", 0, job.distill_steps)
     before = mean_divergence(student, dense, calibration.judged_BT)
-    trained = own_weights(student, experts_only=job.settings.exact)
+    parts = (MixtureOfExperts,) if job.settings.exact else () if is_small(job.source) else _LARGE_PARTS
+    trained = own_weights(student, parts)
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     distill(
         student,
@@ -73,7 +80,7 @@ def distill(
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
-    descent = Descent(parameters, rate=_RATE, steps=steps)
+    descent = Descent(parameters, rate=_RATE * len(layers_of(student)) ** -0.5, steps=steps)
     batch = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1])
     for step, rows in enumerate(shuffled(len(windows_BT), batch, steps, seed)):
         descent.step(distillation_loss(student, dense, windows_BT[rows].to(dense.device)))

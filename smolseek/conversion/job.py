@@ -15,7 +15,7 @@ from smolseek.checkpoint.folder import TensorFolder, foreign_files
 from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import pinned, read_config, resolve_folder
 from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
-from smolseek.conversion.sizes import distill_steps
+from smolseek.conversion.sizes import distill_steps, refine_steps
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import check_strides
@@ -44,6 +44,7 @@ class Job:
     target: dict[str, Any]
     """The config.json to write; the fit of the rope slots may still change its rope base."""
     tensors: TensorFolder
+    refine_steps: int
     distill_steps: int
     data: DataSettings
     """How the calibration text is read."""
@@ -67,7 +68,7 @@ class Job:
     @property
     def refines_attention(self) -> bool:
         """Whether converted attention blocks are trained; exact ones have nothing to learn."""
-        return bool(self.settings.refine_steps) and not self.settings.exact
+        return bool(self.refine_steps) and not self.settings.exact
 
     def with_target(self, rope_theta: float) -> Job:
         """Returns the job with the rope base that the fit found."""
@@ -119,6 +120,7 @@ def read_job(
         source=dense,
         target=target,
         tensors=tensors,
+        refine_steps=refine_steps(dense, settings),
         distill_steps=steps,
         data=data or calibration_data(settings),
         on_progress=on_progress,

@@ -13,7 +13,7 @@ from typing import Any
 
 from smolseek.checkpoint.atomic import refuse_inputs
 from smolseek.checkpoint.hub import load_for_evaluation, load_tokenizer
-from smolseek.config import DataSettings
+from smolseek.config import SELF, DataSettings
 from smolseek.conversion.job import Job
 from smolseek.data.drawing import held_out_text
 from smolseek.data.encoding import check_vocabulary
@@ -35,7 +35,7 @@ def read_judged(job: Job, names: Iterable[str]) -> dict[str, Packed]:
     """
     names = list(names)
     refuse_inputs(job.out, names)
-    learnt = _parts(job.data.train, job.data) if job.calibrates else set()
+    learnt = _parts((text for text in job.data.train if text != SELF), job.data) if job.calibrates else set()
     texts: dict[str, Packed] = {}
     for name in names:
         if common := sorted(_parts([name], job.data) & learnt):

@@ -1,25 +1,30 @@
-"""The dense model's residual stream, moved on block by block while converted blocks learn from it.
+"""The dense model's residual stream and the converted model's, moved on block by block while blocks are converted.
 
 Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
+from smolseek.numerics.precision import autocast
 
 _PROBE_TOKENS = 2048
+_FIRST_WEIGHT = 32.0
+
+Block = Callable[[Tensor], Tensor]
 
 
 class ResidualStream:
-    """The stream (B, T, D) over all windows, and the output of the attention block that it stands before.
+    """Both streams (B, T, D) over all windows, and the output of the dense attention block that they stand before.
 
-    No other activations are kept. Errors are told on new text: the first `probe` windows are not trained on, where
+    The converted stream has passed converted blocks only, so that a block learns from inputs such as it will meet. No
+    other activations are kept. Errors are told on new text: the first `probe` windows are not trained on, where
     there are others. `model` is the body of a transformers Llama-like model with SDPA attention, causal where no mask
     is given; the stream lies where the model lies.
     """
@@ -33,6 +38,7 @@ class ResidualStream:
             self.hidden_BTD = model.embed_tokens(windows_BT.to(model.device))
             positions_1T = torch.arange(windows_BT.shape[1], device=model.device)[None]
             self.rope = model.rotary_emb(self.hidden_BTD[:1], positions_1T)
+        self.converted_BTD = self.hidden_BTD.clone()
         self.attended_BTD = torch.empty_like(self.hidden_BTD)
         """Output of the dense attention block that the stream stands before."""
 
@@ -42,25 +48,29 @@ class ResidualStream:
         self.layer = self.model.layers[index]
         for part_BTD, out_BTD in zip(*(x.split(self.batch) for x in (self.hidden_BTD, self.attended_BTD)), strict=True):
             x_BTD = self.layer.input_layernorm(part_BTD)
-            out_BTD.copy_(self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0])
+            with autocast(x_BTD.device, "auto"):
+                attended_BTD = self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0]
+            out_BTD.copy_(attended_BTD)
 
     @torch.no_grad()
     def attention(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the normed input and the output of the dense attention block, (B, T, D) each, for some windows."""
+        """Returns the normed input of the converted block and the output of the dense one, (B, T, D) each, for some
+        windows."""
         rows = rows.to(self.hidden_BTD.device)
-        return self.layer.input_layernorm(self.hidden_BTD.index_select(0, rows)), self.attended_BTD.index_select(
-            0, rows
-        )
+        x_BTD = self.layer.input_layernorm(self.converted_BTD.index_select(0, rows))
+        return x_BTD, self.attended_BTD.index_select(0, rows)
 
     @torch.no_grad()
     def probed_attention(self) -> tuple[Tensor, Tensor]:
         """Returns the same for the windows that are not trained on, or for all where there are no others."""
         rows = slice(self.probe or None)
-        return self.layer.input_layernorm(self.hidden_BTD[rows]), self.attended_BTD[rows]
+        return self.layer.input_layernorm(self.converted_BTD[rows]), self.attended_BTD[rows]
 
-    def pass_attention(self) -> None:
-        """Add the dense attention block's output to the stream."""
+    @torch.no_grad()
+    def pass_attention(self, converted: Block) -> None:
+        """Add the dense attention block's output to its stream, and that of the converted block to the other."""
         self.hidden_BTD += self.attended_BTD
+        self._pass(self.converted_BTD, self.layer.input_layernorm, converted)
 
     @torch.no_grad()
     def mlp_inputs(self) -> tuple[Tensor, Tensor]:
@@ -73,15 +83,31 @@ class ResidualStream:
         return inputs_BTD[: self.probe or None].flatten(0, 1), inputs_BTD[self.probe :].flatten(0, 1)
 
     @torch.no_grad()
-    def pass_mlp(self) -> None:
-        """Add the dense MLP's output to the stream."""
-        for part_BTD in self.hidden_BTD.split(self.batch):
-            part_BTD += self.layer.mlp(self.layer.post_attention_layernorm(part_BTD))
+    def pass_mlp(self, converted: Block) -> None:
+        """Add the MLPs' outputs to their streams."""
+        for stream_BTD, mlp in ((self.hidden_BTD, self.layer.mlp), (self.converted_BTD, converted)):
+            self._pass(stream_BTD, self.layer.post_attention_layernorm, mlp)
+
+    def _pass(self, stream_BTD: Tensor, norm: Block, block: Block) -> None:
+        for part_BTD in stream_BTD.split(self.batch):
+            with autocast(part_BTD.device, "auto"):
+                part_BTD += block(norm(part_BTD))
 
     def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
         """Returns `steps` batches of window numbers, every window once before any comes again."""
         count = len(self.hidden_BTD) - self.probe
         return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
+
+
+def position_weights(x_BTD: Tensor) -> Tensor:
+    """Returns what an error at each position counts, (T, 1), 1 in the mean.
+
+    The first token counts 32 times as much as another: later layers lean on it as an attention sink, and where it goes
+    wrong, the whole window does (LOG.md).
+    """
+    weights_T1 = x_BTD.new_ones(x_BTD.shape[1], 1)
+    weights_T1[0] = _FIRST_WEIGHT
+    return weights_T1 / weights_T1.mean()
 
 
 def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

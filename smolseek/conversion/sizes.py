@@ -24,12 +24,18 @@ DISTILL_STEPS = 600
 """Most steps of the end-to-end stage when their number is not given."""
 DISTILL_WORK = DISTILL_STEPS * 4_000_000
 """Most steps times parameters of that stage: about ten minutes on 2 CPU cores."""
-_LEAST_DISTILL_STEPS = 100
+SMALL = DISTILL_WORK // 100
+"""Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
+_REFINE_STEPS = {True: 300, False: 40}
+"""Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
+_LARGE_DISTILL_STEPS = 30
+_LARGEST_DISTILLED = 500_000_000
+"""Sources of more parameters have no end-to-end stage unless it is asked for: it holds the model six times."""
 _WINDOW_TOKENS = 512
 """Length at which blocks are refined and losses compared. Perplexity is measured at the same length."""
-_STREAM_NUMBERS = 2**25
-"""Most numbers of the residual stream while layers are refined, 128 MiB; twice as many for small sources, whose
-end-to-end stage meets the same windows again and again."""
+_STREAM_NUMBERS = {True: 2**26, False: 2**24}
+"""Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
+same windows again and again, and of others."""
 
 _WIDEST_HEAD = 4096
 ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
@@ -45,10 +51,25 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
     _check_amounts(settings)
     if settings.distill_steps is not None:
         return settings.distill_steps
+    parameters = _parameters(source)
+    if not refine_steps(source, settings) or parameters > _LARGEST_DISTILLED:
+        return 0
+    return min(DISTILL_STEPS, DISTILL_WORK // parameters) if is_small(source) else _LARGE_DISTILL_STEPS
+
+
+def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:
+    """Returns the steps of layer-wise refinement; those not given follow from the source's size."""
+    return _REFINE_STEPS[is_small(source)] if settings.refine_steps is None else settings.refine_steps
+
+
+def is_small(source: DenseSource) -> bool:
+    """Returns whether a source has at most `SMALL` parameters."""
+    return _parameters(source) <= SMALL
+
+
+def _parameters(source: DenseSource) -> int:
     hidden, neurons, layers = source.hidden_size, source.intermediate_size, source.num_hidden_layers
-    parameters = source.vocab_size * hidden + layers * hidden * (4 * hidden + 3 * neurons)
-    steps = min(DISTILL_STEPS, DISTILL_WORK // parameters)
-    return steps if settings.refine_steps and steps >= _LEAST_DISTILL_STEPS else 0
+    return source.vocab_size * hidden + layers * hidden * (4 * hidden + 3 * neurons)
 
 
 def _check_amounts(settings: ConvertSettings) -> None:
@@ -77,9 +98,8 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
     """Returns how many refinement windows of text the calibration and the refinement want together."""
     tokens, length = window_lengths(source, settings)
     wanted = -(-settings.calibration_windows * tokens // length)
-    if settings.refine_steps:
-        numbers = _STREAM_NUMBERS * (2 if distill_steps(source, settings) else 1)
-        wanted = max(wanted, numbers // source.hidden_size // length)
+    if refine_steps(source, settings):
+        wanted = max(wanted, _STREAM_NUMBERS[is_small(source)] // source.hidden_size // length)
     return wanted
 
 

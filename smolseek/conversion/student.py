@@ -13,7 +13,6 @@ from transformers import DeepseekV3Config
 
 from smolseek.evaluation import measure_divergence, measure_quality
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.experts import MixtureOfExperts
 
 
 def assemble(dense: Any, target: dict[str, Any], layers: list[dict[str, Tensor]]) -> DeepseekV3:
@@ -41,14 +40,13 @@ def layers_of(model: DeepseekV3) -> list[Any]:
     return list(model.model.layers)
 
 
-def own_weights(student: DeepseekV3, *, experts_only: bool) -> dict[str, nn.Parameter]:
+def own_weights(student: DeepseekV3, parts: tuple[type[nn.Module], ...] = ()) -> dict[str, nn.Parameter]:
     """Returns the weights that the end-to-end stage trains, no longer shared with the dense model.
 
-    These are all weights: that keeps more of the model, on text of another domain too, than attention and experts alone
-    (LOG.md). Attention in the exact form has to stand still, so there only the experts train.
+    These are the weights of the `parts`, or all weights where none is given: of a small model that keeps more, on text
+    of another domain too, than attention and experts alone (LOG.md). Attention in the exact form has to stand still.
     """
-    experts = {name: module for name, module in student.named_modules() if isinstance(module, MixtureOfExperts)}
-    owners: dict[str, nn.Module] = {**experts} if experts_only else {"": student}
+    owners = {name: m for name, m in student.named_modules() if isinstance(m, parts)} if parts else {"": student}
     trained = {name: p for owner, module in owners.items() for name, p in module.named_parameters(owner)}
     for parameter in trained.values():
         parameter.data = parameter.data.clone()

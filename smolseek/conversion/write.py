@@ -130,6 +130,7 @@ def conversion_report(job: Job, facts: Facts, seconds: float) -> dict[str, Any]:
         "calibration": facts.calibration,
         "losses": facts.losses,
         "layers": facts.layers,
+        "refine_steps": job.refine_steps,
         "distill_steps": job.distill_steps,
         "versions": {"smolseek": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         "seconds": round(seconds, 3),

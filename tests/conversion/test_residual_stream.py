@@ -1,11 +1,13 @@
 """The residual stream is the dense model's own, and its probe is not trained on."""
 
+import pytest
 import torch
 
-from smolseek.conversion.residual_stream import ResidualStream, shuffled
+from smolseek.conversion.residual_stream import ResidualStream, position_weights, shuffled
 from tests.factories import random_ids
 
 
+@pytest.mark.usefixtures("fp32")
 def test_the_stream_is_the_dense_models_own(teacher):
     ids = random_ids(5, 16)
     states = teacher(ids, output_hidden_states=True).hidden_states
@@ -16,13 +18,38 @@ def test_the_stream_is_the_dense_models_own(teacher):
         stream.enter(index)
         x, out = stream.attention(torch.arange(5))
         torch.testing.assert_close(x, teacher.model.layers[index].input_layernorm(before))
-        stream.pass_attention()
+        stream.pass_attention(dense_attention(stream))
         torch.testing.assert_close(stream.hidden_BTD, before + out)
         norm = teacher.model.layers[index].post_attention_layernorm
         for inputs in stream.mlp_inputs():  # few windows serve as probe and as training text
             torch.testing.assert_close(inputs, norm(stream.hidden_BTD).flatten(0, 1))
-        stream.pass_mlp()
+        stream.pass_mlp(stream.layer.mlp)
     torch.testing.assert_close(teacher.model.norm(stream.hidden_BTD), states[-1])
+    assert torch.equal(stream.converted_BTD, stream.hidden_BTD), "the dense blocks stood in for the converted ones"
+
+
+def dense_attention(stream):
+    """The dense block that the stream stands before, in the place of a converted one."""
+    return lambda x: stream.layer.self_attn(x, position_embeddings=stream.rope, attention_mask=None)[0]
+
+
+@pytest.mark.usefixtures("fp32")
+def test_a_block_learns_behind_the_converted_blocks_before_it(teacher):
+    stream = ResidualStream(teacher.model, random_ids(5, 16))
+    stream.enter(0)
+    stream.pass_attention(lambda x: torch.zeros_like(x))
+    stream.pass_mlp(lambda x: torch.ones_like(x))
+    embedded = teacher.model.embed_tokens(random_ids(5, 16))
+    torch.testing.assert_close(stream.converted_BTD, embedded + 1)
+    stream.enter(1)
+    x, _ = stream.attention(torch.arange(5))
+    torch.testing.assert_close(x, teacher.model.layers[1].input_layernorm(embedded + 1))
+
+
+def test_the_first_position_counts_as_much_as_32_others():
+    weights = position_weights(torch.zeros(2, 16, 8))
+    assert weights.shape == (16, 1) and weights.mean() == pytest.approx(1)
+    assert weights[0] == pytest.approx(32 * weights[1].item()) and torch.equal(weights[1:-1], weights[2:])
 
 
 def test_the_probe_is_not_trained_on(teacher):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, window_lengths
+from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, refine_steps, window_lengths
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
@@ -105,7 +105,8 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {}, 0),
+        (2000, {}, 30),
+        (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
         (2, {"refine_steps": 0, "distill_steps": 7}, 7),
@@ -113,6 +114,19 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
 )
 def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
     assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
+
+
+def test_a_source_of_more_than_500_million_parameters_has_no_end_to_end_stage() -> None:
+    source = read_source(TINY | {"num_hidden_layers": 2000, "intermediate_size": 16384})
+    assert (
+        distill_steps(source, ConvertSettings()) == 0 and distill_steps(source, ConvertSettings(distill_steps=5)) == 5
+    )
+
+
+@pytest.mark.parametrize(("layers", "given", "steps"), [(2, None, 300), (2000, None, 40), (2000, 7, 7), (2, 0, 0)])
+def test_steps_of_refinement_follow_from_the_size(layers: int, given: int | None, steps: int) -> None:
+    source = read_source(TINY | {"num_hidden_layers": layers})
+    assert refine_steps(source, ConvertSettings(refine_steps=given)) == steps
 
 
 def test_windows_without_tokens_are_refused() -> None:

@@ -10,6 +10,8 @@ from smolseek.conversion.student import assemble, mean_divergence, mean_loss, ow
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from smolseek.model import StockModel
+from smolseek.model.attention import MultiheadLatentAttention
+from smolseek.model.experts import MixtureOfExperts
 from tests.factories import logits_of, random_ids
 
 
@@ -35,8 +37,10 @@ def test_exact_blocks_make_a_model_that_is_no_distance_from_the_dense_one(teache
 def test_unconverted_weights_are_shared_until_they_are_to_be_trained(teacher, student):
     theirs, tied = teacher.model.embed_tokens.weight, student.lm_head.weight
     assert tied is student.model.embed_tokens.weight and tied.data_ptr() == theirs.data_ptr()
-    assert not own_weights(student, experts_only=True), "there are no experts"
+    assert not own_weights(student, (MixtureOfExperts,)), "there are no experts"
+    attention = own_weights(student, (MultiheadLatentAttention,))
+    assert attention and all(".self_attn." in name for name in attention)
     assert tied.data_ptr() == theirs.data_ptr()
-    trained = own_weights(student, experts_only=False)
+    trained = own_weights(student)
     assert set(trained) == {name for name, _ in student.named_parameters()}
     assert tied is student.model.embed_tokens.weight and tied.data_ptr() != theirs.data_ptr()
