@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from smolseek.config import ConvertSettings, TrainSettings
+from smolseek.config import SELF, ConvertSettings, TrainSettings
 from smolseek.conversion.sizes import (
     ATTENTION_FIELDS,
     CALIBRATION_BATCH_TOKENS,
@@ -20,7 +20,9 @@ from smolseek.conversion.sizes import (
     REFINE_BATCH_TOKENS,
     SPILL_BYTES,
     distill_steps,
+    is_small,
     refine_steps,
+    wanted_windows,
     window_lengths,
 )
 from smolseek.conversion.target import target_config
@@ -257,9 +259,11 @@ def _convert_cost(
 
     Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
     (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
-    the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), each
-    end-to-end step 8 for every weight (6 the student's, 2 the dense model's). Then activations take time to move, and
-    fp32 weights to read and write. The exact form calibrates nothing unless experts do.
+    the decompositions. Text that the model writes takes 2 flops a weight and token. Each step of refinement takes 8
+    flops for an attention weight and token (6, and Muon's), and both streams pass all weights once. Each end-to-end
+    step takes 6 flops for every weight (4 the student's, 2 the dense model's) and 2 more for those that it trains.
+    Then activations take time to move, and fp32 weights to read and write. The exact form calibrates nothing unless
+    experts do.
     """
     layers, hidden, width = source.layers, source.hidden, source.cache_numbers
     copied = 4 * (source.total + target.total) / machine.bytes_per_second
@@ -271,8 +275,12 @@ def _convert_cost(
     float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
     refined = 0 if settings.exact else refine_steps(dense_source, settings) * REFINE_BATCH_TOKENS
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
-    flops = tokens * 4 * source.weights + float64 / machine.float64_share
-    flops += refined * 8 * layers * target.attention + distilled * 8 * source.weights
+    read = wanted_windows(dense_source, settings) * length
+    written = read if set(settings.calibration) <= {SELF} else 0
+    trained = source.weights if is_small(dense_source) else layers * target.attention
+    flops = tokens * 4 * source.weights + float64 / machine.float64_share + written * 2 * source.weights
+    flops += refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0)
+    flops += distilled * (6 * source.weights + 2 * trained)
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second

@@ -3,16 +3,25 @@
 import pytest
 import torch
 
+from smolseek import machine
 from smolseek.machine import measure_machine
 
 
 def test_this_machine_is_plausible() -> None:
-    machine = measure_machine(seconds=0.1)
-    assert 1e7 < machine.flops_per_second < 1e15 and 1e7 < machine.bytes_per_second < 1e14
-    assert machine.device == "cpu"
+    here = measure_machine(seconds=0.1)
+    assert 1e7 < here.flops_per_second < 1e15 and 1e7 < here.bytes_per_second < 1e14
+    assert here.device == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 def test_a_device_that_is_not_here_is_refused() -> None:
     with pytest.raises(ValueError, match="device cuda: not available here; use cpu"):
         measure_machine("cuda")
+
+
+@pytest.mark.parametrize(("flags", "gain"), [("avx512f avx512_bf16", 2), ("fpu amx_bf16 sse", 2), ("avx2 bf16ish", 1)])
+def test_units_for_bfloat16_count_twice(flags: str, gain: int, monkeypatch, tmp_path) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(f"flags\t\t: {flags}\n", encoding="utf-8")
+    monkeypatch.setattr(machine, "_CPU_FACTS", facts)
+    assert measure_machine(seconds=0.01).float64_share == 0.5 / gain

@@ -1,6 +1,6 @@
 """Layer-wise refinement: each converted block learns the dense block's output, behind the converted blocks before it.
 
-Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, A = H × v inputs of `o_proj`.
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from smolseek.conversion.carve import carve, load_carving, refine_carving, relat
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
-from smolseek.conversion.residual_stream import ResidualStream, position_weights
+from smolseek.conversion.residual_stream import ResidualStream
+from smolseek.conversion.sizes import is_small
 from smolseek.conversion.student import layers_of
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.numerics.precision import algebra_device, autocast
+from smolseek.numerics.precision import autocast
 
-_RATE = 0.015
+_RATE = {True: 0.015, False: 0.008}
+"""Of each matrix's own size: for the many steps of a small source, and for the few of others (LOG.md)."""
 _CARVE_TOKENS = 16384
-_REFIT_DAMPING = 1e-3
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of the target, as its attention takes them."""
@@ -71,66 +72,40 @@ def refine_layers(
 
 
 def refine_attention(
-    block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream, *, steps: int, seed: int
+    block: MultiheadLatentAttention,
+    rope: Rope,
+    stream: ResidualStream,
+    *,
+    steps: int,
+    seed: int,
+    rate: float = _RATE[True],
 ) -> None:
     """Train a converted attention block in place to give the output of the dense block that the stream stands before.
 
-    Its output map is refitted first. It trains in stock form, norm and all (docs/method.md, "Refinement").
+    It trains in stock form, norm and all (docs/method.md, "Refinement").
     """
-    refit_output(block, rope, stream)
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # they can do all that norms could
-    descent = Descent(matrices, rate=_RATE, steps=steps, muon_heads=block.num_heads)
+    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads)
     for rows in stream.batches(steps, seed):
         descent.step(attention_loss(block, rope, *stream.attention(rows)))
     descent.end()
     scale_latents(block, LATENT_RMS)
 
 
-@torch.no_grad()
-def refit_output(block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream) -> None:
-    """Refit W = `o_proj` in place to the least E|W z - o|² + δ |W - W₀|², over the windows that are trained on.
-
-    z are the heads' outputs (A,), o the dense block's output, W₀ the map before, and δ a share of the mean energy of z.
-    """
-    o_proj, device = block.o_proj, algebra_device(stream.hidden_BTD.device)
-    heads: list[Tensor] = []
-    moment_AA, cross_DA = (
-        torch.zeros(n, o_proj.in_features, dtype=torch.float64, device=device)
-        for n in (o_proj.in_features, o_proj.out_features)
-    )
-    handle = o_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0].float()))
-    for rows in torch.arange(stream.probe, len(stream.hidden_BTD)).split(stream.batch):
-        x_BTD, target_BTD = stream.attention(rows)
-        with autocast(x_BTD.device, "auto"):
-            block(x_BTD, rope)
-        weights_T1 = position_weights(x_BTD)
-        z_NA, weighted_NA = (z.flatten(0, 1) for z in (heads[-1], heads.pop() * weights_T1))
-        target_ND = (target_BTD if o_proj.bias is None else target_BTD - o_proj.bias).flatten(0, 1)
-        moment_AA += (weighted_NA.T @ z_NA).to(device)
-        cross_DA += (target_ND.T @ weighted_NA).to(device)
-    handle.remove()
-    pull = _REFIT_DAMPING * moment_AA.diagonal().mean() + 1e-30
-    pulled_AA = moment_AA + pull * torch.eye(len(moment_AA), dtype=torch.float64, device=device)
-    before_DA = o_proj.weight.to(moment_AA)
-    o_proj.weight.copy_(torch.linalg.solve(pulled_AA, (cross_DA + pull * before_DA).mT).mT)
-
-
 def attention_loss(block: MultiheadLatentAttention, rope: Rope, x_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Returns E|converted - dense|² / E|dense|² of a batch; the first position counts more than the others."""
+    """Returns E|converted - dense|² / E|dense|² of a batch."""
     with autocast(x_BTD.device, "auto"):
         out_BTD = block(x_BTD, rope)
-    weights_T1 = position_weights(x_BTD)
-    return ((out_BTD - target_BTD).square() * weights_T1).mean() / (target_BTD.square() * weights_T1).mean()
+    return (out_BTD - target_BTD).square().mean() / target_BTD.square().mean()
 
 
 @torch.no_grad()
 def attention_error(block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream) -> float:
-    """Returns E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe, as trained."""
+    """Returns E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe."""
     x_BTD, target_BTD = stream.probed_attention()
-    weights_T1 = position_weights(x_BTD)
-    error = ((block(x_BTD, rope) - target_BTD).square() * weights_T1).sum()
-    return float(error / (target_BTD.square() * weights_T1).sum().clamp(min=1e-30))
+    error = (block(x_BTD, rope) - target_BTD).square().sum()
+    return float(error / target_BTD.square().sum().clamp(min=1e-30))
 
 
 def _refine_attention(
@@ -138,7 +113,8 @@ def _refine_attention(
 ) -> dict[str, float]:
     """Refine one attention block in place; returns its error before and after."""
     before, start = attention_error(block, rope, stream), copy.deepcopy(block.state_dict())
-    refine_attention(block, rope, stream, steps=job.refine_steps, seed=job.settings.seed + index)
+    seed, rate = job.settings.seed + index, _RATE[is_small(job.source)]
+    refine_attention(block, rope, stream, steps=job.refine_steps, seed=seed, rate=rate)
     after = attention_error(block, rope, stream)
     better = after < before  # false too where the refined block gives NaN
     if not better:

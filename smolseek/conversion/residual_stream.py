@@ -15,8 +15,6 @@ from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
 from smolseek.numerics.precision import autocast
 
 _PROBE_TOKENS = 2048
-_FIRST_WEIGHT = 32.0
-
 Block = Callable[[Tensor], Tensor]
 
 
@@ -97,17 +95,6 @@ class ResidualStream:
         """Returns `steps` batches of window numbers, every window once before any comes again."""
         count = len(self.hidden_BTD) - self.probe
         return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
-
-
-def position_weights(x_BTD: Tensor) -> Tensor:
-    """Returns what an error at each position counts, (T, 1), 1 in the mean.
-
-    The first token counts 32 times as much as another: later layers lean on it as an attention sink, and where it goes
-    wrong, the whole window does (LOG.md).
-    """
-    weights_T1 = x_BTD.new_ones(x_BTD.shape[1], 1)
-    weights_T1[0] = _FIRST_WEIGHT
-    return weights_T1 / weights_T1.mean()
 
 
 def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ from smolseek.conversion.mla.rope_slots import rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments, norm_moments
 from smolseek.conversion.probe import Probe, ProbedAttention, probed_attention
-from smolseek.conversion.refine import attention_error, attention_loss, refit_output
+from smolseek.conversion.refine import attention_error, attention_loss
 from smolseek.conversion.residual_stream import ResidualStream
 from smolseek.conversion.running_sum import OuterSum
 from smolseek.conversion.student import layers_of
@@ -166,13 +166,12 @@ def test_refinement_and_the_end_to_end_stage() -> None:
     block, rope = layers_of(student)[0].self_attn, student.model.rope(16)
     loss = attention_loss(block, rope, *stream.attention(torch.tensor([1, 2])))
     attention_error(block, rope, stream)
-    refit_output(block, rope, stream)
     stream.pass_attention(partial(block, rope=rope))
     probe_ND, inputs_ND = stream.mlp_inputs()
     stream.pass_mlp(layers_of(student)[0].mlp)
     divergence = distillation_loss(student, dense, no_ids(2, CUDA))
     streams = (stream.hidden_BTD, stream.converted_BTD)
-    assert devices(loss, probe_ND, inputs_ND, *streams, block.o_proj.weight, divergence) == {"cuda"}
+    assert devices(loss, probe_ND, inputs_ND, *streams, divergence) == {"cuda"}
 
 
 def test_carving(monkeypatch: pytest.MonkeyPatch) -> None:

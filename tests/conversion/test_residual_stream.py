@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolseek.conversion.residual_stream import ResidualStream, position_weights, shuffled
+from smolseek.conversion.residual_stream import ResidualStream, shuffled
 from tests.factories import random_ids
 
 
@@ -44,12 +44,6 @@ def test_a_block_learns_behind_the_converted_blocks_before_it(teacher):
     stream.enter(1)
     x, _ = stream.attention(torch.arange(5))
     torch.testing.assert_close(x, teacher.model.layers[1].input_layernorm(embedded + 1))
-
-
-def test_the_first_position_counts_as_much_as_32_others():
-    weights = position_weights(torch.zeros(2, 16, 8))
-    assert weights.shape == (16, 1) and weights.mean() == pytest.approx(1)
-    assert weights[0] == pytest.approx(32 * weights[1].item()) and torch.equal(weights[1:-1], weights[2:])
 
 
 def test_the_probe_is_not_trained_on(teacher):
