@@ -19,6 +19,7 @@ from smolseek.conversion.sizes import (
     DISTILL_BATCH_TOKENS,
     REFINE_BATCH_TOKENS,
     SPILL_BYTES,
+    WRITTEN_TOKENS,
     distill_steps,
     is_small,
     refine_steps,
@@ -276,7 +277,7 @@ def _convert_cost(
     refined = 0 if settings.exact else refine_steps(dense_source, settings) * REFINE_BATCH_TOKENS
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
     read = wanted_windows(dense_source, settings) * length
-    written = read if set(settings.calibration) <= {SELF} else 0
+    written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
     trained = source.weights if is_small(dense_source) else layers * target.attention
     flops = tokens * 4 * source.weights + float64 / machine.float64_share + written * 2 * source.weights
     flops += refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0)

@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.config import SELF
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
-from smolseek.conversion.sizes import wanted_windows, window_lengths
+from smolseek.conversion.sizes import WRITTEN_TOKENS, wanted_windows, window_lengths
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
@@ -74,8 +74,9 @@ def read_text(job: Job) -> NamedText:
     windows = wanted_windows(job.source, job.settings) + _JUDGED_WINDOWS
     shares = list(zip(data.train, data.weights or (1.0,) * len(data.train), strict=True))
     read = [(name, weight) for name, weight in shares if name != SELF]
+    most = max(1, WRITTEN_TOKENS // length)
     if not read:
-        return NamedText(torch.empty(0, length, dtype=torch.long), [], windows)
+        return NamedText(torch.empty(0, length, dtype=torch.long), [], min(windows, most))
     wanted = max(1, round(windows * sum(weight for _, weight in read) / sum(weight for _, weight in shares)))
     names, weights = zip(*read, strict=True)
     windows_BT, sources = calibration_windows(
@@ -86,7 +87,7 @@ def read_text(job: Job) -> NamedText:
         seed=job.settings.seed,
     )
     check_vocabulary(windows_BT, job.source.vocab_size)
-    return NamedText(windows_BT, sources, windows - len(windows_BT) if SELF in data.train else 0)
+    return NamedText(windows_BT, sources, min(windows - len(windows_BT), most) if SELF in data.train else 0)
 
 
 def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration:

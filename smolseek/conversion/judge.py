@@ -34,6 +34,8 @@ def read_judged(job: Job, names: Iterable[str]) -> dict[str, Packed]:
             window, nothing that counts, or a token that the model has not.
     """
     names = list(names)
+    if not names:
+        return {}
     refuse_inputs(job.out, names)
     learnt = _parts((text for text in job.data.train if text != SELF), job.data) if job.calibrates else set()
     texts: dict[str, Packed] = {}

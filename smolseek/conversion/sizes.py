@@ -37,6 +37,9 @@ _STREAM_NUMBERS = {True: 2**26, False: 2**24}
 """Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
 same windows again and again, and of others."""
 
+WRITTEN_TOKENS = 2**16
+"""Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
+
 _WIDEST_HEAD = 4096
 ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 """Fields that size latent attention, in the settings and in config.json."""
