@@ -24,13 +24,14 @@ DISTILL_STEPS = 600
 """Most steps of the end-to-end stage when their number is not given."""
 DISTILL_WORK = DISTILL_STEPS * 4_000_000
 """Most steps times parameters of that stage: about ten minutes on 2 CPU cores."""
-SMALL = DISTILL_WORK // 100
+_SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
 _LARGE_DISTILL_STEPS = 30
 _LARGEST_DISTILLED = 500_000_000
-"""Sources of more parameters have no end-to-end stage unless it is asked for: it holds the model six times."""
+"""Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
+optimizer."""
 _WINDOW_TOKENS = 512
 """Length at which blocks are refined and losses compared. Perplexity is measured at the same length."""
 _STREAM_NUMBERS = {True: 2**26, False: 2**24}
@@ -66,8 +67,8 @@ def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:
 
 
 def is_small(source: DenseSource) -> bool:
-    """Returns whether a source has at most `SMALL` parameters."""
-    return _parameters(source) <= SMALL
+    """Returns whether a source has at most 24 million parameters."""
+    return _parameters(source) <= _SMALL
 
 
 def _parameters(source: DenseSource) -> int:
