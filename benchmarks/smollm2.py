@@ -44,10 +44,11 @@ from smolseek.config import (
     load_recipe,
     recipes_folder,
 )
+from smolseek.conversion.calibrate import read_calibration, read_text
 from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
-from smolseek.data import calibration_windows
+from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import compare
 from smolseek.formats.dense import read_source
@@ -57,6 +58,8 @@ from smolseek.training.stages import step_tokens
 
 Stage = Literal["closed", "converted", "healed", "baselines"]
 WINDOWS = (512, 2048)
+SPLIT_WINDOWS = 32
+"""Windows of calibration text by which the baselines' split is chosen."""
 TRANSMLA, SVD = "TransMLA, gain repaired", "X-EcoMLA's initialisation"
 
 
@@ -176,11 +179,12 @@ class Bench:
     @functools.cached_property
     def windows_BT(self) -> Tensor:
         """The text that the baselines calibrate on: the conversion's own."""
-        settings, out = self.settings(), self.work / "baseline"
-        shutil.rmtree(out, ignore_errors=True)
-        job = read_job(self.mine.source, out, settings, device="cpu", force=False, on_progress=lambda *_: None)
-        count, tokens = settings.calibration_windows, settings.calibration_window_tokens
-        return calibration_windows(self.tokenizer, job.data, windows=count, window_tokens=tokens, seed=settings.seed)[0]
+        job = read_job(
+            self.mine.source, self.work / "text", self.settings(), device="cpu", force=True, on_progress=lambda *_: None
+        )
+        text = read_text(job)
+        with WorkFolder(job.out, text.facts) as work:
+            return read_calibration(job, text, work).moments_BT
 
 
 def read_size(size: str, whole: int) -> dict[str, Any]:
@@ -306,7 +310,7 @@ def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:
         target = target_config(bench.source, bench.settings(**fields))
         total = target["kv_lora_rank"] + target["qk_rope_head_dim"]
         splits = ways_to_split(bench.source, total)
-        losses = {split: mean_loss(method(split), bench.windows_BT) for split in splits}
+        losses = {split: mean_loss(method(split), bench.windows_BT[:SPLIT_WINDOWS]) for split in splits}
         best = min(splits, key=losses.__getitem__)
         folder = save(method(best), bench.work / "baseline", tokenizer_from=bench.folder, force=True)
         facts = bench.cache(best) | {"seconds": time.perf_counter() - began}

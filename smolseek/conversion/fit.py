@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from smolseek.conversion.job import Job
 from smolseek.conversion.mla.exact import exact_tensors
 from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import Heads, QueryLatent, exact_query, fit_heads, query_encoder
-from smolseek.conversion.mla.latent import Compression, compress, latent_errors, refit_decoder
+from smolseek.conversion.mla.latent import Compression, Latent, compress, fit_latent
 from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.rope_slots import RopePlan, rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
-from smolseek.conversion.moments import LayerMoments, NormMoments, norm_moments
+from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.source_weights import read_projections
 from smolseek.conversion.student import assemble, mean_divergence
 from smolseek.conversion.target import target_rope
@@ -176,16 +177,16 @@ def fit_block(
     """
     target, head_dim = job.target, job.source.head_dim
     weights, moments, lost = _fold(job, weights, moments)
-    compression = compress(weights, moments, plan, head_dim, target["kv_lora_rank"])
-    norm = norm_moments(moments, compression.encoder_CX)
-    decoder_YC = refit_decoder(compression.target_YX, norm)
+    compression = compress(weights, moments, plan, head_dim)
+    latent = fit_latent(
+        compression.encode, compression.target_YX, compression.fisher_YY, moments, target["kv_lora_rank"]
+    )
     sizes = HeadSizes(head_dim, target["qk_nope_head_dim"], target["v_head_dim"])
-    heads = fit_heads(weights, compression, decoder_YC, sizes, moments.input_XX, norm.latent_CC)
+    heads = fit_heads(weights, compression, latent, sizes, moments.input_XX)
     rank = target["q_lora_rank"]
-    query = _fit_query(heads, weights, compression, moments, norm, gain_D, rank) if rank else None
-    tensors = low_rank_tensors(weights, compression, heads, head_dim, query)
-    weighted, plain = latent_errors(compression, decoder_YC, moments, norm)
-    errors = {"latent_error_weighted": weighted, "latent_error": plain}
+    query = _fit_query(heads, weights, compression, moments, latent, gain_D, rank) if rank else None
+    tensors = low_rank_tensors(weights, compression, latent, heads, head_dim, query)
+    errors = {"latent_error_weighted": latent.weighted_error, "latent_error": latent.plain_error}
     errors["rope_energy_kept"] = compression.rope_energy_kept
     return {name: tensor.float().cpu() for name, tensor in tensors.items()}, errors | lost
 
@@ -205,15 +206,17 @@ def _fit_query(
     weights: Projections,
     compression: Compression,
     moments: LayerMoments,
-    norm: NormMoments,
+    latent: Latent,
     gain_D: Tensor,
     rank: int,
 ) -> QueryLatent:
     """Returns a query latent: exact at full rank, else with a decoder refitted behind its norm."""
     if exact := exact_query(heads.query_HQX, gain_D, rank):
         return exact
-    encoder_qX = query_encoder(heads, weights, compression, moments.input_XX, norm.latent_CC, rank)
-    return QueryLatent(encoder_qX, refit_decoder(heads.query_HQX.flatten(0, 1), norm_moments(moments, encoder_qX)))
+    encode = partial(query_encoder, heads, weights, compression, latent.normed_CC)
+    query_QX = heads.query_HQX.flatten(0, 1)
+    fitted = fit_latent(encode, query_QX, torch.eye(len(query_QX)).to(query_QX), moments, rank)
+    return QueryLatent(fitted.encoder_CX, fitted.decoder_YC)
 
 
 def _warn_of_approximations(errors: list[dict[str, Any]]) -> None:

@@ -27,6 +27,7 @@ from smolseek.numerics.precision import autocast
 _IMPLEMENTATION = "smolseek_probe"
 _READ_TOKENS = 2048
 _QUERIES_AT_ONCE = 256  # whose scores are held
+_LEAST_SHARE = 0.01  # of the mean gradient energy, at any token
 
 
 class Probe:
@@ -53,9 +54,8 @@ class Probe:
         return [(attention.k_proj, self.see_x), (query, self.see_q), (key, self.see_k), (attention.v_proj, self.see_v)]
 
     def see_x(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.x_BTX = args[0] if module.bias is None else F.pad(args[0], (0, 1), value=1.0)
-        self.inputs.add(self.x_BTX)
-        self.keep_inputs(self.x_BTX.detach().float().cpu())
+        x_BTX = args[0].detach()
+        self.x_BTX = x_BTX if module.bias is None else F.pad(x_BTX, (0, 1), value=1.0)
 
     def see_q(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.query = output
@@ -63,9 +63,7 @@ class Probe:
     def see_k(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.key = output
         if self.qk_norms:
-            heads_BTZ = torch.cat([self.query.flatten(2), output.flatten(2)], dim=-1)
-            self.heads.add(heads_BTZ, self.x_BTX)
-            self.energies.add(heads_BTZ.square(), torch.ones_like(heads_BTZ[..., :1]))
+            self.heads_BTZ = torch.cat([self.query.detach().flatten(2), output.detach().flatten(2)], dim=-1)
 
     def see_v(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.value_BTk = output
@@ -80,8 +78,18 @@ class Probe:
 
     def add(self, value_BTk: Tensor, key: Tensor) -> None:
         """Add one batch, given the gradient at the values and at the keys."""
-        rows = [self.unrotated_BGTd.transpose(1, 2), value_BTk, key, self.slot_BGTd.transpose(1, 2)]
-        self.gradients.add(torch.cat([row.flatten(2) for row in rows], dim=-1))
+        unrotated_BTk, slot_BTk = (
+            x_BGTd.transpose(1, 2).flatten(2) for x_BGTd in (self.unrotated_BGTd, self.slot_BGTd)
+        )
+        weight_BT1 = token_weights(unrotated_BTk, value_BTk)
+        gradients_BTk = torch.cat([unrotated_BTk, value_BTk, key.flatten(2), slot_BTk], dim=-1)
+        self.gradients.add(gradients_BTk / weight_BT1.sqrt())
+        self.inputs.add(weight_BT1.sqrt() * self.x_BTX)
+        self.keep_inputs(torch.cat([self.x_BTX, weight_BT1], dim=-1).float().cpu())
+        if self.qk_norms:
+            weighted_BTZ = weight_BT1 * self.heads_BTZ
+            self.heads.add(weighted_BTZ, self.x_BTX)
+            self.energies.add(weighted_BTZ * self.heads_BTZ, torch.ones_like(weight_BT1))
 
     def end(self) -> None:
         """Turn sums into means; called once, after the last batch."""
@@ -97,17 +105,31 @@ class Probe:
             return plain
         return replace(plain, heads_ZX=self.heads.read(), heads_energy_Z=self.energies.read()[:, 0])
 
-    def keep_inputs(self, x_BTX: Tensor) -> None:
-        """Append one batch of inputs to the file."""
+    def keep_inputs(self, rows_BTX: Tensor) -> None:
+        """Append one batch of inputs, each with its weight behind it, to the file."""
         with self.inputs_file.open("ab") as file:
-            x_BTX.numpy().tofile(file)
+            rows_BTX.numpy().tofile(file)
 
-    def read_inputs(self) -> Iterator[Tensor]:
-        """Returns the inputs again, some tokens (N, X) at once."""
+    def read_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Returns the inputs again and their weights, some tokens (N, X) and (N, 1) at once."""
         width = len(self.inputs.read())
         with self.inputs_file.open("rb") as file:
-            while len(numbers := np.fromfile(file, np.float32, _READ_TOKENS * width)):
-                yield torch.from_numpy(numbers).view(-1, width)
+            while len(numbers := np.fromfile(file, np.float32, _READ_TOKENS * (width + 1))):
+                yield torch.from_numpy(numbers).view(-1, width + 1).split([width, 1], dim=-1)
+
+
+def token_weights(*gradients: Tensor) -> Tensor:
+    """Returns the weights of tokens in the mean over inputs, (B, T, 1) and 1 on the mean over a window.
+
+    They are the roots of |g|² / E|g|², averaged over the gradients g (B, T, k) (docs/method.md, "Calibration").
+    """
+    shares = []
+    for gradient_BTk in gradients:
+        energy_BT1 = gradient_BTk.float().square().sum(-1, keepdim=True)
+        mean_B11 = energy_BT1.mean(1, keepdim=True)
+        shares.append(torch.where(mean_B11 > 0, energy_BT1 / mean_B11, 1.0))
+    root_BT1 = torch.stack(shares).mean(0).clamp(min=_LEAST_SHARE).sqrt()
+    return root_BT1 / root_BT1.mean(1, keepdim=True)
 
 
 class ProbedAttention(torch.autograd.Function):

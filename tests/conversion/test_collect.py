@@ -13,7 +13,7 @@ from tests.factories import random_ids
 pytestmark = pytest.mark.usefixtures("fp32")
 
 
-def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(dense, angles, tmp_path):
+def test_fisher_is_the_weighted_mean_outer_product_of_gradients_at_sampled_labels(dense, angles, tmp_path):
     """Compares rotated keys and values with autograd through transformers' own attention, on one window."""
     ids = random_ids(1, 9)
     kept = {}
@@ -30,9 +30,14 @@ def test_fisher_is_the_mean_outer_product_of_gradients_at_sampled_labels(dense, 
     for hook in hooks:
         hook.remove()
     layer = collect_moments(dense, ids, angles, seed=3, folder=tmp_path)[1]()
-    for path, gradient in ((ROTATED, key), (VALUE, value)):
-        torch.testing.assert_close(layer.fisher([path], [path]), gradient.T @ gradient / 9, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(layer.fisher([VALUE], [ROTATED]), value.T @ key / 9, rtol=1e-3, atol=1e-6)
+    weight = torch.cat([weight for _, weight in layer.inputs()]).double()
+    for one, other, left, right in (
+        (ROTATED, ROTATED, key, key),
+        (VALUE, VALUE, value, value),
+        (VALUE, ROTATED, value, key),
+    ):
+        expected = (left / weight).T @ right / 9
+        torch.testing.assert_close(layer.fisher([one], [other]), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_same_seed_same_moments_another_seed_others(dense, angles, tmp_path):

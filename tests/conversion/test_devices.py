@@ -16,11 +16,11 @@ from smolseek.conversion.distill import distillation_loss
 from smolseek.conversion.mla.exact import exact_tensors
 from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import fit_heads, query_encoder
-from smolseek.conversion.mla.latent import compress, latent_errors, refit_decoder
+from smolseek.conversion.mla.latent import compress, fit_latent
 from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.rope_slots import rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
-from smolseek.conversion.moments import LayerMoments, norm_moments
+from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.probe import Probe, ProbedAttention, probed_attention
 from smolseek.conversion.refine import attention_error, attention_loss
 from smolseek.conversion.residual_stream import ResidualStream
@@ -52,7 +52,7 @@ def weights(entries: int = HIDDEN) -> Projections:
 
 def moments(entries: int = HIDDEN, **more: Any) -> LayerMoments:
     k = KV_HEADS * HEAD_DIM
-    inputs = lambda: [torch.empty(10, entries)]  # noqa: E731  (files are read on the CPU)
+    inputs = lambda: [(torch.empty(10, entries), torch.empty(10, 1))]  # noqa: E731  (files are read on the CPU)
     return LayerMoments(numbers(entries, entries), numbers(4, k, 4, k), inputs=inputs, **more)
 
 
@@ -93,13 +93,11 @@ def test_fake_tensors_refuse_two_devices() -> None:
 def test_closed_form(rope_dim: int) -> None:
     dense, measured, sizes = weights(), moments(), HeadSizes(HEAD_DIM, 6, 4)
     for plan in rope_plans(HEAD_DIM, rope_dim):
-        compression = compress(dense, measured, plan, HEAD_DIM, 6)
-        norm = norm_moments(measured, compression.encoder_CX)
-        decoder_YC = refit_decoder(compression.target_YX, norm)
-        heads = fit_heads(dense, compression, decoder_YC, sizes, measured.input_XX, norm.latent_CC)
-        query = query_encoder(heads, dense, compression, measured.input_XX, norm.latent_CC, 5)
-        latent_errors(compression, decoder_YC, measured, norm)
-        tensors = low_rank_tensors(dense, compression, heads, HEAD_DIM)
+        compression = compress(dense, measured, plan, HEAD_DIM)
+        latent = fit_latent(compression.encode, compression.target_YX, compression.fisher_YY, measured, 6)
+        heads = fit_heads(dense, compression, latent, sizes, measured.input_XX)
+        query = query_encoder(heads, dense, compression, latent.normed_CC, measured.input_XX, 5)
+        tensors = low_rank_tensors(dense, compression, latent, heads, HEAD_DIM)
         assert devices(query, *tensors.values()) == {"cuda"}
 
 
@@ -143,7 +141,10 @@ def test_probes(qk_norms: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hooks: list[tuple[nn.Module, Any]] = [hook for layer, probe in pairs for hook in probe.hooks(layer.self_attn)]
     with collect.hooked(hooks), probed_attention(model, probes):
         out = model.base_model(input_ids=no_ids(2, CUDA), use_cache=False).last_hidden_state
-    assert devices(out, probes[0].inputs.read()) == {"cuda"}
+    probe = probes[0]
+    probe.unrotated_BGTd = probe.slot_BGTd = numbers(2, KV_HEADS, 16, HEAD_DIM, dtype=torch.float32)
+    probe.add(probe.value_BTk, probe.key)
+    assert devices(out, probe.inputs.read(), probe.gradients.read()) == {"cuda"}
 
 
 def test_the_probes_backward_pass() -> None:

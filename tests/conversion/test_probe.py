@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from smolseek.conversion.collect import collect_moments, sample_labels
 from smolseek.conversion.moments import ROTATED, SLOT, UNROTATED
-from smolseek.conversion.probe import rotate_by_angles
+from smolseek.conversion.probe import rotate_by_angles, token_weights
 from tests.factories import random_ids, tiny_dense
 
 pytestmark = pytest.mark.usefixtures("fp32")
@@ -52,12 +52,33 @@ def test_keys_and_queries_are_seen_behind_their_norms(tmp_path):
         hook.remove()
     layer = collect_moments(model, ids, model.model.rotary_emb.inv_freq, seed=3, folder=tmp_path)[1]()
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-6)
-    close(layer.fisher([ROTATED], [ROTATED]), key.T @ key / 9)
+    weight = torch.cat([weight for _, weight in layer.inputs()]).double()
+    close(layer.fisher([ROTATED], [ROTATED]), (key / weight).T @ key / 9)
     x = kept["v"][0][0].detach().double()
     z = torch.cat([kept[n][1][0].detach().flatten(1) for n in "qk"], dim=1).double()
-    close(layer.input_XX, x.T @ x / 9)
-    close(layer.heads_ZX, z.T @ x / 9)
-    close(layer.heads_energy_Z, z.square().mean(0))
+    close(layer.input_XX, (weight * x).T @ x / 9)
+    close(layer.heads_ZX, (weight * z).T @ x / 9)
+    close(layer.heads_energy_Z, (weight * z.square()).mean(0))
+
+
+def test_a_token_weighs_by_the_root_of_its_gradients_energy():
+    first = torch.tensor([[[3.0, 4.0], [0.0, 5.0], [1.0, 1.0], [0.0, 0.0]]])
+    second = torch.tensor([[[0.0], [0.0], [2.0], [0.0]]])
+    shares = (torch.tensor([25.0, 25.0, 2.0, 0.0]) / 13 + torch.tensor([0.0, 0.0, 4.0, 0.0])) / 2
+    roots = torch.tensor([*shares[:3].sqrt(), 0.1])
+    torch.testing.assert_close(token_weights(first, second)[0, :, 0], roots / roots.mean())
+    assert torch.equal(token_weights(torch.zeros(2, 3, 4)), torch.ones(2, 3, 1))  # where nothing matters
+
+
+def test_the_first_token_weighs_most_where_all_attend_to_it(tmp_path):
+    """The gradient finds an attention sink by itself."""
+    model, ids = tiny_dense("llama"), random_ids(4, 12)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.zero_()  # every token attends to all before it alike
+    layer = collect_moments(model, ids, model.model.rotary_emb.inv_freq, seed=3, folder=tmp_path)[0]()
+    weights = torch.cat([weight for _, weight in layer.inputs()]).view(4, 12).mean(0)
+    assert weights.argmax() == 0 and weights[-1] < 1 and weights.mean() == pytest.approx(1.0)
 
 
 def test_rotation_is_transformers_rope(dense, angles):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.mla.algebra import root
-from smolseek.conversion.mla.latent import LATENT_RMS, Compression, scale_encoder
+from smolseek.conversion.mla.latent import LATENT_RMS, Compression, Latent, scale_encoder
 from smolseek.conversion.mla.rope_slots import interleave, rotated_queries, to_complex
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 
@@ -44,10 +44,9 @@ class QueryLatent(NamedTuple):
 def fit_heads(
     weights: Projections,
     compression: Compression,
-    decoder_YC: Tensor,
+    latent: Latent,
     sizes: HeadSizes,
     input_XX: Tensor,
-    latent_CC: Tensor,
 ) -> Heads:
     """Returns the heads in the target's widths: wider ones end in zeros, narrower ones keep the best bilinear forms.
 
@@ -59,10 +58,10 @@ def fit_heads(
     output_HdD = weights.output.T.reshape(len(query_HdX), head_dim, -1)
     up_k_HdC, up_v_HdC = (
         up.repeat_interleave(head_dim * len(query_HdX) // len(weights.key), dim=0)
-        for up in decoder_YC.view(2, -1, head_dim, decoder_YC.shape[-1])
+        for up in latent.decoder_YC.view(2, -1, head_dim, len(latent.normed_CC))
     )
-    q_nope_HUX, up_k_HUC = resize_heads(query_HdX, up_k_HdC, input_XX, latent_CC, sizes.nope_dim)
-    output_HvD, up_v_HvC = resize_heads(output_HdD, up_v_HdC, None, latent_CC, sizes.v_dim)
+    q_nope_HUX, up_k_HUC = resize_heads(query_HdX, up_k_HdC, input_XX, latent.normed_CC, sizes.nope_dim)
+    output_HvD, up_v_HvC = resize_heads(output_HdD, up_v_HdC, None, latent.normed_CC, sizes.v_dim)
     q_rope_HsX = rotated_queries(weights.query, compression.slot_decoder_cs, head_dim)
     return Heads(scale_queries(q_nope_HUX, q_rope_HsX, head_dim), up_k_HUC, up_v_HvC, output_HvD.movedim(2, 0))
 
@@ -94,11 +93,11 @@ def scale_queries(q_nope_HUX: Tensor, q_rope_HsX: Tensor, head_dim: int) -> Tens
 
 
 def query_encoder(
-    heads: Heads, weights: Projections, compression: Compression, input_XX: Tensor, latent_CC: Tensor, rank: int
+    heads: Heads, weights: Projections, compression: Compression, latent_CC: Tensor, input_XX: Tensor, rank: int
 ) -> Tensor:
     """Returns the encoder (q, X) of the best rank-q stand-in for the queries, weighed by the keys that they meet.
 
-    As in `latent.latent_encoder`, but F has one block a head: E[k kᵀ] of its unrotated keys, and each slot's mean
+    As in `latent.Compression.encode`, but F has one block a head: E[k kᵀ] of its unrotated keys, and each slot's mean
     energy for both numbers that it turns. The decomposition is of the smaller side, Σ^½ Yᵀ F Y Σ^½, so the rows are
     S⁻¹ Vᵀ Σ^½ Yᵀ F Y.
     """

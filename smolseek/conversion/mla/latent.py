@@ -6,7 +6,9 @@ s = R / 2 rope slots, C kv_lora_rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,28 +16,67 @@ from torch import Tensor
 from smolseek.conversion.mla.algebra import damping, regress, weighted_energy
 from smolseek.conversion.mla.rope_slots import RopePlan, complex_moment, fit_rope_slots, to_complex, to_real
 from smolseek.conversion.mla.weights import Projections
-from smolseek.conversion.moments import ROTATED, SLOT, UNROTATED, VALUE, LayerMoments, NormMoments
+from smolseek.conversion.moments import (
+    ROTATED,
+    SLOT,
+    UNROTATED,
+    VALUE,
+    LayerMoments,
+    NormMoments,
+    input_mean,
+    norm_moments,
+)
 
 LATENT_RMS = 64.0
 """Scale of the latent before its norm: far above the eps that runtimes add (1e-6 or rms_norm_eps)."""
 _REFIT_DAMPING = 1e-6
+_CONSTANT_SIZE = 4.0
+"""Root mean square of the constant coordinate, in that of all the others together."""
+_CONSTANT_DAMPING = 1e-4
+_LEAST_CONSTANT = 0.5
+"""Share of a constant's energy that inputs must give, or there is no such coordinate."""
+
+Encode = Callable[[Tensor, int], Tensor]
+"""Returns the best encoder (C, X) of a rank C, given second moments (X, X) of inputs."""
 
 
 @dataclass(frozen=True)
 class Compression:
-    """One layer's low-rank form before the latent norm is absorbed."""
+    """One layer's rope slots, and what they leave to the latent."""
 
     slot_encoder_sc: Tensor
     slot_decoder_cs: Tensor
     target_YX: Tensor
     """What the latent is to carry: y = target x, unrotated keys and values."""
-    encoder_CX: Tensor
+    fisher_YY: Tensor
     rope_energy_kept: float
     """Share of the keys' Fisher-weighted energy that the slots carry."""
 
+    def encode(self, input_XX: Tensor, rank: int) -> Tensor:
+        """Returns the encoder (C, X) of the best rank-C stand-in for the target.
 
-def compress(weights: Projections, moments: LayerMoments, plan: RopePlan, head_dim: int, rank: int) -> Compression:
-    """Returns the rope slots, what they leave to the latent, and the latent's encoder (C, X).
+        That is Uᵀ F^½ Y with U the top C eigenvectors of F^½ Y Σ Yᵀ F^½, at the scale of `scale_encoder`.
+        """
+        # Another root of F would only turn U, and Cholesky's is the cheapest.
+        weighted_YX = torch.linalg.cholesky(self.fisher_YY + damping(self.fisher_YY)).mT @ self.target_YX
+        values, vectors = torch.linalg.eigh(weighted_YX @ input_XX @ weighted_YX.mT)
+        values_C, u_YC = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
+        return scale_encoder(u_YC.mT @ weighted_YX, values_C, input_XX)
+
+
+class Latent(NamedTuple):
+    """A latent, what is read behind its norm, and the relative error of that, Fisher-weighted and plain."""
+
+    encoder_CX: Tensor
+    decoder_YC: Tensor
+    normed_CC: Tensor
+    """Second moments of the normalised latent."""
+    weighted_error: float
+    plain_error: float
+
+
+def compress(weights: Projections, moments: LayerMoments, plan: RopePlan, head_dim: int) -> Compression:
+    """Returns the rope slots and what they leave to the latent.
 
     What the slots leave is a regression (docs/method.md, "The latent's target"). The loss changes by gᵀ(error) with
     another gradient g on every path of a key (rotated as in the source, rotated by the slot, not rotated). The
@@ -52,29 +93,51 @@ def compress(weights: Projections, moments: LayerMoments, plan: RopePlan, head_d
     paths = [UNROTATED, VALUE]
     fisher_YY = moments.fisher(paths, paths)
     extra_YY = damping(fisher_YY)
-    fisher_YY = fisher_YY + extra_YY
     stands_for = torch.cat([weights.key, -slot_kX, weights.value])
     plain_YX = torch.cat([weights.key - slot_kX, weights.value])
     pull_YX = moments.fisher(paths, [ROTATED, SLOT, VALUE]) @ stands_for + extra_YY @ plain_YX
-    target_YX = torch.linalg.solve(fisher_YY, pull_YX)
+    target_YX = torch.linalg.solve(fisher_YY + extra_YY, pull_YX)
 
     rotated_cc = complex_moment(moments.fisher([ROTATED], [ROTATED]), head_dim)
     left_cX = key_cX - decoder_cs @ (encoder_sc @ key_cX)
     left_cc = left_cX @ moments.input_XX.to(key_cX.dtype) @ left_cX.mH
     kept = 1 - weighted_energy(rotated_cc, left_cc) / max(weighted_energy(rotated_cc, energy_cc), 1e-300)
-    return Compression(encoder_sc, decoder_cs, target_YX, latent_encoder(target_YX, fisher_YY, moments, rank), kept)
+    return Compression(encoder_sc, decoder_cs, target_YX, fisher_YY, kept)
 
 
-def latent_encoder(target_YX: Tensor, fisher_YY: Tensor, moments: LayerMoments, rank: int) -> Tensor:
-    """Returns the encoder (C, X) of the best rank-C stand-in for `target`.
+def fit_latent(encode: Encode, target_YX: Tensor, weight_YY: Tensor, moments: LayerMoments, rank: int) -> Latent:
+    """Returns the latent of that rank that loses least, with a constant coordinate or without (docs/method.md, "The
+    latent's norm")."""
+    encoders = [encode(moments.input_XX, rank), *_with_constant(encode, moments, rank)]
+    latents = [_behind_norm(encoder_CX, target_YX, weight_YY, moments) for encoder_CX in encoders]
+    return min(latents, key=lambda latent: latent.weighted_error)
 
-    That is Uᵀ F^½ Y with U the top C eigenvectors of F^½ Y Σ Yᵀ F^½, at the scale of `scale_encoder`.
+
+def _with_constant(encode: Encode, moments: LayerMoments, rank: int) -> list[Tensor]:
+    """Returns the encoder whose first coordinate is large and nearly the same at every token; none where none can be.
+
+    The norm divides each latent by its size, and so forgets that size. With such a coordinate all sizes are nearly
+    equal, and the norm is nearly linear. w = (Σ + λ)⁻¹ E[x] gives the constant 1 best. The other coordinates are those
+    of inputs without their part along w, so that they do not correlate with it.
     """
-    # Another root of F would only turn U, and Cholesky's is the cheapest.
-    weighted_YX = torch.linalg.cholesky(fisher_YY).mT @ target_YX
-    values, vectors = torch.linalg.eigh(weighted_YX @ moments.input_XX @ weighted_YX.mT)
-    values_C, u_YC = values[-rank:].flip(-1), vectors[:, -rank:].flip(-1)
-    return scale_encoder(u_YC.mT @ weighted_YX, values_C, moments.input_XX)
+    input_XX = moments.input_XX
+    w_X = regress(input_mean(moments)[None], input_XX, _CONSTANT_DAMPING)[0]
+    level_X = input_XX @ w_X
+    energy = w_X @ level_X
+    if rank == 1 or energy < _LEAST_CONSTANT:
+        return []
+    others_CX = encode(input_XX - torch.outer(level_X, level_X) / energy, rank - 1)
+    others_CX = others_CX - torch.outer(others_CX @ level_X, w_X) / energy
+    size = ((others_CX @ input_XX) * others_CX).sum().sqrt() * _CONSTANT_SIZE / energy.sqrt()
+    return [_scaled(torch.cat([size * w_X[None], others_CX]), input_XX)]
+
+
+def _behind_norm(encoder_CX: Tensor, target_YX: Tensor, weight_YY: Tensor, moments: LayerMoments) -> Latent:
+    """Returns the latent of an encoder, its decoder fitted behind the norm."""
+    norm = norm_moments(moments, encoder_CX)
+    decoder_YC = refit_decoder(target_YX, norm)
+    errors = latent_errors(target_YX, decoder_YC, weight_YY, moments.input_XX, norm)
+    return Latent(encoder_CX, decoder_YC, norm.latent_CC, *errors)
 
 
 def scale_encoder(rows_CX: Tensor, values_C: Tensor, input_XX: Tensor) -> Tensor:
@@ -83,7 +146,10 @@ def scale_encoder(rows_CX: Tensor, values_C: Tensor, input_XX: Tensor) -> Tensor
     λ^-¼ is half-way to white: the latent's norm then varies less from token to token. Full whitening hurt (LOG.md).
     """
     floor_1 = values_C[:1] * 1e-12 + 1e-300
-    encoder_CX = values_C.clamp(min=floor_1)[:, None] ** -0.25 * rows_CX
+    return _scaled(values_C.clamp(min=floor_1)[:, None] ** -0.25 * rows_CX, input_XX)
+
+
+def _scaled(encoder_CX: Tensor, input_XX: Tensor) -> Tensor:
     mean_square = ((encoder_CX @ input_XX) * encoder_CX).sum() / len(encoder_CX)
     return encoder_CX * (LATENT_RMS / mean_square.clamp(min=1e-300).sqrt())
 
@@ -98,13 +164,11 @@ def refit_decoder(target_YX: Tensor, norm: NormMoments) -> Tensor:
 
 
 def latent_errors(
-    compression: Compression, decoder_YC: Tensor, moments: LayerMoments, norm: NormMoments
+    target_YX: Tensor, decoder_YC: Tensor, weight_YY: Tensor, input_XX: Tensor, norm: NormMoments
 ) -> tuple[float, float]:
-    """Returns E|Y x - B n|² / E|Y x|², Fisher-weighted and plain."""
-    target_YX = compression.target_YX
-    whole_YY = target_YX @ moments.input_XX @ target_YX.mT
+    """Returns E|Y x - B n|² / E|Y x|², weighted and plain."""
+    whole_YY = target_YX @ input_XX @ target_YX.mT
     mixed_YY = target_YX @ norm.cross_XC @ decoder_YC.mT
     error_YY = whole_YY - mixed_YY - mixed_YY.mT + decoder_YC @ norm.latent_CC @ decoder_YC.mT
-    fisher_YY = moments.fisher([UNROTATED, VALUE], [UNROTATED, VALUE])
-    weighted = weighted_energy(fisher_YY, error_YY) / max(weighted_energy(fisher_YY, whole_YY), 1e-300)
+    weighted = weighted_energy(weight_YY, error_YY) / max(weighted_energy(weight_YY, whole_YY), 1e-300)
     return weighted, float(error_YY.trace() / whole_YY.trace().clamp(min=1e-300))

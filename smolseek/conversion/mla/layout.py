@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 from smolseek.conversion.mla.heads import Heads, QueryLatent
-from smolseek.conversion.mla.latent import Compression
+from smolseek.conversion.mla.latent import Compression, Latent
 from smolseek.conversion.mla.rope_slots import interleave, to_complex
 from smolseek.conversion.mla.weights import Projections
 
 
 def low_rank_tensors(
-    weights: Projections, compression: Compression, heads: Heads, head_dim: int, query: QueryLatent | None = None
+    weights: Projections,
+    compression: Compression,
+    latent: Latent,
+    heads: Heads,
+    head_dim: int,
+    query: QueryLatent | None = None,
 ) -> dict[str, Tensor]:
     """Returns the tensors under `self_attn.` of the low-rank form, with biases where the weights have their column."""
     key_cX = to_complex(weights.key, head_dim)
     return mla_tensors(
         weights,
         heads,
-        down_WX=torch.cat([compression.encoder_CX, interleave(compression.slot_encoder_sc @ key_cX)]),
-        gain_C=torch.ones_like(compression.encoder_CX[:, 0]),
+        down_WX=torch.cat([latent.encoder_CX, interleave(compression.slot_encoder_sc @ key_cX)]),
+        gain_C=torch.ones_like(latent.encoder_CX[:, 0]),
         query=query,
     )
 

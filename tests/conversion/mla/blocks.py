@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from smolseek.conversion.mla.heads import fit_heads
+from smolseek.conversion.mla.latent import Latent
 from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments
@@ -29,7 +30,12 @@ def random_layer(kv_heads, repeats, head_dim, seed, hidden=20):
     key, value = (torch.randn(300, n, generator=g).double() for _ in range(2))
     rows = torch.stack([key, value, key, key], dim=1).flatten(1)
     fisher = (rows.T @ rows / 300).view(4, n, 4, n)
-    return weights, LayerMoments(x.T @ x / 200, fisher), x
+    return weights, LayerMoments(x.T @ x / 200, fisher, inputs=lambda: unweighted(x)), x
+
+
+def unweighted(x):
+    """Returns inputs as `LayerMoments.inputs` reads them, in two parts, with a weight of 1 for each."""
+    return [(part, torch.ones(len(part), 1)) for part in x.chunk(2)]
 
 
 def angles(head_dim, theta=50.0):
@@ -58,11 +64,18 @@ def v3_attention(tensors, x, heads, rope_dim, v_dim, rope_angles, eps=1e-6):
     return (nope + turned[0] @ turned[1].mT) / math.sqrt(q.shape[-1]), up[..., up.shape[-1] - v_dim :]
 
 
-def in_source_sizes(weights, compression, decoder, head_dim, moments, latent, **sizes):
+def random_latent(compression, moments, rank, seed=0):
+    """Returns the best encoder of that rank, a decoder that has nothing to do with it, and white moments."""
+    shape = (len(compression.target_YX), rank)
+    decoder = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+    return Latent(compression.encode(moments.input_XX, rank), decoder, torch.eye(rank).double(), 0.0, 0.0)
+
+
+def in_source_sizes(weights, compression, latent, head_dim, moments, **sizes):
     """Returns the low-rank tensors, heads as wide as the source's where `sizes` gives no other width."""
     wanted = HeadSizes(head_dim, sizes.get("nope_dim", head_dim), sizes.get("v_dim", head_dim))
-    heads = fit_heads(weights, compression, decoder, wanted, moments.input_XX, latent)
-    return low_rank_tensors(weights, compression, heads, head_dim)
+    heads = fit_heads(weights, compression, latent, wanted, moments.input_XX)
+    return low_rank_tensors(weights, compression, latent, heads, head_dim)
 
 
 def turn(x, rope_angles):

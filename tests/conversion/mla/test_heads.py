@@ -10,7 +10,16 @@ from smolseek.conversion.mla.latent import LATENT_RMS, compress
 from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.rope_slots import rope_plans, to_complex
 from smolseek.conversion.mla.weights import HeadSizes
-from tests.conversion.mla.blocks import angles, in_source_sizes, normed, quick, random_layer, shapes, v3_attention
+from tests.conversion.mla.blocks import (
+    angles,
+    in_source_sizes,
+    normed,
+    quick,
+    random_latent,
+    random_layer,
+    shapes,
+    v3_attention,
+)
 
 drawn_heads = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7), st.integers(0, 10**6))
 
@@ -40,12 +49,12 @@ def test_resized_heads_of_dead_weights_are_zeros():
 def test_wider_and_full_width_heads_keep_scores_and_output(shape):
     kv_heads, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
-    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim, rank=6)
-    decoder = torch.randn(2 * kv_heads * head_dim, 6, generator=torch.Generator().manual_seed(seed)).double()
+    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim)
+    latent = random_latent(compression, moments, 6, seed)
     made = []
     for nope_dim, v_dim in ((head_dim, head_dim), (head_dim + 3, head_dim + 1)):
         wanted = {"nope_dim": nope_dim, "v_dim": v_dim}
-        tensors = in_source_sizes(weights, compression, decoder, head_dim, moments, torch.eye(6).double(), **wanted)
+        tensors = in_source_sizes(weights, compression, latent, head_dim, moments, **wanted)
         scores, values = v3_attention(tensors, x[:7], kv_heads * repeats, head_dim, v_dim, angles(head_dim))
         made.append((scores, values.transpose(0, 1).flatten(1) @ tensors["o_proj.weight"].T))
     torch.testing.assert_close(made[0], made[1])
@@ -79,11 +88,10 @@ def test_a_gain_of_zero_allows_no_exact_query():
 def test_query_encoder_is_the_best_of_its_rank_under_the_keys_weight(shape, rank):
     kv_heads, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(kv_heads, repeats, head_dim, seed)
-    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim, rank=6)
-    decoder = torch.randn(2 * kv_heads * head_dim, 6, generator=torch.Generator().manual_seed(seed)).double()
-    latent = torch.eye(6).double()
-    heads = fit_heads(weights, compression, decoder, HeadSizes(head_dim, head_dim, head_dim), moments.input_XX, latent)
-    encoder = query_encoder(heads, weights, compression, moments.input_XX, latent, rank)
+    compression = compress(weights, moments, rope_plans(head_dim, head_dim)[0], head_dim)
+    latent = random_latent(compression, moments, 6, seed)
+    heads = fit_heads(weights, compression, latent, HeadSizes(head_dim, head_dim, head_dim), moments.input_XX)
+    encoder = query_encoder(heads, weights, compression, latent.normed_CC, moments.input_XX, rank)
     slots = compression.slot_encoder_sc @ to_complex(weights.key, head_dim)
     energy = ((slots @ moments.input_XX.to(slots.dtype)) * slots.conj()).sum(-1).real.repeat_interleave(2) / 2
     query = (x @ heads.query_HQX.flatten(0, 1).T).view(len(x), kv_heads * repeats, -1)
@@ -100,5 +108,5 @@ def test_query_encoder_is_the_best_of_its_rank_under_the_keys_weight(shape, rank
     assert float(left.square().sum()) == pytest.approx(float(spectrum[rank:].square().sum()), rel=1e-6, abs=1e-6)
     assert float(c.square().mean().sqrt()) == pytest.approx(LATENT_RMS)
     query_latent = QueryLatent(encoder, heads.query_HQX.flatten(0, 1) @ encoder.T)
-    tensors = low_rank_tensors(weights, compression, heads, head_dim, query_latent)
+    tensors = low_rank_tensors(weights, compression, latent, heads, head_dim, query_latent)
     assert tensors["q_a_proj.weight"].shape == (rank, 20) and "q_proj.weight" not in tensors

@@ -7,7 +7,16 @@ from hypothesis import given
 from smolseek.conversion.mla.latent import compress
 from smolseek.conversion.mla.rope_slots import RopePlan, complex_moment, interleave, rope_plans, to_complex, to_real
 from smolseek.conversion.probe import rotate_by_angles
-from tests.conversion.mla.blocks import angles, dense_scores, in_source_sizes, quick, random_layer, shapes, v3_attention
+from tests.conversion.mla.blocks import (
+    angles,
+    dense_scores,
+    in_source_sizes,
+    quick,
+    random_latent,
+    random_layer,
+    shapes,
+    v3_attention,
+)
 
 
 @given(shapes)
@@ -62,9 +71,11 @@ def test_one_kv_head_with_full_rope_keeps_all_scores(shape):
     _, repeats, head_dim, seed = shape
     weights, moments, x = random_layer(1, repeats, head_dim, seed)
     plan = rope_plans(head_dim, head_dim)[0]
-    compression = compress(weights, moments, plan, head_dim, rank=head_dim)
-    decoder = torch.zeros(2 * head_dim, head_dim).double()
-    tensors = in_source_sizes(weights, compression, decoder, head_dim, moments, torch.eye(head_dim).double())
+    compression = compress(weights, moments, plan, head_dim)
+    latent = random_latent(compression, moments, head_dim)
+    tensors = in_source_sizes(
+        weights, compression, latent._replace(decoder_YC=0 * latent.decoder_YC), head_dim, moments
+    )
     scores, _ = v3_attention(tensors, x[:7], repeats, head_dim, head_dim, angles(head_dim))
     torch.testing.assert_close(scores, dense_scores(weights, x[:7], 1, head_dim))
     assert compression.rope_energy_kept == pytest.approx(1.0)
