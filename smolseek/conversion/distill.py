@@ -28,7 +28,7 @@ from smolseek.numerics.precision import autocast
 
 log = logging.getLogger(__name__)
 
-_RATE = 0.011
+_RATE = 0.008
 """Of each parameter's own size, over the root of the number of layers: what every layer changes adds up (LOG.md)."""
 _BALANCE_SPEED = 1e-3
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)

@@ -27,7 +27,7 @@ from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.precision import autocast
 
-_RATE = {True: 0.015, False: 0.008}
+_RATE = {True: 0.015, False: 0.003}
 """Of each matrix's own size: for the many steps of a small source, and for the few of others (LOG.md)."""
 _CARVE_TOKENS = 16384
 

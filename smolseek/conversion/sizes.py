@@ -41,6 +41,7 @@ same windows again and again, and of others."""
 WRITTEN_TOKENS = 2**16
 """Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
 
+_WIDE_HEAD = 64
 _WIDEST_HEAD = 4096
 ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 """Fields that size latent attention, in the settings and in config.json."""
@@ -111,14 +112,14 @@ def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int |
     """Returns (kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache.
 
     The rotated key is as wide as vLLM's kernels want it under that profile. Otherwise it is as wide as a head of the
-    source where that takes at most half of what is kept, else the widest divisor that does (LOG.md). `rope_dim` fixes
-    it. The latent gets the rest, in whole 8s (4s in a small cache).
+    source, or half as wide from 64 on, where that takes at most half of what is kept, else the widest divisor that does
+    (LOG.md). `rope_dim` fixes it. The latent gets the rest, in whole 8s (4s in a small cache).
     """
     head_dim, numbers = source.head_dim, source.cache_numbers
     if rope_dim is None and profile == "vllm":
         rope_dim = VLLM_HEADS[0][1]
     if rope_dim is None:
-        widest = min(head_dim, int(share * numbers / 2))
+        widest = min(head_dim if head_dim < _WIDE_HEAD else head_dim // 2, int(share * numbers / 2))
         rope_dim = next((d for d in range(widest // 2 * 2, 0, -2) if head_dim % d == 0), 2)
     unit = 8 if share * numbers >= 64 else 4
     rank = unit * round((share * numbers - rope_dim) / unit)

@@ -69,7 +69,7 @@ def test_profile_vllm_takes_its_head_sizes_and_an_untied_head(head_dim: int, hea
 
 def test_smollm2_sizes() -> None:
     config = target_config(read_source(SMOLLM2_135M), ConvertSettings())
-    wanted = {"qk_rope_head_dim": 64, "kv_lora_rank": 88, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    wanted = {"qk_rope_head_dim": 32, "kv_lora_rank": 120, "qk_nope_head_dim": 64, "v_head_dim": 64}
     assert {name: config[name] for name in wanted} == wanted
     assert config["first_k_dense_replace"] == config["num_hidden_layers"]
 

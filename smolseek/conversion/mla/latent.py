@@ -35,6 +35,8 @@ _CONSTANT_SIZE = 4.0
 _CONSTANT_DAMPING = 1e-4
 _LEAST_CONSTANT = 0.5
 """Share of a constant's energy that inputs must give, or there is no such coordinate."""
+_MOST_ERROR = 0.8
+"""A constant coordinate is taken where it leaves at most this share of the error without one."""
 
 Encode = Callable[[Tensor, int], Tensor]
 """Returns the best encoder (C, X) of a rank C, given second moments (X, X) of inputs."""
@@ -106,15 +108,18 @@ def compress(weights: Projections, moments: LayerMoments, plan: RopePlan, head_d
 
 
 def fit_latent(encode: Encode, target_YX: Tensor, weight_YY: Tensor, moments: LayerMoments, rank: int) -> Latent:
-    """Returns the latent of that rank that loses least, with a constant coordinate or without (docs/method.md, "The
+    """Returns the latent of that rank, with a constant coordinate where that loses much less (docs/method.md, "The
     latent's norm")."""
-    encoders = [encode(moments.input_XX, rank), *_with_constant(encode, moments, rank)]
-    latents = [_behind_norm(encoder_CX, target_YX, weight_YY, moments) for encoder_CX in encoders]
-    return min(latents, key=lambda latent: latent.weighted_error)
+    plain = _behind_norm(encode(moments.input_XX, rank), target_YX, weight_YY, moments)
+    encoder_CX = _with_constant(encode, moments, rank)
+    if encoder_CX is None:
+        return plain
+    steady = _behind_norm(encoder_CX, target_YX, weight_YY, moments)
+    return steady if steady.weighted_error <= _MOST_ERROR * plain.weighted_error else plain
 
 
-def _with_constant(encode: Encode, moments: LayerMoments, rank: int) -> list[Tensor]:
-    """Returns the encoder whose first coordinate is large and nearly the same at every token; none where none can be.
+def _with_constant(encode: Encode, moments: LayerMoments, rank: int) -> Tensor | None:
+    """Returns the encoder whose first coordinate is large and nearly the same at every token; None where none can be.
 
     The norm divides each latent by its size, and so forgets that size. With such a coordinate all sizes are nearly
     equal, and the norm is nearly linear. w = (Σ + λ)⁻¹ E[x] gives the constant 1 best. The other coordinates are those
@@ -125,11 +130,11 @@ def _with_constant(encode: Encode, moments: LayerMoments, rank: int) -> list[Ten
     level_X = input_XX @ w_X
     energy = w_X @ level_X
     if rank == 1 or energy < _LEAST_CONSTANT:
-        return []
+        return None
     others_CX = encode(input_XX - torch.outer(level_X, level_X) / energy, rank - 1)
     others_CX = others_CX - torch.outer(others_CX @ level_X, w_X) / energy
     size = ((others_CX @ input_XX) * others_CX).sum().sqrt() * _CONSTANT_SIZE / energy.sqrt()
-    return [_scaled(torch.cat([size * w_X[None], others_CX]), input_XX)]
+    return _scaled(torch.cat([size * w_X[None], others_CX]), input_XX)
 
 
 def _behind_norm(encoder_CX: Tensor, target_YX: Tensor, weight_YY: Tensor, moments: LayerMoments) -> Latent:

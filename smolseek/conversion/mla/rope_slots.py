@@ -17,6 +17,9 @@ from torch import Tensor
 
 from smolseek.conversion.mla.algebra import damping, inverse_root
 
+DENSE_SLOTS = 16
+"""So many slots are as good as one for each frequency: folded neighbours turn nearly alike."""
+
 
 @dataclass(frozen=True)
 class RopePlan:
@@ -43,15 +46,17 @@ def rope_plans(head_dim: int, rope_dim: int) -> list[RopePlan]:
     """Returns the ways to place rope_dim / 2 slots on the source's head_dim / 2 frequencies, fastest first.
 
     With stride n slot j takes frequency n * j, alone or folded with its n - 1 slower neighbours. A frequency that no
-    slot takes stays unrotated. Slots beyond the source's frequencies stay empty.
+    slot takes stays unrotated. Slots beyond the source's frequencies stay empty. Many slots have all frequencies folded
+    into them and no other plan: neighbours are near to each other then, and each stride takes a pass (LOG.md).
     """
     if rope_dim > head_dim:
         extra = ((),) * ((rope_dim - head_dim) // 2)
         return [RopePlan(1, tuple((i,) for i in range(head_dim // 2)) + extra)]
     slots, widest = rope_dim // 2, head_dim // rope_dim
+    dense = slots >= DENSE_SLOTS
     plans = []
-    for stride in [n for n in (1, 2, 4, 8, 16) if n < widest] + [widest]:
-        for width in sorted({1, stride}):
+    for stride in [n for n in (1, 2, 4, 8, 16) if n < widest and not dense] + [widest]:
+        for width in sorted({stride if dense else 1, stride}):
             folds = tuple(tuple(range(stride * j, stride * j + width)) for j in range(slots))
             plans.append(RopePlan(stride, folds))
     return plans
