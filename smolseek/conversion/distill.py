@@ -28,8 +28,9 @@ from smolseek.numerics.precision import autocast
 
 log = logging.getLogger(__name__)
 
-_RATE = 0.008
-"""Of each parameter's own size, over the root of the number of layers: what every layer changes adds up (LOG.md)."""
+_RATE = {True: 0.011, False: 0.0027}
+"""Of each parameter's own size, over the root of the number of layers, for what every layer changes adds up: for the
+many steps of a small source, and for the few of others, which begin nearer to their end (LOG.md)."""
 _BALANCE_SPEED = 1e-3
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
@@ -52,6 +53,7 @@ def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibr
         trained,
         steps=job.distill_steps,
         seed=job.settings.seed,
+        rate=_RATE[is_small(job.source)],
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
     )
     after = mean_divergence(student, dense, calibration.judged_BT)
@@ -70,17 +72,18 @@ def distill(
     *,
     steps: int,
     seed: int,
+    rate: float,
     on_step: Callable[[int], None],
 ) -> None:
     """Train `parameters` in place by KL(dense ‖ converted) of the next token; routing biases balance all along.
 
-    `dense` is the transformers model that the student came from; `on_step(done)` reports progress (docs/method.md,
-    "End-to-end KL").
+    `dense` is the transformers model that the student came from; `rate` is a step's share of a parameter's size, times
+    the root of the number of layers; `on_step(done)` reports progress (docs/method.md, "End-to-end KL").
     """
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
-    descent = Descent(parameters, rate=_RATE * len(layers_of(student)) ** -0.5, steps=steps)
+    descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps)
     batch = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1])
     for step, rows in enumerate(shuffled(len(windows_BT), batch, steps, seed)):
         descent.step(distillation_loss(student, dense, windows_BT[rows].to(dense.device)))

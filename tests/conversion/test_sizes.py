@@ -40,6 +40,8 @@ def test_a_share_of_the_cache_picks_the_sizes() -> None:
     assert [cache_sizes(first, share, "portable") for share in shares] == [(64, 32), (32, 32), (32, 16), (16, 16)]
     assert [cache_sizes(second, share, "portable") for share in shares] == [(40, 8), (24, 8), (16, 8), (8, 8)]
     assert [cache_sizes(third, share, "portable") for share in shares] == [(112, 32), (64, 32), (40, 32), (32, 16)]
+    wide = [cache_sizes(read_source(SMOLLM2_135M), share, "portable") for share in (0.75, 0.5, 0.3125, 0.125)]
+    assert wide == [(256, 32), (160, 32), (88, 32), (32, 16)]
 
 
 @given(share=st.floats(0.2, 1.0), head_dim=st.sampled_from([16, 24, 64, 80, 96]), kv_heads=st.integers(2, 8))

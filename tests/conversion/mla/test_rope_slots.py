@@ -65,6 +65,12 @@ def test_narrow_rope_has_a_folded_plan_and_full_rope_only_one():
     assert [plan.stride for plan in rope_plans(8, 8)] == [1]
 
 
+def test_many_slots_have_one_plan_that_folds_all_frequencies():
+    assert rope_plans(64, 32) == [RopePlan(2, tuple((2 * j, 2 * j + 1) for j in range(16)))]
+    assert rope_plans(128, 32) == [RopePlan(4, tuple(tuple(range(4 * j, 4 * j + 4)) for j in range(16)))]
+    assert [plan.stride for plan in rope_plans(64, 16)] == [1, 2, 2, 4, 4]
+
+
 @given(shapes)
 @quick
 def test_one_kv_head_with_full_rope_keeps_all_scores(shape):
