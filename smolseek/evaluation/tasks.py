@@ -80,10 +80,11 @@ def score_tasks(
     if not isinstance(model, StockModel):
         raise ValueError("--tasks: a softmax-routed model is not stock DeepSeek-V3, and lm-eval runs stock models only")
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from smolseek.evaluation.shared_contexts import SharedContexts
 
     results = simple_evaluate(
-        HFLM(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size),
+        SharedContexts(pretrained=model.model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(names),
         task_manager=manager,
         limit=limit,
