@@ -23,7 +23,6 @@ from smolseek.numerics.precision import autocast
 
 TEMPLATES = {path.stem: path for path in sorted((Path(__file__).parent / "tasks").glob("*.yaml"))}
 """The task files by the tasks' names; DOCUMENTS and CACHE in them stand for paths."""
-_BATCH_SIZE = 32
 Answers = Mapping[str, str]
 """For each "task metric" a digit for every document: 1 where the model is right, else 0."""
 
@@ -54,7 +53,7 @@ def answer(model: Model, tokenizer: Any, manager: Any) -> Answers:
     """Returns the answers of `model` to the tasks of a manager from `write_tasks`, in bf16 where that is fast."""
     answers = {}
     with autocast(torch.device("cpu"), "auto"):
-        found = score_tasks(model, tokenizer, list(TEMPLATES), manager, batch_size=_BATCH_SIZE)
+        found = score_tasks(model, tokenizer, list(TEMPLATES), manager)
     for score in found:
         assert score.by_document is not None, f"{score.task} is scored by document"
         values = [score.by_document[number] for number in sorted(score.by_document)]

@@ -78,7 +78,7 @@ def refine_attention(
     *,
     steps: int,
     seed: int,
-    rate: float = _RATE[True],
+    rate: float,
 ) -> None:
     """Train a converted attention block in place to give the output of the dense block that the stream stands before.
 

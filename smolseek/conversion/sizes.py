@@ -42,6 +42,7 @@ WRITTEN_TOKENS = 2**16
 """Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
 
 _WIDE_HEAD = 64
+"""From this head_dim on, half a head of rotated key has slots enough for all frequencies (`rope_plans`)."""
 _WIDEST_HEAD = 4096
 ATTENTION_FIELDS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "q_lora_rank")
 """Fields that size latent attention, in the settings and in config.json."""

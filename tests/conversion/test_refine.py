@@ -34,7 +34,7 @@ def test_refinement_lowers_the_error_and_repeats_itself(teacher, block):
     stream.enter(0)
     before = attention_error(attention, rope, stream)
     for each in (attention, twin):
-        refine_attention(each, rope, stream, steps=30, seed=3)
+        refine_attention(each, rope, stream, steps=30, seed=3, rate=0.015)
     assert attention_error(attention, rope, stream) < 0.7 * before
     for ours, theirs in zip(attention.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -155,6 +155,7 @@ def scale_encoder(rows_CX: Tensor, values_C: Tensor, input_XX: Tensor) -> Tensor
 
 
 def _scaled(encoder_CX: Tensor, input_XX: Tensor) -> Tensor:
+    """Returns the encoder at a root mean square of `LATENT_RMS` over all coordinates."""
     mean_square = ((encoder_CX @ input_XX) * encoder_CX).sum() / len(encoder_CX)
     return encoder_CX * (LATENT_RMS / mean_square.clamp(min=1e-300).sqrt())
 

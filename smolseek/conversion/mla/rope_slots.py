@@ -17,7 +17,7 @@ from torch import Tensor
 
 from smolseek.conversion.mla.algebra import damping, inverse_root
 
-DENSE_SLOTS = 16
+_DENSE_SLOTS = 16
 """So many slots are as good as one for each frequency: folded neighbours turn nearly alike."""
 
 
@@ -53,7 +53,7 @@ def rope_plans(head_dim: int, rope_dim: int) -> list[RopePlan]:
         extra = ((),) * ((rope_dim - head_dim) // 2)
         return [RopePlan(1, tuple((i,) for i in range(head_dim // 2)) + extra)]
     slots, widest = rope_dim // 2, head_dim // rope_dim
-    dense = slots >= DENSE_SLOTS
+    dense = slots >= _DENSE_SLOTS
     plans = []
     for stride in [n for n in (1, 2, 4, 8, 16) if n < widest and not dense] + [widest]:
         for width in sorted({stride if dense else 1, stride}):
