@@ -135,7 +135,7 @@ class Bench:
         self.dense = load_stock(self.folder)
         self.rotated = functools.cache(lambda rope: TransMLA(self.dense.model, self.config, self.windows_BT, rope))
 
-    def measure(self, model: StockModel, **about: Any) -> None:
+    def measure(self, model: StockModel, *, tasks: bool = True, **about: Any) -> None:
         """Keep the row of a model: distance from the dense one on every text, and its answers to the tasks."""
         row: Row = {"windows": {}}
         for size, tokens in zip(WINDOWS, (self.mine.tokens, self.mine.long_tokens), strict=True):
@@ -144,7 +144,7 @@ class Bench:
                 window = min(size, self.source.max_position_embeddings)
                 by_text = compare(model, self.dense, texts, window_tokens=window).by_text
                 row["windows"][str(size)] = {name: difference.to_dict() for name, difference in by_text.items()}
-        row["tasks"] = answer(model, self.tokenizer, self.manager) if self.manager else {}
+        row["tasks"] = answer(model, self.tokenizer, self.manager) if self.manager and tasks else {}
         self.kept.add(**about, **row)
         ratios = [math.exp(one["loss"] - one["teacher_loss"]) for one in row["windows"][str(WINDOWS[0])].values()]
         told = ", ".join(f"{ratio:.3f}" for ratio in ratios)
@@ -291,7 +291,11 @@ def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
 
 
 def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:
-    """Measure each published method with as many numbers in its cache, at its best split on the calibration text."""
+    """Measure each published method with as many numbers in its cache, at its best split on the calibration text.
+
+    Its answers to the tasks are left out: behind such losses they are hardly better than chance, and take as long as a
+    conversion.
+    """
     if not supports(bench.dense.model):
         print("no baselines: they are written for models without biases and with RoPE in every layer", flush=True)
         return
@@ -314,7 +318,7 @@ def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:
         best = min(splits, key=losses.__getitem__)
         folder = save(method(best), bench.work / "baseline", tokenizer_from=bench.folder, force=True)
         facts = bench.cache(best) | {"seconds": time.perf_counter() - began}
-        bench.measure(load_stock(folder), size=size, stage=what, tokens=0, **facts)
+        bench.measure(load_stock(folder), tasks=False, size=size, stage=what, tokens=0, **facts)
         shutil.rmtree(folder)
 
 

@@ -65,8 +65,8 @@ def ratios(row: Row, window: str = "512") -> list[float]:
 
 
 def task_difference(dense: Row, row: Row) -> Estimate | None:
-    """Returns the mean over tasks of the difference from the dense model, paired by document; None without tasks."""
-    return task_mean(differences(row["tasks"], dense["tasks"])) if dense["tasks"] else None
+    """Returns the mean over tasks of the difference from the dense model, paired by document; None for a row without tasks."""
+    return task_mean(differences(row["tasks"], dense["tasks"])) if row["tasks"] else None
 
 
 def _dense(rows: Sequence[Row]) -> Row:
@@ -121,9 +121,11 @@ def _main_lines(dense: Row, rows: Sequence[Row]) -> Iterator[list[str]]:
             cells += _mean_and_worst(ratios(row, window))
         texts = row["windows"][short].values()
         cells += [f"{statistics.fmean(one[key] for one in texts):.3f}" for key in ("kl", "agreement")]
-        if dense["tasks"]:
+        if row["tasks"]:
             mean = statistics.fmean(score.value.mean for score in scores(row["tasks"]).values())
             cells += [f"{100 * mean:.2f}", "" if row is dense else _points(task_difference(dense, row))]
+        elif dense["tasks"]:
+            cells += ["", ""]
         yield [*cells, "" if row["seconds"] is None else f"{row['seconds']:.0f}"]
 
 
@@ -134,7 +136,7 @@ def _mean_and_worst(values: list[float]) -> list[str]:
 def _task_lines(dense: Row, rows: Sequence[Row]) -> Iterator[list[str]]:
     """Yields the cells of the table of tasks."""
     yield ["size", "cache kept", "", "tokens trained", *dense["tasks"]]
-    for row in (dense, *rows):
+    for row in (dense, *(row for row in rows if row["tasks"])):
         apart = differences(row["tasks"], dense["tasks"])
         cells = []
         for name, score in scores(row["tasks"]).items():

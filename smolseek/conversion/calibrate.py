@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.config import SELF
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
-from smolseek.conversion.sizes import WRITTEN_TOKENS, wanted_windows, window_lengths
+from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, wanted_windows, window_lengths
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
@@ -27,7 +27,8 @@ from smolseek.generation import end_tokens
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype
 
-_JUDGED_WINDOWS = 8
+_JUDGED_WINDOWS = {True: 8, False: 16}
+"""Windows to judge by: of a small source, and of others, whose windows are half as long."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_text(job: Job) -> NamedText:
     data, (_, length) = job.data, window_lengths(job.source, job.settings)
     check_weights(data, "calibration", "calibration_weights")
     tokenizer = load_tokenizer(job.folder)
-    windows = wanted_windows(job.source, job.settings) + _JUDGED_WINDOWS
+    windows = wanted_windows(job.source, job.settings) + _JUDGED_WINDOWS[is_small(job.source)]
     shares = list(zip(data.train, data.weights or (1.0,) * len(data.train), strict=True))
     read = [(name, weight) for name, weight in shares if name != SELF]
     most = max(1, WRITTEN_TOKENS // length)
@@ -105,7 +106,8 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         windows_BT = torch.cat([windows_BT, own_BT])
         windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(settings.seed))]
         sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]
-    judged = max(1, min(_JUDGED_WINDOWS, len(windows_BT) // 4)) if len(windows_BT) > 1 else 0
+    most = _JUDGED_WINDOWS[is_small(job.source)]
+    judged = max(1, min(most, len(windows_BT) // 4)) if len(windows_BT) > 1 else 0
     judged_BT, refined_BT = windows_BT[:judged] if judged else windows_BT, windows_BT[judged:]
     moments_BT = refined_BT.reshape(-1, tokens)[: settings.calibration_windows]
     facts = {

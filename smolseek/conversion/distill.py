@@ -28,9 +28,12 @@ from smolseek.numerics.precision import autocast
 
 log = logging.getLogger(__name__)
 
-_RATE = {True: 0.011, False: 0.0027}
+_RATE = 0.011
 """Of each parameter's own size, over the root of the number of layers, for what every layer changes adds up: for the
-many steps of a small source, and for the few of others, which begin nearer to their end (LOG.md)."""
+many steps of a small source (LOG.md)."""
+_RATE_PER_ROOT = 0.0127
+"""The same for the few steps of other sources, times the root of the KL that they begin with: weights then have a way
+to go that is about as long as this root, for KL is of second order in them (LOG.md)."""
 _BALANCE_SPEED = 1e-3
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
@@ -53,7 +56,7 @@ def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibr
         trained,
         steps=job.distill_steps,
         seed=job.settings.seed,
-        rate=_RATE[is_small(job.source)],
+        rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before**0.5,
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
     )
     after = mean_divergence(student, dense, calibration.judged_BT)

@@ -28,12 +28,13 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 30
+_LARGE_DISTILL_STEPS = 45
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
-_WINDOW_TOKENS = 512
-"""Length at which blocks are refined and losses compared. Perplexity is measured at the same length."""
+_WINDOW_TOKENS = {True: 512, False: 256}
+"""Length at which blocks are refined and losses compared: of a small source, and of others. Twice as many windows of half
+the length teach a large one more in less time, also about longer ones (LOG.md)."""
 _STREAM_NUMBERS = {True: 2**26, False: 2**24}
 """Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
 same windows again and again, and of others."""
@@ -97,7 +98,7 @@ def window_lengths(source: DenseSource, settings: ConvertSettings) -> tuple[int,
     _check_amounts(settings)
     limit = source.max_position_embeddings
     tokens = min(settings.calibration_window_tokens, limit)
-    return tokens, max(1, min(_WINDOW_TOKENS, limit) // tokens) * tokens
+    return tokens, max(1, min(_WINDOW_TOKENS[is_small(source)], limit) // tokens) * tokens
 
 
 def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:

@@ -35,7 +35,7 @@ _CONSTANT_SIZE = 4.0
 _CONSTANT_DAMPING = 1e-4
 _LEAST_CONSTANT = 0.5
 """Share of a constant's energy that inputs must give, or there is no such coordinate."""
-_MOST_ERROR = 0.8
+_MOST_ERROR = 0.9
 """A constant coordinate is taken where it leaves at most this share of the error without one."""
 
 Encode = Callable[[Tensor, int], Tensor]
