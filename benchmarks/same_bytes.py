@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "exact": ("--exact",),
     "upcycle": (*CLOSED, "--experts", "upcycle"),
     "carve": ("--refine-steps", "10", "--distill-steps", "4", "--experts", "carve"),
-    "profile vllm": (*CLOSED, "--profile", "vllm", "--cache", "0.7"),
+    "profile vllm": (*CLOSED, "--profile", "vllm", "--kv-lora-rank", "256"),
     "query rank": (*CLOSED, "--q-lora-rank", "24"),
 }
 FAMILIES = {

@@ -65,7 +65,7 @@ def ratios(row: Row, window: str = "512") -> list[float]:
 
 
 def task_difference(dense: Row, row: Row) -> Estimate | None:
-    """Returns the mean over tasks of the difference from the dense model, paired by document; None for a row without tasks."""
+    """Returns the mean over tasks of the difference from the dense model, paired by document; None without tasks."""
     return task_mean(differences(row["tasks"], dense["tasks"])) if row["tasks"] else None
 
 

@@ -46,7 +46,7 @@ def test_a_converted_models_card():
         "| closed form | 1.7000 | 5.474 |",
         "| of this model | 160 | 320 |",
         'AutoModelForCausalLM.from_pretrained("small")',
-        "| vllm | refuses: v_head_dim",
+        "| vllm | refuses: kv_lora_rank",
         "up to 0.3 of their energy is lost",
         "That of owner/dense: mit.",
         "cache: 0.5",

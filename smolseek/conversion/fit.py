@@ -20,7 +20,7 @@ from smolseek.conversion.job import Job
 from smolseek.conversion.mla.exact import exact_tensors
 from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import Heads, QueryLatent, exact_query, fit_heads, query_encoder
-from smolseek.conversion.mla.latent import Compression, Latent, compress, fit_latent
+from smolseek.conversion.mla.latent import Compression, Latent, compress, fit_latent, pad_latent
 from smolseek.conversion.mla.layout import low_rank_tensors
 from smolseek.conversion.mla.rope_slots import RopePlan, rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
@@ -178,13 +178,13 @@ def fit_block(
     target, head_dim = job.target, job.source.head_dim
     weights, moments, lost = _fold(job, weights, moments)
     compression = compress(weights, moments, plan, head_dim)
-    latent = fit_latent(
-        compression.encode, compression.target_YX, compression.fisher_YY, moments, target["kv_lora_rank"]
-    )
+    rank = target["kv_lora_rank"]
+    latent = fit_latent(compression.encode, compression.target_YX, compression.fisher_YY, moments, rank)
+    latent = pad_latent(latent, rank)
     sizes = HeadSizes(head_dim, target["qk_nope_head_dim"], target["v_head_dim"])
     heads = fit_heads(weights, compression, latent, sizes, moments.input_XX)
-    rank = target["q_lora_rank"]
-    query = _fit_query(heads, weights, compression, moments, latent, gain_D, rank) if rank else None
+    query_rank = target["q_lora_rank"]
+    query = _fit_query(heads, weights, compression, moments, latent, gain_D, query_rank) if query_rank else None
     tensors = low_rank_tensors(weights, compression, latent, heads, head_dim, query)
     errors = {"latent_error_weighted": latent.weighted_error, "latent_error": latent.plain_error}
     errors["rope_energy_kept"] = compression.rope_energy_kept

@@ -6,7 +6,7 @@ import math
 
 from smolseek.config import ConvertSettings
 from smolseek.formats.dense import DenseSource
-from smolseek.formats.runtimes import VLLM_HEADS
+from smolseek.formats.runtimes import VLLM_HEADS, VLLM_LATENTS
 
 CACHE_SHARE = 0.4
 """Share of the source's cache that a conversion keeps when no sizes are given."""
@@ -33,8 +33,8 @@ _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
 _WINDOW_TOKENS = {True: 512, False: 256}
-"""Length at which blocks are refined and losses compared: of a small source, and of others. Twice as many windows of half
-the length teach a large one more in less time, also about longer ones (LOG.md)."""
+"""Length at which blocks are refined and losses compared: of a small source, and of others. Twice as many windows of
+half the length teach a large one more in less time, also about longer ones (LOG.md)."""
 _STREAM_NUMBERS = {True: 2**26, False: 2**24}
 """Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
 same windows again and again, and of others."""
@@ -113,13 +113,14 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:
     """Returns (kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache.
 
-    The rotated key is as wide as vLLM's kernels want it under that profile. Otherwise it is as wide as a head of the
-    source, or half as wide from 64 on, where that takes at most half of what is kept, else the widest divisor that does
-    (LOG.md). `rope_dim` fixes it. The latent gets the rest, in whole 8s (4s in a small cache).
+    Under the profile vllm it is the nearest of the sizes that vLLM takes. Otherwise the rotated key is as wide as a
+    head of the source, or half as wide from 64 on, where that takes at most half of what is kept, else the widest
+    divisor that does (LOG.md). `rope_dim` fixes it. The latent gets the rest, in whole 8s (4s in a small cache).
     """
     head_dim, numbers = source.head_dim, source.cache_numbers
-    if rope_dim is None and profile == "vllm":
-        rope_dim = VLLM_HEADS[0][1]
+    if profile == "vllm":
+        rank, width = min(VLLM_LATENTS, key=lambda sizes: abs(sum(sizes) - share * numbers))
+        return rank, rope_dim or width
     if rope_dim is None:
         widest = min(head_dim if head_dim < _WIDE_HEAD else head_dim // 2, int(share * numbers / 2))
         rope_dim = next((d for d in range(widest // 2 * 2, 0, -2) if head_dim % d == 0), 2)
@@ -152,11 +153,33 @@ def latent_sizes(source: DenseSource, settings: ConvertSettings) -> tuple[int, i
             f"{rope_dim}, leave no latent; use {least:g} or more, or a smaller qk_rope_head_dim"
         )
     largest = min(source.hidden_size, numbers)
+    if settings.profile == "vllm":
+        return _vllm_rank(chosen, rank, largest, numbers), rope_dim
     if rank is None:
         rank = chosen if share is not None else max(chosen, min(8, largest))
     if not 1 <= rank <= largest:
         raise ValueError(f"kv_lora_rank {rank}: this source has at most {largest} directions; use 1 to {largest}")
     return rank, rope_dim
+
+
+def _vllm_rank(chosen: int, given: int | None, largest: int, numbers: int) -> int:
+    """Returns the latent's rank under the profile vllm; one that is given may be wider than the source's directions.
+
+    Raises:
+        ValueError: vLLM does not take the given rank, or none is given and its least cache is larger than the source's.
+    """
+    ranks = [rank for rank, _ in VLLM_LATENTS]
+    told = f"{', '.join(map(str, ranks[:-1]))} or {ranks[-1]}"
+    if given is not None and given not in ranks:
+        raise ValueError(f"kv_lora_rank {given}: vLLM takes {told} only; use one of them, or choose another profile")
+    least = sum(VLLM_LATENTS[0])
+    if given is None and (chosen > largest or least > numbers):
+        raise ValueError(
+            f"profile vllm: the least that vLLM caches is {least} numbers a token and layer, and this source caches "
+            f"{numbers} with {largest} directions, so nothing is gained; choose another profile, or give kv_lora_rank "
+            f"{told}, which is padded with zeros"
+        )
+    return chosen if given is None else given
 
 
 def head_sizes(source: DenseSource, settings: ConvertSettings, rope_dim: int) -> tuple[int, int]:

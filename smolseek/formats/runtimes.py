@@ -20,9 +20,13 @@ RUNTIMES = ("transformers", "vllm", "sglang", "llama.cpp")
 VLLM_HEADS = ((64, 64, 128), (128, 64, 128), (192, 64, 256))
 """(qk_nope_head_dim, qk_rope_head_dim, v_head_dim) of vLLM's CUDA prefill."""
 
+VLLM_LATENTS = ((256, 64), (448, 64), (512, 64))
+"""(kv_lora_rank, qk_rope_head_dim) whose sum vLLM's MLA takes, on every backend, with a rotated key of its prefill."""
+
 LARGEST_LLAMA_CPP_EXPERTS = 1024
 
 _TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.24", "read in vLLM 0.33", "read in SGLang 0.5.10"
+_VLLM_RUN = "run with vLLM 0.32 on a CPU"
 _VLLM_MODEL, _SGLANG_MODEL = "read in vLLM's deepseek_v2.py", "read in SGLang's deepseek_v2.py"
 _LLAMA_CPP = "run with the llama.cpp of xllamacpp 2026.10.11549"
 _EXPORT = "smolseek export gguf"
@@ -95,6 +99,11 @@ def _yarn(config: Config) -> Config:
 
 def _heads(config: Config) -> tuple[Any, ...]:
     return tuple(config.get(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+
+
+def _cached(config: Config) -> int:
+    """Returns how many numbers a layer caches for a token."""
+    return int(config.get("kv_lora_rank") or 0) + int(config.get("qk_rope_head_dim") or 0)
 
 
 def _has_experts(config: Config) -> bool:
@@ -224,6 +233,16 @@ RULES: tuple[Rule | TensorRule, ...] = (
             _VLLM,
         ),
         excused_by="lm_head.weight",
+    ),
+    Rule(
+        ("vllm",),
+        lambda config: _cached(config) not in map(sum, VLLM_LATENTS),
+        Finding(
+            "kv_lora_rank",
+            "{kv_lora_rank} + {qk_rope_head_dim}: its MLA takes 320, 512 or 576 numbers only",
+            "use --profile vllm; or serve with VLLM_MLA_DISABLE=1, which caches whole keys and values",
+            f"{_VLLM_RUN}; {_VLLM}",
+        ),
     ),
     Rule(
         ("vllm",),

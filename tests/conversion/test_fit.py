@@ -132,8 +132,9 @@ def test_exact_conversion_keeps_the_logits_of_every_family(family, folders, text
 @pytest.mark.parametrize("profile", ["portable", "vllm"])
 @pytest.mark.parametrize("family", LOST)
 def test_every_family_converts_to_what_most_runtimes_take(family, profile, folders, held_out, quick, caplog, tmp_path):
-    rope_dim = 8 if profile == "portable" else 64  # head_dim, and vLLM's, whose slots are mostly empty
-    settings = quick(profile=profile, kv_lora_rank=16, qk_rope_head_dim=rope_dim)
+    # head_dim, and vLLM's rotated key, whose slots are mostly empty, behind a latent that is mostly padding
+    sizes = {"kv_lora_rank": 16, "qk_rope_head_dim": 8} if profile == "portable" else {"kv_lora_rank": 256}
+    settings = quick(profile=profile, **sizes)
     with caplog.at_level(logging.WARNING):
         out = convert(folders(family), tmp_path / "out", settings=settings)
     config = json.loads((out / "config.json").read_text())
@@ -193,20 +194,30 @@ def test_a_layer_without_rope_has_its_keys_in_the_latent_alone(folders, quick, t
 SIZES: dict[str, dict[str, Any]] = {
     "wide heads": {"qk_nope_head_dim": 20, "v_head_dim": 12},
     "wide rope": {"qk_rope_head_dim": 12},
-    "vllm": {"profile": "vllm"},
     "full query rank": {"q_lora_rank": 32},
 }
 
 
 @pytest.mark.parametrize("case", SIZES)
 def test_sizes_that_hold_everything_change_nothing(case, folders, text, quick, tmp_path):
-    same = {"kv_lora_rank": 24} if "rope" in case or case == "vllm" else {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    same = {"kv_lora_rank": 24} if "rope" in case else {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
     plain = convert(folders("llama"), tmp_path / "plain", settings=quick(**{"kv_lora_rank": 24, "qk_rope_head_dim": 8}))
     out = convert(folders("llama"), tmp_path / "out", settings=quick(**same | SIZES[case]))
     atol = 2e-3 if "query" in case else 1e-4  # a query latent inherits the input norm's eps
     torch.testing.assert_close(logits(stock(out), text), logits(stock(plain), text), rtol=0, atol=atol)
     torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
-    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (case == "vllm")
+
+
+def test_the_profile_vllm_pads_a_latent_that_is_asked_for(folders, text, held_out, quick, tmp_path):
+    plain = convert(folders("llama"), tmp_path / "plain", settings=quick(kv_lora_rank=24, qk_rope_head_dim=8))
+    out = convert(folders("llama"), tmp_path / "out", settings=quick(profile="vllm", kv_lora_rank=256, refine_steps=3))
+    tensors = load_file(out / "model.safetensors")
+    assert "lm_head.weight" in tensors
+    down, up = (tensors[f"model.layers.1.self_attn.{name}.weight"] for name in ("kv_a_proj_with_mqa", "kv_b_proj"))
+    used = down[:256].any(1)
+    assert down.shape == (320, 32) and 0 < used.sum() < 64 and not up[:, ~used].any()
+    torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
+    assert lost(folders("llama"), out, held_out) < lost(folders("llama"), plain, held_out)
 
 
 @pytest.mark.parametrize("field", ["qk_nope_head_dim", "v_head_dim", "q_lora_rank"])

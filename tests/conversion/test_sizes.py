@@ -62,11 +62,23 @@ def test_a_cache_share_and_a_rope_width_leave_the_rank() -> None:
 )
 def test_profile_vllm_takes_its_head_sizes_and_an_untied_head(head_dim: int, heads: tuple[int, ...]) -> None:
     source = TINY | {"head_dim": head_dim, "hidden_size": 640}
-    config = target_config(read_source(source), ConvertSettings(profile="vllm"))
+    config = target_config(read_source(source), ConvertSettings(profile="vllm", kv_lora_rank=448))
+    assert config["kv_lora_rank"] == 448
     assert tuple(config[f] for f in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")) == heads
     assert config["tie_word_embeddings"] is False
-    wide = target_config(read_source(source), ConvertSettings(profile="vllm", qk_nope_head_dim=192, v_head_dim=256))
-    assert (wide["qk_nope_head_dim"], wide["v_head_dim"]) == (192, 256)
+    given = {"kv_lora_rank": 256, "qk_nope_head_dim": 192, "v_head_dim": 256}
+    wide = target_config(read_source(source), ConvertSettings(profile="vllm", **given))
+    assert given.items() <= wide.items()
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "share", "rank"), [(3, None, 256), (5, 0.5, 256), (8, None, 256), (8, 0.5, 448), (8, 0.6, 512)]
+)
+def test_profile_vllm_takes_the_nearest_of_its_caches(kv_heads: int, share: float | None, rank: int) -> None:
+    heads = {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "head_dim": 64}
+    settings = ConvertSettings(profile="vllm", cache=share)
+    config = target_config(read_source(TINY | heads | {"hidden_size": 1024}), settings)
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (rank, 64)
 
 
 def test_smollm2_sizes() -> None:
@@ -85,9 +97,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cache": 1.5}, "cache 1.5"),
     ({"cache": 0.04}, "cache 0.04.*leave no latent; use 0."),
     ({"cache": 0.5, "kv_lora_rank": 8}, "cache 0.5.*kv_lora_rank"),
-    ({"profile": "vllm", "v_head_dim": 64}, "vLLM takes"),
-    ({"profile": "vllm", "qk_rope_head_dim": 8}, "vLLM takes"),
-    ({"profile": "vllm", "cache": 0.5}, "leave no latent"),
+    ({"profile": "vllm", "v_head_dim": 64, "kv_lora_rank": 256}, "vLLM takes"),
+    ({"profile": "vllm", "qk_rope_head_dim": 8, "kv_lora_rank": 256}, "vLLM takes"),
+    ({"profile": "vllm", "kv_lora_rank": 24}, "kv_lora_rank 24: vLLM takes 256, 448 or 512 only"),
+    ({"profile": "vllm", "cache": 0.5}, "this source caches 64 with 64 directions.*kv_lora_rank 256, 448 or 512"),
     ({"qk_rope_head_dim": 0}, "qk_rope_head_dim 0"),
     ({"qk_rope_head_dim": 98_650_412}, "qk_rope_head_dim 98650412.*and so on to 4096"),
     ({"kv_lora_rank": 0}, "kv_lora_rank 0.*1 to 64"),

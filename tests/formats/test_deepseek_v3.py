@@ -66,7 +66,7 @@ def test_a_size_that_is_no_number_is_refused(fields: dict[str, Any], message: st
         ConvertSettings(experts="upcycle"),
         ConvertSettings(experts="upcycle", moe_intermediate_size=8, n_shared_experts=2),
         ConvertSettings(experts="carve", active=0.5),
-        ConvertSettings(profile="vllm", q_lora_rank=24, v_head_dim=128),
+        ConvertSettings(profile="vllm", kv_lora_rank=256, q_lora_rank=24, v_head_dim=128),
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])

@@ -55,7 +55,7 @@ def test_a_config_in_vllm_s_sizes_loads_everywhere() -> None:
 
 CASES: list[tuple[dict[str, Any], set[str]]] = [
     (PORTABLE, {"vllm"}),
-    (target_config(read_source(TINY), ConvertSettings(profile="vllm", experts="carve")), set()),
+    (target_config(read_source(TINY), ConvertSettings(profile="vllm", kv_lora_rank=256, experts="carve")), set()),
     (target_config(read_source(TINY | {"model_type": "qwen2"}), ConvertSettings()), {"vllm"}),
     (
         target_config(read_source(TINY | {"model_type": "qwen2"}), ConvertSettings(profile="transformers")),
@@ -66,6 +66,7 @@ CASES: list[tuple[dict[str, Any], set[str]]] = [
     (target_config(read_source(TINY), ConvertSettings(exact=True)), {"vllm", "sglang", "llama.cpp"}),
     (EVERYWHERE | {"tie_word_embeddings": True}, {"vllm"}),
     (EVERYWHERE | {"v_head_dim": 64}, {"vllm"}),
+    (EVERYWHERE | {"kv_lora_rank": 128}, {"vllm"}),
     (EVERYWHERE | {"attention_bias": True}, {"vllm", "sglang", "llama.cpp"}),
     (EVERYWHERE | {"rope_parameters": {"rope_type": "longrope"}}, {"vllm", "sglang", "llama.cpp"}),
     (without("rope_parameters") | {"rope_scaling": {"type": "longrope"}}, {"vllm", "sglang", "llama.cpp"}),

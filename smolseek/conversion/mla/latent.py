@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.mla.algebra import damping, regress, weighted_energy
@@ -55,10 +56,11 @@ class Compression:
     """Share of the keys' Fisher-weighted energy that the slots carry."""
 
     def encode(self, input_XX: Tensor, rank: int) -> Tensor:
-        """Returns the encoder (C, X) of the best rank-C stand-in for the target.
+        """Returns the encoder (C, X) of the best rank-C stand-in for the target; C is at most the target's own rank.
 
         That is Uᵀ F^½ Y with U the top C eigenvectors of F^½ Y Σ Yᵀ F^½, at the scale of `scale_encoder`.
         """
+        rank = min(rank, *self.target_YX.shape)
         # Another root of F would only turn U, and Cholesky's is the cheapest.
         weighted_YX = torch.linalg.cholesky(self.fisher_YY + damping(self.fisher_YY)).mT @ self.target_YX
         values, vectors = torch.linalg.eigh(weighted_YX @ input_XX @ weighted_YX.mT)
@@ -143,6 +145,16 @@ def _behind_norm(encoder_CX: Tensor, target_YX: Tensor, weight_YY: Tensor, momen
     decoder_YC = refit_decoder(target_YX, norm)
     errors = latent_errors(target_YX, decoder_YC, weight_YY, moments.input_XX, norm)
     return Latent(encoder_CX, decoder_YC, norm.latent_CC, *errors)
+
+
+def pad_latent(latent: Latent, rank: int) -> Latent:
+    """Returns the latent with coordinates of zero up to that rank, which make the norm's output larger by √(C' / C)."""
+    more, growth = rank - len(latent.encoder_CX), rank / len(latent.encoder_CX)
+    return latent._replace(
+        encoder_CX=F.pad(latent.encoder_CX, (0, 0, 0, more)),
+        decoder_YC=F.pad(latent.decoder_YC / growth**0.5, (0, more)),
+        normed_CC=F.pad(latent.normed_CC * growth, (0, more, 0, more)),
+    )
 
 
 def scale_encoder(rows_CX: Tensor, values_C: Tensor, input_XX: Tensor) -> Tensor:

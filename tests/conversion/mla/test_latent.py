@@ -4,11 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.conversion.mla.algebra import damping, root
-from smolseek.conversion.mla.latent import LATENT_RMS, compress, fit_latent, latent_errors, refit_decoder
+from smolseek.conversion.mla.latent import (
+    LATENT_RMS,
+    compress,
+    fit_latent,
+    latent_errors,
+    pad_latent,
+    refit_decoder,
+)
 from smolseek.conversion.mla.rope_slots import rope_plans, to_complex, to_real
 from smolseek.conversion.moments import NormMoments, norm_moments
 from tests.conversion.mla.blocks import in_source_sizes, quick, random_layer, shapes, unweighted
@@ -84,6 +92,19 @@ def test_a_constant_coordinate_makes_the_norm_nearly_linear():
     assert float((first / first.mean() - 1).square().mean()) < 0.01
     assert float((x @ latent.encoder_CX.T).square().mean().sqrt()) == pytest.approx(LATENT_RMS)
     assert latent.weighted_error - linear < 0.2 * (behind - linear)
+
+
+def test_padding_a_latent_changes_nothing_behind_its_norm():
+    weights, moments, x = random_layer(2, 2, 4, seed=0)
+    (plan, *_) = rope_plans(4, 4)
+    compression = compress(weights, moments, plan, 4)
+    narrow = fit_latent(compression.encode, compression.target_YX, compression.fisher_YY, moments, 6)
+    wide = pad_latent(narrow, 10)
+    assert wide.encoder_CX.shape[0] == 10 and wide.normed_CC.shape == (10, 10)
+    c, padded = (x @ latent.encoder_CX.T for latent in (narrow, wide))
+    read = [F.rms_norm(z, z.shape[-1:]) @ one.decoder_YC.T for z, one in ((c, narrow), (padded, wide))]
+    torch.testing.assert_close(read[1], read[0])
+    assert wide.normed_CC.trace() == pytest.approx(10) and narrow.normed_CC.trace() == pytest.approx(6)
 
 
 def test_inputs_without_a_mean_get_no_constant_coordinate():
