@@ -230,7 +230,7 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "tie_word_embeddings",
             "lm_head is not taken from the embeddings",
             "convert with --profile vllm, which writes lm_head.weight",
-            _VLLM,
+            f"{_VLLM_RUN}: other logits",
         ),
         excused_by="lm_head.weight",
     ),
