@@ -171,7 +171,7 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained", sharey="row")
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained", sharex="col", sharey="row")
     dense = _dense(rows)
     others = [row for row in rows if row["stage"] != "dense" and row["size"][0].isdecimal()]  # no experts
     for stage in dict.fromkeys(row["stage"] for row in others):
@@ -186,17 +186,18 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> None:
             _draw(axes[:, 1], dense, line, [row["tokens"] for row in line], f"{line[0]['cache']:.1%} of the cache", "-")
     if dense["tasks"]:
         _draw_published(axes[1])
-    for axis in axes[:, 0]:
-        axis.set(xlabel="cache kept, %")
-    for axis in axes[:, 1]:
-        axis.set(xlabel="tokens trained")
-        axis.set_xscale("symlog", linthresh=1e5)  # a logarithm that has a place for 0
-    axes[0, 0].set(ylabel="perplexity over dense, mean over texts", yscale="log", title=name)
+    axes[1, 0].set(xlabel="cache kept, %")
+    axes[1, 1].set(xlabel="tokens trained")
+    axes[1, 1].set_xscale("symlog", linthresh=1e5)  # a logarithm that has a place for 0
+    axes[0, 0].set(ylabel="perplexity over dense, mean over texts", yscale="log")
+    for set_formatter in (axes[0, 0].yaxis.set_major_formatter, axes[0, 0].yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
     axes[1, 0].set(ylabel="task mean − dense, points")
     for axis, level in zip(axes.flat, (1, 1, 0, 0), strict=True):
         axis.axhline(level, color="black", linewidth=0.8)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    figure.suptitle(name)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
 

@@ -110,7 +110,7 @@ def test_an_interrupted_conversion_goes_on_at_the_layer_it_reached(source, quick
 
 
 def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolseek.conversion.distill._RATE", {True: 3.0, False: 3.0})
+    monkeypatch.setattr("smolseek.conversion.distill._RATE", 3.0)
     plain, harmed = (
         convert(source, tmp_path / str(steps), settings=quick(refine_steps=1, distill_steps=steps)) for steps in (0, 3)
     )
