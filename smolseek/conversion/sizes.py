@@ -113,13 +113,14 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:
     """Returns (kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache.
 
-    Under the profile vllm it is the nearest of the sizes that vLLM takes. Otherwise the rotated key is as wide as a
-    head of the source, or half as wide from 64 on, where that takes at most half of what is kept, else the widest
+    Under the profile vllm it is the nearest of vLLM's sizes that fit the source. Otherwise the rotated key is as wide
+    as a head of the source, or half as wide from 64 on, where that takes at most half of what is kept, else the widest
     divisor that does (LOG.md). `rope_dim` fixes it. The latent gets the rest, in whole 8s (4s in a small cache).
     """
     head_dim, numbers = source.head_dim, source.cache_numbers
     if profile == "vllm":
-        rank, width = min(VLLM_LATENTS, key=lambda sizes: abs(sum(sizes) - share * numbers))
+        fitting = [sizes for sizes in VLLM_LATENTS if sum(sizes) <= numbers and sizes[0] <= source.hidden_size]
+        rank, width = min(fitting or VLLM_LATENTS[:1], key=lambda sizes: abs(sum(sizes) - share * numbers))
         return rank, rope_dim or width
     if rope_dim is None:
         widest = min(head_dim if head_dim < _WIDE_HEAD else head_dim // 2, int(share * numbers / 2))

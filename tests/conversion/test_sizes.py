@@ -81,6 +81,11 @@ def test_profile_vllm_takes_the_nearest_of_its_caches(kv_heads: int, share: floa
     assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (rank, 64)
 
 
+def test_profile_vllm_takes_no_cache_that_the_source_cannot_fill() -> None:
+    narrow = read_source(TINY | {"num_key_value_heads": 4, "head_dim": 64, "hidden_size": 320})
+    assert cache_sizes(narrow, 1.0, "vllm") == (256, 64)  # 448 + 64 are all 512 numbers, of 320 directions
+
+
 def test_smollm2_sizes() -> None:
     config = target_config(read_source(SMOLLM2_135M), ConvertSettings())
     wanted = {"qk_rope_head_dim": 32, "kv_lora_rank": 120, "qk_nope_head_dim": 64, "v_head_dim": 64}

@@ -112,7 +112,7 @@ def test_a_tied_head_is_not_taken_from_the_embeddings(tmp_path):
     """The table's rule, by running it: the head is whatever memory held, and nothing is said about it."""
     tiny_folder(tmp_path / "model", tie_word_embeddings=True, **LATENT)
     ((tokens, _),) = in_vllm(tmp_path / "model", [[3]])
-    assert len(set(tokens)) == 1 and tokens != in_transformers(tmp_path / "model", [3])[0]
+    assert tokens != in_transformers(tmp_path / "model", [3])[0]
 
 
 @pytest.mark.parametrize("rank", [256, 448])
