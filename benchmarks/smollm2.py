@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from baselines import Sizes, TransMLA, mean_loss, supports, ways_to_split, x_ecomla
+from chat import QUESTIONS
 from circumstances import command_line, without_folders
 from rows import Row, Rows, present
 from smollm2_report import plot, render
@@ -111,6 +112,24 @@ class RealModel:
     """Where converted and healed folders go."""
 
 
+class Remembering(StockModel):
+    """The dense model, which computes each window once: all models are compared with it on the same windows."""
+
+    def __init__(self, dense: StockModel) -> None:
+        super().__init__(dense.model)
+        self.end_token_ids = dense.end_token_ids
+        self.hidden_by_ids: dict[tuple[int, ...], Tensor] = {}
+
+    def hidden_states(self, input_ids: Tensor, **others: Any) -> Tensor:
+        """Returns the hidden states of windows; not to be written to."""
+        if others:
+            return super().hidden_states(input_ids, **others)
+        key = (*input_ids.shape, *input_ids.flatten().tolist())
+        if key not in self.hidden_by_ids:
+            self.hidden_by_ids[key] = super().hidden_states(input_ids)
+        return self.hidden_by_ids[key]
+
+
 class Bench:
     """The dense model, the texts, the tasks and the rows measured so far."""
 
@@ -131,8 +150,9 @@ class Bench:
         self.manager = write_tasks(mine.tasks, task_folder, mine.task_rows) if mine.tasks and mine.task_rows else None
         free = ("sizes", "stages", "carve", "upcycle", "heal_text", "heal_tokens", "heal_learning_rate")
         self.kept = Rows(mine.results, mine.out, _without_folders(mine), (*free, "results", "work"))
+        self.chats = bool(self.tokenizer.chat_template)
         self.ids = {name: read_tokens(self.tokenizer, file, mine.tokens) for name, file in named.items()}
-        self.dense = load_stock(self.folder)
+        self.dense = Remembering(load_stock(self.folder))
         self.rotated = functools.cache(lambda rope: TransMLA(self.dense.model, self.config, self.windows_BT, rope))
 
     def measure(self, model: StockModel, *, tasks: bool = True, **about: Any) -> None:
@@ -279,7 +299,10 @@ def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
 
 
 def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
-    """Returns recipes/heal.yaml with this run's own settings; only its steps depend on `tokens`."""
+    """Returns recipes/heal.yaml with this run's own settings; only its steps depend on `tokens`.
+
+    A model with a chat template answers ten questions at the end, beside the converted one, for the report of the run.
+    """
     mine, heal = bench.mine, load_recipe(recipes_folder() / "heal.yaml")
     window = min(heal.train.window_tokens, bench.source.max_position_embeddings)
     train = dataclasses.replace(heal.train, learning_rate=rate, window_tokens=window, checkpoint_every=20, keep_last=1)
@@ -287,6 +310,8 @@ def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
     train = dataclasses.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, first // 10))
     data = DataSettings(train=mine.heal_text, held_out_tokens=8192)
     sample = SampleSettings(every=0)
+    if bench.chats:
+        sample = dataclasses.replace(sample, prompts=QUESTIONS, chat=True, temperature=0.0)
     return dataclasses.replace(heal, source=str(start), teacher=mine.source, data=data, train=train, sample=sample)
 
 

@@ -225,6 +225,8 @@ class SampleSettings:
     """Steps between samples."""
     prompts: tuple[str, ...] = ("The ",)
     """Prompts to continue."""
+    chat: bool = False
+    """Put each prompt to the model as a user's message, by the tokenizer's chat template, and take its answer."""
     max_new_tokens: int = 128
     """Most tokens in a continuation."""
     temperature: float = 0.7
@@ -256,7 +258,8 @@ class Recipe:
     train_tokenizer_entries: int = 0
     """For random weights: size of a byte-level BPE tokenizer to train on the training text; 0: none."""
     compare_dense: bool = False
-    """Afterwards train the dense source on the same tokens, for comparison in the table."""
+    """Afterwards train the dense source, or the teacher of a converted source, on the same tokens, for comparison in
+    the table."""
     seed: int = 0
     """Seed of the random weights and the order of the data."""
     data: DataSettings = field(default_factory=DataSettings)

@@ -185,8 +185,8 @@ def _undecided_length(text: str, stop: Sequence[str]) -> int:
 def continue_text(
     model: DeepseekV3 | StockModel, tokenizer: Any, prompt: str, settings: SampleSettings
 ) -> tuple[str, list[int]]:
-    """Returns `prompt` with its continuation as text, and the new tokens."""
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
+    """Returns `prompt` with its continuation (in a chat its answer, behind an empty line), and the new tokens."""
+    ids = torch.tensor([encode_prompt(tokenizer, prompt, chat=settings.chat)])
     tokens: list[int] = []
     pieces = stream_text(
         model,
@@ -199,7 +199,7 @@ def continue_text(
         repetition_penalty=settings.repetition_penalty,
         seed=settings.seed,
     )
-    return prompt + "".join(pieces), tokens
+    return prompt + "\n\n" * settings.chat + "".join(pieces), tokens
 
 
 def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:

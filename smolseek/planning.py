@@ -261,8 +261,9 @@ def _convert_cost(
     Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
     (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
     the decompositions. Text that the model writes takes 2 flops a weight and token. Each step of refinement takes 8
-    flops for an attention weight and token (6, and Muon's), and both streams pass all weights once. Each end-to-end
-    step takes 6 flops for every weight (4 the student's, 2 the dense model's) and 2 more for those that it trains.
+    flops for an attention weight and token (6, and Muon's), and both streams pass all weights once, which gives the
+    dense model's part of the end-to-end stage but for its head (2 flops). There each step takes 4 flops for every
+    weight and 2 more for those that it trains.
     Then activations take time to move, and fp32 weights to read and write. The exact form calibrates nothing unless
     experts do.
     """
@@ -281,7 +282,7 @@ def _convert_cost(
     trained = source.weights if is_small(dense_source) else layers * target.attention
     flops = tokens * 4 * source.weights + float64 / machine.float64_share + written * 2 * source.weights
     flops += refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0)
-    flops += distilled * (6 * source.weights + 2 * trained)
+    flops += distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary)
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
     moved += tokens * _moved_bytes(source, window)
     seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second

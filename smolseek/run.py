@@ -140,12 +140,11 @@ def _train_and_compare(
         write_about(folder, recipe, pins, processes.size)
     _card(trainer)  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
-    trained = "healed" if recipe.convert else "trained"
-    folders = {trained: trainer.save_model("model", _card(trainer))}
-    if recipe.convert and recipe.source:
-        folders = {"dense": resolve_folder(recipe.source), "converted": folder / "converted"} | folders
-        if recipe.compare_dense:
-            folders["dense_trained"] = _train_dense(trainer, resume, watcher)
+    before = _before(recipe, folder, model)
+    trained = "healed" if before else "trained"
+    folders = before | {trained: trainer.save_model("model", _card(trainer))}
+    if before and recipe.compare_dense:
+        folders["dense_trained"] = _train_dense(trainer, before["dense"], resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
     summary: dict[str, Any] = {}
     if processes.leads:
@@ -172,6 +171,8 @@ def check_recipe(recipe: Recipe) -> None:
     weight = max(stage.distill_weight for stage in stages)
     if weight and not _dense(recipe):
         raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
+    if recipe.compare_dense and not _dense(recipe):
+        raise ValueError("compare_dense true: no dense model to compare with; name a teacher, or set it to false")
 
 
 def _dense(recipe: Recipe) -> str | None:
@@ -232,13 +233,12 @@ def _fit(trainer: Trainer, verb: str, resumed: bool, watcher: Watcher) -> None:
         trainer.fit(watcher)
 
 
-def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
-    """Train the dense source on the same tokens in the same order, for comparison; returns its folder.
+def _train_dense(healed: Trainer, source: Path, resume: bool, watcher: Watcher) -> Path:
+    """Train the dense model in `source` on the same tokens in the same order, for comparison; returns its folder.
 
     All its weights train, in one stage, by cross-entropy alone.
     """
     recipe = healed.recipe
-    assert recipe.source is not None
     control = dataclasses.replace(
         recipe,
         name=f"{recipe.name}-dense",
@@ -247,14 +247,14 @@ def _train_dense(healed: Trainer, resume: bool, watcher: Watcher) -> Path:
         ),
         sample=dataclasses.replace(recipe.sample, every=0),
     )
-    model = load_stock(recipe.source, device=str(healed.device))
+    model = load_stock(source, device=str(healed.device))
     trainer = Trainer(
         model,
         healed.tokenizer,
         control,
         healed.folder / "dense",
         held_out=healed.held_out,
-        origin=resolve_folder(recipe.source),
+        origin=source,
         tokenizer_from=healed.tokenizer_from,
         processes=healed.processes,
     )
@@ -267,6 +267,17 @@ def _starting_folder(recipe: Recipe, folder: Path) -> Path | None:
     if recipe.source is None:
         return None
     return folder / "converted" if recipe.convert else resolve_folder(recipe.source)
+
+
+def _before(recipe: Recipe, folder: Path, model: DeepseekV3 | StockModel) -> dict[str, Path]:
+    """Returns the folders of the dense model and of its conversion, which the healed model is compared with.
+
+    Returns nothing if the run converts nothing and its source is no conversion or comes without a teacher.
+    """
+    dense, converted = recipe.source if recipe.convert else recipe.teacher, _starting_folder(recipe, folder)
+    if dense is None or converted is None or not isinstance(model, DeepseekV3):
+        return {}
+    return {"dense": resolve_folder(dense), "converted": converted}
 
 
 def _card(trainer: Trainer, losses: dict[str, float] | None = None) -> str:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smolseek.checkpoint.atomic import exclusive
 from smolseek.checkpoint.hub import load, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
+from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
 from smolseek.reporting.report import write_report
 from smolseek.run import run_recipe
@@ -20,6 +21,9 @@ from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
+
+RANDOM = {"source": None, "convert": None, "compare_dense": False, "train_tokenizer_entries": 300}
+"""Changes that make a recipe one of random weights."""
 
 
 @pytest.fixture
@@ -166,9 +170,30 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, how):
     assert (folder / "logs.txt").read_text() == "of the first"
 
 
+def test_healing_a_converted_folder_is_compared_with_the_dense_model(recipe, source, tmp_path):
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}")
+    train, chat = dataclasses.replace(recipe.train, steps=1), dataclasses.replace(recipe.sample, chat=True)
+    convert(source, tmp_path / "v3", settings=recipe.convert)
+    heal = dataclasses.replace(
+        recipe, convert=None, source=str(tmp_path / "v3"), teacher=str(source), train=train, sample=chat
+    )
+    summary = run_recipe(heal, tmp_path / "run")
+    models = [name for name, row in summary.items() if isinstance(row, dict) and "loss" in row]
+    assert models == ["dense", "converted", "healed", "dense_trained"]
+    assert summary["converted"]["cache_bytes_per_token"] < 0.6 * summary["dense"]["cache_bytes_per_token"]
+    assert summary["dense"]["samples"]["Anna "].startswith("Anna \n\n")
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert all(escape(summary[name]["samples"]["Anna "]) in page for name in models)
+
+
 def test_a_run_without_prompts_has_no_samples(recipe, tmp_path):
     quiet = dataclasses.replace(
-        recipe, convert=None, train=TrainSettings(steps=1, window_tokens=16), sample=SampleSettings(prompts=())
+        recipe,
+        convert=None,
+        compare_dense=False,
+        train=TrainSettings(steps=1, window_tokens=16),
+        sample=SampleSettings(prompts=()),
     )
     summary = run_recipe(quiet, tmp_path / "run")
     assert summary["trained"]["samples"] == {} and "--" not in render_summary(summary)
@@ -245,17 +270,18 @@ def test_tokenizer_files_and_end_tokens_are_carried_byte_for_byte(recipe, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"compare_dense": True, "convert": None}, "compare_dense true: no dense model to compare with"),
         ({"name": "../other"}, "is the name of a folder under runs/"),
         ({"source": None}, "either source"),
         ({"model": {"model_type": "llama"}}, "either source"),
         ({"source": "./nowhere"}, "no such folder"),
         ({"source": None, "convert": None, "model": {"model_type": "llama"}}, "need a tokenizer"),
         (
-            {"source": None, "convert": None, "train_tokenizer_entries": 300, "model": {"model_type": "gpt2"}},
+            RANDOM | {"model": {"model_type": "gpt2"}},
             "llama, deepseek_v3",
         ),
         (
-            {"source": None, "convert": None, "train_tokenizer_entries": 300, "model": {"model_type": "llama", "n": 1}},
+            RANDOM | {"model": {"model_type": "llama", "n": 1}},
             r"model\.n",
         ),
     ],

@@ -1,6 +1,6 @@
 """The end-to-end stage: the whole converted model learns the dense model's next-token distribution.
 
-Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
+Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.conversion.calibrate import Calibration
+from smolseek.conversion.collect import batches
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
@@ -39,8 +40,12 @@ _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
 
 
-def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibration) -> float | None:
+def distill_model(
+    job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, dense_BTD: Tensor | None
+) -> float | None:
     """Train the student in place and return its loss on the judged windows.
+
+    `dense_BTD` are the dense model's final states on the refinement windows, if they are known.
 
     Returns None where the judged windows moved away from the dense model by it: then the training is undone.
     """
@@ -51,8 +56,9 @@ def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibr
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     distill(
         student,
-        dense,
+        dense.get_output_embeddings().weight,
         calibration.refined_BT,
+        final_states(dense, calibration.refined_BT) if dense_BTD is None else dense_BTD,
         trained,
         steps=job.distill_steps,
         seed=job.settings.seed,
@@ -69,8 +75,9 @@ def distill_model(job: Job, student: DeepseekV3, dense: Any, calibration: Calibr
 
 def distill(
     student: DeepseekV3,
-    dense: Any,
+    dense_head_VD: Tensor,
     windows_BT: Tensor,
+    dense_BTD: Tensor,
     parameters: dict[str, nn.Parameter],
     *,
     steps: int,
@@ -80,16 +87,16 @@ def distill(
 ) -> None:
     """Train `parameters` in place by KL(dense ‖ converted) of the next token; routing biases balance all along.
 
-    `dense` is the transformers model that the student came from; `rate` is a step's share of a parameter's size, times
+    `dense_BTD` are the dense model's final states on the windows; `rate` is a step's share of a parameter's size, times
     the root of the number of layers; `on_step(done)` reports progress (docs/method.md, "End-to-end KL").
     """
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
     descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps)
-    batch = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1])
+    batch, device = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1]), dense_BTD.device
     for step, rows in enumerate(shuffled(len(windows_BT), batch, steps, seed)):
-        descent.step(distillation_loss(student, dense, windows_BT[rows].to(dense.device)))
+        descent.step(distillation_loss(student, dense_head_VD, windows_BT[rows].to(device), dense_BTD[rows.to(device)]))
         update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
         on_step(step + 1)
     descent.end()
@@ -97,10 +104,19 @@ def distill(
         scale_latents(layer.self_attn, LATENT_RMS)
 
 
-def distillation_loss(student: DeepseekV3, dense: Any, ids_BT: Tensor) -> Tensor:
+def distillation_loss(student: DeepseekV3, dense_head_VD: Tensor, ids_BT: Tensor, dense_BTD: Tensor) -> Tensor:
     """Returns the mean KL(dense ‖ converted) of the next token over a batch, in nats."""
     with autocast(ids_BT.device, "auto"):
-        with torch.no_grad():
-            target_ND = dense.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
         hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
-        return divergence(hidden_ND, student.lm_head.weight, target_ND, dense.get_output_embeddings().weight)
+        return divergence(hidden_ND, student.lm_head.weight, dense_BTD.flatten(0, 1), dense_head_VD)
+
+
+@torch.no_grad()
+def final_states(dense: Any, windows_BT: Tensor) -> Tensor:
+    """Returns a transformers model's final hidden states (B, T, D)."""
+    with autocast(dense.device, "auto"):
+        parts = [
+            dense.base_model(input_ids=ids_BT.to(dense.device), use_cache=False).last_hidden_state
+            for ids_BT in batches(windows_BT, DISTILL_BATCH_TOKENS)
+        ]
+    return torch.cat(parts)

@@ -97,12 +97,14 @@ def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple
     student = assemble(dense, job.target, blocks)
     losses["closed_form"] = mean_loss(student, calibration.judged_BT)
     keep_freed_memory()
+    dense_BTD = None
     if job.carves or job.refines_attention:
-        _extend(layers, refine_layers(job, student, dense, calibration, work))
+        errors, dense_BTD = refine_layers(job, student, dense, calibration, work)
+        _extend(layers, errors)
         release_memory()  # the residual stream's, kept for it until here
         losses["refined"] = mean_loss(student, calibration.judged_BT)
     if job.distill_steps and (job.carves or not job.settings.exact):
-        loss = distill_model(job, student, dense, calibration)
+        loss = distill_model(job, student, dense, calibration, dense_BTD)
         losses |= {} if loss is None else {"distilled": loss}
     return job, student, Facts(calibration.facts, losses, layers, folds)
 

@@ -37,10 +37,11 @@ Rope = tuple[Tensor, Tensor]
 
 def refine_layers(
     job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, work: WorkFolder
-) -> list[dict[str, float]]:
-    """Refine the student in place, layer by layer, and carve its MLPs if the job says so; returns errors by layer.
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Refine the student in place, layer by layer, and carve its MLPs if the job says so.
 
-    Layers that the work folder holds are loaded from it.
+    Returns errors by layer, and the dense model's final states (B, T, D) on the refinement windows. Layers that the
+    work folder holds are loaded from it.
     """
     stream = ResidualStream(dense.model, calibration.refined_BT)
     rope = student.model.rope(calibration.refined_BT.shape[1])
@@ -68,7 +69,7 @@ def refine_layers(
             work.put(f"layer-{index}", block.state_dict(), facts)
         errors.append(facts)
     job.on_progress("refine layers", len(layers), len(layers))
-    return errors
+    return errors, stream.final_states()
 
 
 def refine_attention(

@@ -86,6 +86,11 @@ class ResidualStream:
         for stream_BTD, mlp in ((self.hidden_BTD, self.layer.mlp), (self.converted_BTD, converted)):
             self._pass(stream_BTD, self.layer.post_attention_layernorm, mlp)
 
+    @torch.no_grad()
+    def final_states(self) -> Tensor:
+        """Returns the dense model's final hidden states (B, T, D); the stream must have passed all layers."""
+        return torch.cat([self.model.norm(part_BTD) for part_BTD in self.hidden_BTD.split(self.batch)])
+
     def _pass(self, stream_BTD: Tensor, norm: Block, block: Block) -> None:
         for part_BTD in stream_BTD.split(self.batch):
             with autocast(part_BTD.device, "auto"):

@@ -28,7 +28,7 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 45
+_LARGE_DISTILL_STEPS = 56
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolseek.data.chat import encode_chat
+from smolseek.data.chat import encode_chat, render_prompt
 from smolseek.data.documents import Document
 
 _FIRST, _NO_LOSS = 1 << 30, 1 << 29
@@ -26,8 +26,16 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Returns what `encode_text` does; an empty prompt begins with the tokenizer's BOS, if it has one."""
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
+    """Returns what `encode_text` does; an empty prompt begins with the tokenizer's BOS, if it has one.
+
+    With `chat` the prompt is a user's message, and the ids end where the chat template begins the answer.
+
+    Raises:
+        ValueError: there is no chat template, or it refuses the message.
+    """
+    if chat:
+        return render_prompt(tokenizer, [{"role": "user", "content": prompt}])
     ids = encode_text(tokenizer, prompt)
     return ids if ids or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 

@@ -69,7 +69,7 @@ def _check_samples(sample: SampleSettings, tokenizer: Any, positions: int, vocab
         if getattr(sample, name) < least:
             raise ValueError(f"sample.{name} {getattr(sample, name)}: must be at least {least}")
     for prompt in sample.prompts:
-        ids = encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt, chat=sample.chat)
         if not 1 <= len(ids) < positions:
             shown = f"{prompt[:40]!r}{'...' if len(prompt) > 40 else ''}"
             raise ValueError(

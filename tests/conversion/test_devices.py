@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolseek.conversion import carve, collect, upcycle
-from smolseek.conversion.distill import distillation_loss
+from smolseek.conversion.distill import distillation_loss, final_states
 from smolseek.conversion.mla.exact import exact_tensors
 from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import fit_heads, query_encoder
@@ -170,8 +170,9 @@ def test_refinement_and_the_end_to_end_stage() -> None:
     stream.pass_attention(partial(block, rope=rope))
     probe_ND, inputs_ND = stream.mlp_inputs()
     stream.pass_mlp(layers_of(student)[0].mlp)
-    divergence = distillation_loss(student, dense, no_ids(2, CUDA))
-    streams = (stream.hidden_BTD, stream.converted_BTD)
+    head_VD, states_BTD = dense.get_output_embeddings().weight, stream.final_states()
+    divergence = distillation_loss(student, head_VD, no_ids(2, CUDA), states_BTD[:2])
+    streams = (stream.hidden_BTD, stream.converted_BTD, states_BTD, final_states(dense, no_ids(2)))
     assert devices(loss, probe_ND, inputs_ND, *streams, divergence) == {"cuda"}
 
 

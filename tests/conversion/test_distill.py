@@ -2,7 +2,7 @@
 
 import torch
 
-from smolseek.conversion.distill import distill
+from smolseek.conversion.distill import distill, final_states
 from tests.factories import layers_of, random_ids, tiny_v3
 
 
@@ -18,7 +18,8 @@ def test_distillation_brings_the_logits_nearer_and_balances(teacher):
         return float((target.exp() * (target - ours)).sum(-1).mean())
 
     before, done = divergence(), []
-    distill(student, teacher, windows, trained, steps=20, seed=0, rate=0.011, on_step=done.append)
+    head_VD, states_BTD = teacher.lm_head.weight, final_states(teacher, windows)
+    distill(student, head_VD, windows, states_BTD, trained, steps=20, seed=0, rate=0.011, on_step=done.append)
     assert divergence() < 0.8 * before
     assert done == list(range(1, 21))
     assert not any(p.requires_grad for p in student.parameters())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from smolseek.conversion.distill import final_states
 from smolseek.conversion.residual_stream import ResidualStream, shuffled
 from tests.factories import random_ids
 
@@ -24,7 +25,8 @@ def test_the_stream_is_the_dense_models_own(teacher):
         for inputs in stream.mlp_inputs():  # few windows serve as probe and as training text
             torch.testing.assert_close(inputs, norm(stream.hidden_BTD).flatten(0, 1))
         stream.pass_mlp(stream.layer.mlp)
-    torch.testing.assert_close(teacher.model.norm(stream.hidden_BTD), states[-1])
+    torch.testing.assert_close(stream.final_states(), states[-1])
+    torch.testing.assert_close(final_states(teacher, ids), states[-1])
     assert torch.equal(stream.converted_BTD, stream.hidden_BTD), "the dense blocks stood in for the converted ones"
 
 

@@ -125,7 +125,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {}, 45),
+        (2000, {}, 56),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),

@@ -25,6 +25,12 @@ def test_ids_are_those_of_the_tokenizer(kind):
     assert encode_prompt(tokenizer, "") == ([] if kind == "none" else [tokenizer.bos_token_id])
 
 
+def test_a_chat_prompt_ends_where_the_answer_begins():
+    tokenizer = kind_of_tokenizer("has")
+    tokenizer.chat_template = "U: {{ messages[0]['content'] }}{% if add_generation_prompt %} A:{% endif %}"
+    assert encode_prompt(tokenizer, "Anna?", chat=True) == encode_text(tokenizer, "U: Anna? A:")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trained_text_ends_in_eos_once_and_a_part_of_it_does_not(kind):
     tokenizer = kind_of_tokenizer(kind)

@@ -45,6 +45,7 @@ def test_inputs_that_fit_give_the_held_out_text(recipe):
         ("sample", {"every": -1}, "sample.every -1: must be at least 0"),
         ("sample", {"max_new_tokens": 0}, "sample.max_new_tokens 0: must be at least 1"),
         ("sample", {"prompts": ("word " * 90,)}, "tokens; the model takes 1 to 63"),
+        ("sample", {"chat": True}, "chat template: the tokenizer has none"),
         ("convert", {"calibration": ("nosuch.txt",)}, r"nosuch\.txt: no such file"),
     ],
 )
