@@ -28,7 +28,7 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 56
+_LARGE_DISTILL_STEPS = 45
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
@@ -108,6 +108,16 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
     if refine_steps(source, settings):
         wanted = max(wanted, _STREAM_NUMBERS[is_small(source)] // source.hidden_size // length)
     return wanted
+
+
+def colder_windows(source: DenseSource, settings: ConvertSettings, written: int) -> int:
+    """Returns how many windows the model writes for the end-to-end stage alone, beside `written` for all stages.
+
+    The few steps of a large source meet as much text once more; the many of a small one go over theirs anyway.
+    """
+    if is_small(source) or not distill_steps(source, settings):
+        return 0
+    return min(written, max(0, WRITTEN_TOKENS // window_lengths(source, settings)[1] - written))
 
 
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:

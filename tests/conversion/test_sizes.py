@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, refine_steps, window_lengths
+from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, colder_windows, distill_steps, refine_steps, window_lengths
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
@@ -86,6 +86,12 @@ def test_profile_vllm_takes_no_cache_that_the_source_cannot_fill() -> None:
     assert cache_sizes(narrow, 1.0, "vllm") == (256, 64)  # 448 + 64 are all 512 numbers, of 320 directions
 
 
+def test_a_large_source_writes_as_much_again_for_the_end_to_end_stage() -> None:
+    large, none = read_source(SMOLLM2_135M), ConvertSettings(distill_steps=0)
+    assert [colder_windows(large, ConvertSettings(), written) for written in (100, 144, 256, 300)] == [100, 112, 0, 0]
+    assert colder_windows(large, none, 100) == colder_windows(read_source(TINY), ConvertSettings(), 100) == 0
+
+
 def test_smollm2_sizes() -> None:
     config = target_config(read_source(SMOLLM2_135M), ConvertSettings())
     wanted = {"qk_rope_head_dim": 32, "kv_lora_rank": 120, "qk_nope_head_dim": 64, "v_head_dim": 64}
@@ -125,7 +131,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {}, 56),
+        (2000, {}, 45),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
