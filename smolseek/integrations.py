@@ -47,7 +47,7 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self._close()
-        self._routers = {name: m for name, m in model.named_modules() if hasattr(m, "e_score_correction_bias")}
+        self._routers = {name: m for name, m in model.named_modules() if "e_score_correction_bias" in m._buffers}
         if not self._routers:
             raise ValueError(
                 f"BalanceCallback: {type(model).__name__} has no router with e_score_correction_bias; train a "
@@ -61,7 +61,9 @@ class BalanceCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         frozen = state.global_step > state.max_steps * (1 - self.freeze_share)
         for name, router in self._routers.items():
-            counts_E = self._counts.pop(router)
+            counts_E = self._counts.pop(router, None)
+            if counts_E is None:
+                continue  # a router that did not run: PEFT's modules_to_save keeps the original beside its copy
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(counts_E)
             self.maxvio[name] = max_violation(counts_E)

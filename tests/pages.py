@@ -50,7 +50,7 @@ NOT_RUN = {
     r"python benchmarks/same_bytes\.py": "many conversions",
     r"pytest ": "runs tests",
     r"python docs/serving/": "needs llama.cpp or a server: tests/test_serving.py",
-    r"(llama-|vllm |echo |python -m sglang)": "another program",
+    r"(llama-|vllm |echo |python -m sglang|transformers )": "another program",
 }
 """Commands that are read and not run, and why."""
 

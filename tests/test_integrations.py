@@ -1,5 +1,6 @@
 """BalanceCallback in the real transformers Trainer, on a stock model."""
 
+import copy
 import json
 import os
 import socket
@@ -121,6 +122,17 @@ def test_a_bias_in_half_precision_becomes_single(tmp_path):
     model = skewed_model().bfloat16()
     trainer_of(model, tmp_path, BalanceCallback(1e-4, rule="proportional")).train()
     assert all(bias.dtype == torch.float32 for bias in biases_of(model))
+
+
+def test_a_router_that_does_not_run_is_left_alone(tmp_path):
+    """PEFT's modules_to_save trains a copy of a router and keeps the original in the model."""
+    model = skewed_model()
+    model.spare = copy.deepcopy(routers_of(model)[0])
+    *before, spare = biases_of(model)
+    trainer_of(model, tmp_path, BalanceCallback(0.01)).train()
+    *after, spare_after = biases_of(model)
+    assert torch.equal(spare, spare_after)
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_a_model_without_routers_is_refused(tmp_path):

@@ -99,3 +99,18 @@ def test_documents_are_matched_by_number_and_else_errors_add_up():
     assert ours.minus(theirs) == estimate([0.0, 0.0, 1.0])
     unmatched = Score("t", "word_perplexity", Estimate(10.0, 3.0), None)
     assert unmatched.minus(Score("t", "word_perplexity", Estimate(8.0, 4.0), None)) == Estimate(2.0, 5.0)
+
+
+def test_lm_eval_s_own_command_line_reads_a_folder(task, converted, tmp_path, monkeypatch, capsys):
+    program = pytest.importorskip("lm_eval.__main__")
+    options = ["--tasks", "tiny_choice", "--include_path", str(task), "--device", "cpu", "--batch_size", "4"]
+    model = ["--model", "hf", "--model_args", f"pretrained={converted},dtype=float32"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *model, *options, "--output_path", str(tmp_path / "scores")])
+    monkeypatch.setattr(program, "setup_logging", lambda: None)
+    program.cli_evaluate()
+    (path,) = (tmp_path / "scores").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]["tiny_choice"]["acc,none"]
+    capsys.readouterr()
+    assert main(["eval", str(converted), "--tasks", "tiny_choice", "--include-path", str(task), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert row["score"]["mean"] == pytest.approx(theirs)
