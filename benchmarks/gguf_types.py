@@ -36,11 +36,12 @@ from smolseek.evaluation import WINDOW_TOKENS
 from smolseek.export.gguf import export_gguf
 
 ROOT = Path(__file__).parent.parent
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 NEAR_TIE = 0.1
 _HEAD = (
-    "| type | file, MB | f16 instead | perplexity | cost | KL, nats | same top token | outside near-ties | largest |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| type | file, MB | bits per weight | other blocks | perplexity | cost | KL, nats | same top token "
+    "| outside near-ties | largest |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -64,6 +65,7 @@ class Cost:
 
     kind: str
     size_bytes: int
+    bits_per_weight: float
     fallbacks: int
     tensors: int
     loss: float
@@ -106,6 +108,7 @@ def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], t
     return Cost(
         kind=kind,
         size_bytes=exported.size_bytes,
+        bits_per_weight=exported.bits_per_weight,
         fallbacks=len(exported.fallbacks),
         tensors=exported.tensors,
         loss=_loss(windows, kept),
@@ -126,7 +129,8 @@ def _loss(windows: list[Tensor], logits: list[Tensor]) -> float:
 def table(name: str, tokens: int, ours: float, costs: list[Cost]) -> list[str]:
     """Returns one folder's section in Markdown."""
     rows = [
-        f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
+        f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.bits_per_weight:.2f} "
+        f"| {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
         f"| {math.expm1(cost.loss - ours):+.3%} | {cost.kl:.1e} | {cost.agreement:.2%} | {cost.clear_agreement:.2%} "
         f"| {cost.largest:.1e} |"
         for cost in costs
@@ -156,8 +160,8 @@ def report(types: Types) -> str:
         f"`{command_line()}`",
         "",
         f"llama.cpp (xllamacpp {version('xllamacpp')}, fp32 cache) on exported folders against our own",
-        f"fp32 forward. A near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *f16",
-        "instead*: tensors whose rows the type's blocks of 32 do not divide; *largest*: difference of any logit.",
+        f"fp32 forward. A near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *other",
+        "blocks*: tensors whose rows the type's blocks of 32 or 256 do not divide; *largest*: difference of any logit.",
         "",
         circumstances(),
         "",

@@ -9,7 +9,6 @@ Shapes: T tokens of one sequence, V vocab_size.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import struct
 from functools import cache
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from smolseek.export.kquants import library_path
 
 _F32, _F16, _AUTO, _OFF = 0, 1, -1, 0
 # Byte offsets of fields of llama_context_params, with their defaults.
@@ -59,12 +60,10 @@ def shared_library() -> ctypes.CDLL:
     Raises:
         ImportError: xllamacpp is not installed, or its structs have other offsets.
     """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("xllamacpp: not installed; run pip install -e '.[dev]'")
-    path = next(Path(spec.origin).parent.glob("xllamacpp.*so"), None)
-    if path is None:
-        raise ImportError("xllamacpp: holds no shared library of the expected name")
+    try:
+        path = library_path()
+    except ValueError as error:
+        raise ImportError(str(error)) from None
     lib = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     for name, result, arguments in (

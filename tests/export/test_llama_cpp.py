@@ -123,6 +123,15 @@ def test_fewer_bits_are_near_ours(tmp_path, kind, dtype, most, experts):
     )
 
 
+@pytest.mark.parametrize(("kind", "most"), [("q6_k", 5e-3), ("q5_k_m", 0.02), ("q4_k_m", 0.06)])
+def test_k_quants_are_near_ours(tmp_path, kind, most):
+    sizes = {"hidden_size": 256, "kv_lora_rank": 32, "moe_intermediate_size": 256, "num_experts_per_tok": 8}
+    tiny_folder(tmp_path / "m", **sizes)
+    theirs_TV, ours_TV = both_logits(tmp_path / "m", ids(), kind)
+    kl = F.kl_div(theirs_TV.log_softmax(-1), ours_TV.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert 0 < kl < most
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
