@@ -76,10 +76,8 @@ def quantiser() -> Callable[..., int]:
     if any(name_of(int(encoding)) != name for encoding, name in _NAMES.items()):
         raise ValueError("xllamacpp: numbers its encodings otherwise; pip install 'xllamacpp>=2026.10,<2027'")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
-    quantise.restype, quantise.argtypes = (
-        ctypes.c_size_t,
-        [ctypes.c_int, pointer, pointer, count, count, count, pointer],
-    )
+    quantise.restype = ctypes.c_size_t
+    quantise.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
     return quantise
 
 
