@@ -4,7 +4,7 @@ python benchmarks/gguf_types.py --folders v3 --texts held-out.txt [--out benchma
 
 (The name gguf.py would hide the gguf package from this folder.)
 
-Shapes: N tokens in one row, T tokens of one window, V vocab_size.
+Shapes: T tokens of one window, V vocab_size.
 """
 
 from __future__ import annotations
@@ -99,23 +99,30 @@ def measure(folder: str, windows: list[Tensor]) -> tuple[float, list[Cost]]:
 
 
 def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], theirs: Iterator[Tensor]) -> Cost:
-    kept = list(theirs)
-    ours_NV, theirs_NV = torch.cat(ours), torch.cat(kept)
-    best_N2 = ours_NV.topk(2).values
-    is_clear_N = best_N2[:, 0] - best_N2[:, 1] > NEAR_TIE
-    same_N = ours_NV.argmax(-1) == theirs_NV.argmax(-1)
-    kl = F.kl_div(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1), reduction="batchmean", log_target=True)
+    """Returns the cost of one type; of `theirs` one window is in memory at a time."""
+    loss = kl = largest = 0.0
+    same = clear = clear_same = tokens = 0
+    for window_T, ours_TV, theirs_TV in zip(windows, ours, theirs, strict=True):
+        best_T2 = ours_TV.topk(2).values
+        is_clear_T = best_T2[:, 0] - best_T2[:, 1] > NEAR_TIE
+        same_T = ours_TV.argmax(-1) == theirs_TV.argmax(-1)
+        kl += F.kl_div(theirs_TV.log_softmax(-1), ours_TV.log_softmax(-1), reduction="sum", log_target=True).item()
+        same, clear = same + int(same_T.sum()), clear + int(is_clear_T.sum())
+        clear_same += int((same_T & is_clear_T).sum())
+        tokens += len(window_T)
+        loss += _loss([window_T], [theirs_TV]) * (len(window_T) - 1)
+        largest = max(largest, (ours_TV - theirs_TV).abs().max().item())
     return Cost(
         kind=kind,
         size_bytes=exported.size_bytes,
         bits_per_weight=exported.bits_per_weight,
         fallbacks=len(exported.fallbacks),
         tensors=exported.tensors,
-        loss=_loss(windows, kept),
-        kl=kl.item(),
-        agreement=same_N.float().mean().item(),
-        clear_agreement=same_N[is_clear_N].float().mean().item(),
-        largest=(ours_NV - theirs_NV).abs().max().item(),
+        loss=loss / (tokens - len(windows)),
+        kl=kl / tokens,
+        agreement=same / tokens,
+        clear_agreement=clear_same / clear,
+        largest=largest,
     )
 
 
