@@ -13,6 +13,7 @@ Shapes: B sequences.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -103,7 +104,8 @@ def compare(mine: Speed) -> Rows:
     shared_library()
     torch.set_num_threads(mine.threads)
     free = ("types", "cached", "batches", "minutes", "results")
-    rows = Rows(mine.results, f"llamacpp-speed-{mine.out}", mine, free=free)
+    named = dataclasses.replace(mine, dense=Path(mine.dense).name, converted=Path(mine.converted).name)
+    rows = Rows(mine.results, f"llamacpp-speed-{mine.out}", named, free=free)
     end = time.monotonic() + 60 * mine.minutes
     with tempfile.TemporaryDirectory() as scratch:
         for cells in passes(mine):
