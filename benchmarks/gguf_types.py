@@ -4,7 +4,7 @@ python benchmarks/gguf_types.py --folders v3 --texts held-out.txt [--out benchma
 
 (The name gguf.py would hide the gguf package from this folder.)
 
-Shapes: N tokens in one row, T tokens of one window, V vocab_size.
+Shapes: T tokens of one window, V vocab_size.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ from smolseek.evaluation import WINDOW_TOKENS
 from smolseek.export.gguf import export_gguf
 
 ROOT = Path(__file__).parent.parent
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 NEAR_TIE = 0.1
 _HEAD = (
-    "| type | file, MB | f16 instead | perplexity | cost | KL, nats | same top token | outside near-ties | largest |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| type | file, MB | bits per weight | other blocks | perplexity | cost | KL, nats | same top token "
+    "| outside near-ties | largest |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -64,6 +65,7 @@ class Cost:
 
     kind: str
     size_bytes: int
+    bits_per_weight: float
     fallbacks: int
     tensors: int
     loss: float
@@ -97,22 +99,30 @@ def measure(folder: str, windows: list[Tensor]) -> tuple[float, list[Cost]]:
 
 
 def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], theirs: Iterator[Tensor]) -> Cost:
-    kept = list(theirs)
-    ours_NV, theirs_NV = torch.cat(ours), torch.cat(kept)
-    best_N2 = ours_NV.topk(2).values
-    is_clear_N = best_N2[:, 0] - best_N2[:, 1] > NEAR_TIE
-    same_N = ours_NV.argmax(-1) == theirs_NV.argmax(-1)
-    kl = F.kl_div(theirs_NV.log_softmax(-1), ours_NV.log_softmax(-1), reduction="batchmean", log_target=True)
+    """Returns the cost of one type; of `theirs` one window is in memory at a time."""
+    loss = kl = largest = 0.0
+    same = clear = clear_same = tokens = 0
+    for window_T, ours_TV, theirs_TV in zip(windows, ours, theirs, strict=True):
+        best_T2 = ours_TV.topk(2).values
+        is_clear_T = best_T2[:, 0] - best_T2[:, 1] > NEAR_TIE
+        same_T = ours_TV.argmax(-1) == theirs_TV.argmax(-1)
+        kl += F.kl_div(theirs_TV.log_softmax(-1), ours_TV.log_softmax(-1), reduction="sum", log_target=True).item()
+        same, clear = same + int(same_T.sum()), clear + int(is_clear_T.sum())
+        clear_same += int((same_T & is_clear_T).sum())
+        tokens += len(window_T)
+        loss += _loss([window_T], [theirs_TV]) * (len(window_T) - 1)
+        largest = max(largest, (ours_TV - theirs_TV).abs().max().item())
     return Cost(
         kind=kind,
         size_bytes=exported.size_bytes,
+        bits_per_weight=exported.bits_per_weight,
         fallbacks=len(exported.fallbacks),
         tensors=exported.tensors,
-        loss=_loss(windows, kept),
-        kl=kl.item(),
-        agreement=same_N.float().mean().item(),
-        clear_agreement=same_N[is_clear_N].float().mean().item(),
-        largest=(ours_NV - theirs_NV).abs().max().item(),
+        loss=loss / (tokens - len(windows)),
+        kl=kl / tokens,
+        agreement=same / tokens,
+        clear_agreement=clear_same / clear,
+        largest=largest,
     )
 
 
@@ -126,7 +136,8 @@ def _loss(windows: list[Tensor], logits: list[Tensor]) -> float:
 def table(name: str, tokens: int, ours: float, costs: list[Cost]) -> list[str]:
     """Returns one folder's section in Markdown."""
     rows = [
-        f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
+        f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.bits_per_weight:.2f} "
+        f"| {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
         f"| {math.expm1(cost.loss - ours):+.3%} | {cost.kl:.1e} | {cost.agreement:.2%} | {cost.clear_agreement:.2%} "
         f"| {cost.largest:.1e} |"
         for cost in costs
@@ -156,8 +167,8 @@ def report(types: Types) -> str:
         f"`{command_line()}`",
         "",
         f"llama.cpp (xllamacpp {version('xllamacpp')}, fp32 cache) on exported folders against our own",
-        f"fp32 forward. A near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *f16",
-        "instead*: tensors whose rows the type's blocks of 32 do not divide; *largest*: difference of any logit.",
+        f"fp32 forward. A near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *other",
+        "blocks*: tensors whose rows the type's blocks of 32 or 256 do not divide; *largest*: difference of any logit.",
         "",
         circumstances(),
         "",

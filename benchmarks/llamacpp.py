@@ -1,15 +1,14 @@
-"""llama.cpp's own logits, through the shared library in the xllamacpp wheel.
+"""llama.cpp's own logits and decoding steps, through the shared library in the xllamacpp wheel.
 
 Structs are passed by value, as byte blocks larger than those of any version. Only the few fields that are set here need
 known offsets; the library's default values show whether the offsets are still right.
 
-Shapes: T tokens of one sequence, V vocab_size.
+Shapes: B sequences, T tokens of one sequence, N tokens in one row, V vocab_size.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import struct
 from functools import cache
 from pathlib import Path
@@ -20,10 +19,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_F32, _F16, _AUTO, _OFF = 0, 1, -1, 0
+from smolseek.export.kquants import library_path
+
+_F32, _F16, _AUTO, _OFF, _ON = 0, 1, -1, 0, 1
 # Byte offsets of fields of llama_context_params, with their defaults.
-_N_CTX, _N_BATCH, _N_UBATCH, _THREADS, _THREADS_BATCH, _FLASH, _TYPE_K, _TYPE_V = 0, 4, 8, 28, 32, 52, 104, 108
-_DEFAULTS = {_N_CTX: 512, _N_BATCH: 2048, _N_UBATCH: 512, _THREADS: 4, _THREADS_BATCH: 4, _FLASH: _AUTO}
+_N_CTX, _N_BATCH, _N_UBATCH, _N_SEQ, _THREADS, _THREADS_BATCH, _FLASH, _TYPE_K, _TYPE_V = (
+    0,
+    4,
+    8,
+    12,
+    28,
+    32,
+    52,
+    104,
+    108,
+)
+_DEFAULTS = {_N_CTX: 512, _N_BATCH: 2048, _N_UBATCH: 512, _N_SEQ: 1, _THREADS: 4, _THREADS_BATCH: 4, _FLASH: _AUTO}
 _DEFAULTS |= {_TYPE_K: _F16, _TYPE_V: _F16}
 
 
@@ -59,12 +70,10 @@ def shared_library() -> ctypes.CDLL:
     Raises:
         ImportError: xllamacpp is not installed, or its structs have other offsets.
     """
-    spec = importlib.util.find_spec("xllamacpp")
-    if spec is None or spec.origin is None:
-        raise ImportError("xllamacpp: not installed; run pip install -e '.[dev]'")
-    path = next(Path(spec.origin).parent.glob("xllamacpp.*so"), None)
-    if path is None:
-        raise ImportError("xllamacpp: holds no shared library of the expected name")
+    try:
+        path = library_path()
+    except ValueError as error:
+        raise ImportError(str(error)) from None
     lib = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int32
     for name, result, arguments in (
@@ -81,6 +90,11 @@ def shared_library() -> ctypes.CDLL:
         ("llama_decode", number, [pointer, _Batch]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
         ("llama_model_chat_template", ctypes.c_char_p, [pointer, ctypes.c_char_p]),
+        ("llama_n_seq_max", ctypes.c_uint32, [pointer]),
+        ("llama_n_ctx_seq", ctypes.c_uint32, [pointer]),
+        ("llama_get_memory", pointer, [pointer]),
+        ("llama_memory_seq_cp", None, [pointer, number, number, number, number]),
+        ("llama_memory_seq_rm", ctypes.c_bool, [pointer, number, number, number]),
         ("llama_free", None, [pointer]),
         ("llama_model_free", None, [pointer]),
     ):
@@ -119,16 +133,13 @@ class LlamaCpp:
     def logits(self, ids_T: Tensor) -> Tensor:
         """Returns the logits (T, V) after every token of one sequence."""
         assert len(ids_T) <= self._tokens
-        settings = self._lib.llama_context_default_params()
         fields = {_N_CTX: self._tokens, _N_BATCH: self._tokens, _N_UBATCH: self._tokens}
         fields |= {_FLASH: _OFF, _TYPE_K: _F32, _TYPE_V: _F32}
         fields |= {_THREADS: 1, _THREADS_BATCH: 1}  # its threads wait in busy loops, for ever on a busy machine
-        for at, value in fields.items():
-            struct.pack_into("<i", settings, at, value)
-        context = self._lib.llama_init_from_model(self._model, settings)
-        assert context, "".join(_SAID[-6:])
+        context = self._context(fields)
         try:
-            return self._decode(context, ids_T)
+            rows = [(token, at, 0) for at, token in enumerate(ids_T.tolist())]
+            return self._decode(context, rows)
         finally:
             self._lib.llama_free(context)
 
@@ -145,17 +156,102 @@ class LlamaCpp:
         text = self._lib.llama_model_chat_template(self._model, None)
         return None if text is None else text.decode()
 
-    def _decode(self, context: int, ids_T: Tensor) -> Tensor:
-        count = len(ids_T)
+    def _context(self, fields: dict[int, int]) -> int:
+        """Returns a new context in which these fields have other values than the defaults."""
+        settings = self._lib.llama_context_default_params()
+        for at, value in fields.items():
+            struct.pack_into("<i", settings, at, value)
+        context = self._lib.llama_init_from_model(self._model, settings)
+        if not context:
+            raise ValueError(f"llama.cpp makes no context: {''.join(_SAID[-6:])}")
+        return int(context)
+
+    def _decode(self, context: int, rows: list[tuple[int, int, int]], *, all_logits: bool = True) -> Tensor:
+        """Returns the logits (N, V) after tokens given as (id, position, sequence); or none of them, (0, V)."""
+        count = len(rows)
         batch = self._lib.llama_batch_init(count, 0, 1)
         try:
             batch.n_tokens = count
-            for at, token in enumerate(ids_T.tolist()):
-                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, at, 1
-                batch.seq_id[at][0], batch.logits[at] = 0, 1
+            for at, (token, position, sequence) in enumerate(rows):
+                batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position, 1
+                batch.seq_id[at][0], batch.logits[at] = sequence, all_logits
             if self._lib.llama_decode(context, batch) != 0:
                 raise ValueError(f"llama.cpp does not decode: {''.join(_SAID[-6:])}")
-            shape = (count, self._lib.llama_vocab_n_tokens(self._vocabulary))
-            return torch.from_numpy(np.ctypeslib.as_array(self._lib.llama_get_logits(context), shape).copy())
+            if not all_logits:
+                return torch.empty(0, self.entries)
+            numbers = np.ctypeslib.as_array(self._lib.llama_get_logits(context), (count, self.entries))
+            return torch.from_numpy(numbers.copy())
         finally:
             self._lib.llama_batch_free(batch)
+
+    @property
+    def entries(self) -> int:
+        """The size of the vocabulary."""
+        return int(self._lib.llama_vocab_n_tokens(self._vocabulary))
+
+
+class Decoder:
+    """Sequences of one model in llama.cpp, each with a cache of its own in f16, decoded one token at a time.
+
+    A context manager. `fill` first, then `step`, and `rewind` to the filled length.
+
+    Args:
+        tokens: room of each sequence.
+        sequences: most sequences at once.
+        flash: with flash attention.
+
+    Raises:
+        ValueError: llama.cpp makes no such context.
+    """
+
+    PREFILL_TOKENS = 512
+
+    def __init__(self, model: LlamaCpp, *, tokens: int, sequences: int, threads: int, flash: bool) -> None:
+        self._model, self._lib, self._sequences, self._filled = model, shared_library(), sequences, 0
+        room = -(-tokens // 256) * 256
+        self._context = model._context(
+            {_N_CTX: room * sequences, _N_SEQ: sequences, _FLASH: _ON if flash else _OFF}
+            | {_THREADS: threads, _THREADS_BATCH: threads}
+        )
+        shape = (self._lib.llama_n_seq_max(self._context), self._lib.llama_n_ctx_seq(self._context))
+        assert shape == (sequences, room), shape
+        self._memory = self._lib.llama_get_memory(self._context)
+        self._lengths = [0] * sequences
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lib.llama_free(self._context)
+
+    def fill(self, count: int) -> None:
+        """Reads random tokens until the first sequence has `count`, and copies its cache to the others."""
+        self.rewind()
+        draw = torch.Generator().manual_seed(count)
+        for begin in range(self._filled, count, self.PREFILL_TOKENS):
+            end = min(count, begin + self.PREFILL_TOKENS)
+            ids = torch.randint(self._model.entries, (end - begin,), generator=draw).tolist()
+            rows = [(token, begin + at, 0) for at, token in enumerate(ids)]
+            self._model._decode(self._context, rows, all_logits=False)
+        self._filled = count
+        for sequence in range(1, self._sequences):
+            self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            self._lib.llama_memory_seq_cp(self._memory, 0, sequence, -1, -1)
+        self._lengths = [count] * self._sequences
+
+    def step(self, ids_B1: Tensor) -> Tensor:
+        """Returns the likeliest next tokens (B, 1) of the first B sequences, each longer by one of `ids_B1`."""
+        rows = [(token, self._lengths[at], at) for at, (token,) in enumerate(ids_B1.tolist())]
+        logits_BV = self._model._decode(self._context, rows)
+        for _, _, at in rows:
+            self._lengths[at] += 1
+        return logits_BV.argmax(-1, keepdim=True)
+
+    def rewind(self) -> None:
+        """Forgets what `step` added."""
+        for sequence, length in enumerate(self._lengths):
+            if length > self._filled:
+                assert self._lib.llama_memory_seq_rm(self._memory, sequence, self._filled, -1)
+        self._lengths = [self._filled] * self._sequences

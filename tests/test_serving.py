@@ -1,9 +1,12 @@
 """docs/serving: its commands, its table, and its two scripts with a fake server and with llama.cpp's server."""
 
+import functools
 import importlib.util
+import io
 import json
 import re
 import shlex
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import smolseek
 from smolseek.checkpoint.hub import load_tokenizer, save
 from smolseek.cli import VERBS, main, parse_verb
+from smolseek.data.chat import render_prompt
 from smolseek.export.gguf import export_gguf
 from smolseek.formats.runtimes import render_rules
 from smolseek.generation import stream
@@ -22,6 +27,7 @@ from tests.export.folders import tiny_folder
 from tests.factories import tiny_llama
 from tests.text import ENTRIES, tiny_tokenizer
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 SERVING = Path(__file__).parent.parent / "docs" / "serving"
 README = (SERVING / "README.md").read_text(encoding="utf-8")
 
@@ -184,6 +190,30 @@ def test_two_commands_to_text_from_llama_cpp(folder, tmp_path, monkeypatch, caps
     assert complete.main() == 0
     said = capsys.readouterr().out
     assert said.startswith("Anna sees") and len(said) > len("Anna sees\n")
+
+
+def test_two_commands_to_a_chat_with_llama_cpp(folder, tmp_path, monkeypatch, capsys):
+    """The answers are those of transformers' template and our own greedy tokens, also in the second turn."""
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    chatty = shutil.copytree(folder, tmp_path / "m")
+    (chatty / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    out = tmp_path / "chat.gguf"
+    assert main(["export", "gguf", str(chatty), str(out), "--type", "f32"]) == 0
+    assert f"llama-cli -m {out}" in capsys.readouterr().out
+    monkeypatch.setattr(complete, "chat", functools.partial(complete.chat, tokens=4))
+    monkeypatch.setattr(sys, "argv", ["complete.py", str(out), "--chat"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Anna\nBen\n"))
+    assert complete.main() == 0
+    said = capsys.readouterr()
+    model, tokenizer = smolseek.load(chatty), load_tokenizer(chatty)
+    messages, answers = [], []
+    for line in ("Anna", "Ben"):
+        messages.append({"role": "user", "content": line})
+        ids = torch.tensor([render_prompt(tokenizer, messages)])
+        answers.append(tokenizer.decode(list(stream(model, ids, max_new_tokens=4, eos_token_id=0))))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert said.out == "".join(f"{answer}\n" for answer in answers)
+    assert "serving at http://127.0.0.1:" in said.err
 
 
 def test_complete_says_what_is_missing(tmp_path, monkeypatch, capsys):

@@ -43,8 +43,8 @@ class Export:
     """Folder, hub id or builtin:base."""
     out: tyro.conf.Positional[Path]
     """File to write."""
-    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
-    """Dtype of matrices; norms, routers and balancing biases stay fp32."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"] = "f16"
+    """How matrices are stored; norms, routers and balancing biases stay fp32. The last three need xllamacpp."""
     pre: str | None = None
     """llama.cpp's name for the tokenizer's rule to split text; needed only if smolseek does not know it."""
     force: bool = False
@@ -92,24 +92,24 @@ def run_export(command: Export) -> None:
         exported = export_gguf(
             command.folder, command.out, type=command.type, pre=command.pre, force=command.force, on_tensor=on_tensor
         )
-    print(f"{exported.path}: {exported.tensors} tensors, {exported.size_bytes / 1e6:.1f} MB, {command.type}")
+    size = f"{exported.size_bytes / 1e6:.1f} MB, {exported.bits_per_weight:.2f} bits per weight"
+    print(f"{exported.path}: {exported.tensors} tensors, {size}, {command.type}")
     if exported.fallbacks:
         kinds = dict.fromkeys(name.removesuffix(".weight").split(".")[-1] for name in exported.fallbacks)
-        print(f"{len(exported.fallbacks)} of them as f16, as blocks of 32 do not divide their rows: {', '.join(kinds)}")
-    print("\n".join(next_commands(exported.path, command.type, has_template=exported.has_chat_template)))
+        others, block = ", ".join(exported.fallback_encodings), 32 if command.type == "q8_0" else 256
+        count = len(exported.fallbacks)
+        print(f"{count} of them as {others}, as blocks of {block} do not divide their rows: {', '.join(kinds)}")
+    print("\n".join(next_commands(exported.path, has_template=exported.has_chat_template)))
 
 
-def next_commands(out: Path, kind: str, *, has_template: bool) -> list[str]:
+def next_commands(out: Path, *, has_template: bool) -> list[str]:
     """Returns the commands that the user may run next."""
     file, name = shlex.quote(str(out)), re.sub(r"[^\w.-]", "-", out.stem)
     modelfile = shlex.quote(f"FROM {out if out.is_absolute() else f'./{out}'}")
-    smaller = shlex.quote(str(out.with_name(f"{out.stem}-q4_k_m.gguf")))
     chat = [f"llama-cli -m {file}"] if has_template else []
-    quantise = f"llama-quantize {file} {smaller} Q4_K_M"
     return [
         *chat,
         f'llama-completion -m {file} -no-cnv -n 64 -p "Once upon a time"',
         f"llama-server -m {file}",
         f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}",
-        f"# from an export with --type f16: {quantise}" if kind == "q8_0" else quantise,
     ]

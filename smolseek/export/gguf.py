@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -16,34 +18,44 @@ from smolseek.checkpoint.atomic import atomic_file, begins_with, refuse_existing
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.export.keys import ARCHITECTURE, add_keys
+from smolseek.export.kquants import BASES, SUBSTITUTES, mixed_encoding, quantise_rows, quantiser
 from smolseek.export.tensors import ExportTensor, export_tensors
 from smolseek.export.vocabulary import add_vocabulary
 from smolseek.formats.deepseek_v3 import with_defaults
 from smolseek.formats.runtimes import check, verdict
 
-GgufType = Literal["f32", "f16", "bf16", "q8_0"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
+    "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
 _QUANTISATION_VERSION = 2
 _FALLBACK = GGMLQuantizationType.F16
+_WIDE = {GGMLQuantizationType.F32, GGMLQuantizationType.BF16}
 _LARGEST_F16 = float(np.finfo(np.float16).max)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GgufExport:
     """A written GGUF file.
 
-    `fallbacks` names the tensors written as f16 because their row length is no multiple of the type's block size.
+    `fallbacks` names the tensors written in another encoding than the type's, because its block size does not divide
+    the length of their rows; `fallback_encodings` names these encodings. `bits_per_weight` is of all tensors.
     """
 
     path: Path
     size_bytes: int
     tensors: int
+    bits_per_weight: float
     fallbacks: tuple[str, ...]
+    fallback_encodings: tuple[str, ...]
     has_chat_template: bool
 
 
@@ -67,7 +79,8 @@ def export_gguf(
 
     Raises:
         ValueError: the folder is no checkpoint, or `runtimes.check` says that llama.cpp refuses it; its tokenizer is of
-            no known kind; a number does not fit `type`; `out` exists and `force` is not set, or is no GGUF file.
+            no known kind; a number does not fit `type`; a k-quant is asked for and xllamacpp is not installed; `out`
+            exists and `force` is not set, or is no GGUF file.
         OSError: `out` cannot be written, for example because the disk is full.
     """
     source, out = resolve_folder(folder), Path(out)
@@ -79,7 +92,9 @@ def export_gguf(
     if any(finding.refuses for finding in findings):
         raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")
     config = with_defaults(config)
-    planned = [(tensor, encoding_of(tensor, type)) for tensor in export_tensors(tensors, config)]
+    if type in BASES:
+        quantiser()  # raises before anything is written
+    planned = [_Plan.of(tensor, type, config) for tensor in export_tensors(tensors, config)]
     writer = GGUFWriter(None, ARCHITECTURE)
     add_keys(writer, config, source.resolve().name)
     writer.add_file_type(_FILE_TYPES[type])
@@ -90,8 +105,23 @@ def export_gguf(
             _write_tensors(writer, path, planned, on_tensor)
     except OSError as error:
         raise OSError(f"{out}: cannot be written ({error.strerror or error})") from error
-    fallbacks = tuple(tensor.name for tensor, encoding in planned if encoding != wanted_encoding(tensor, type))
-    return GgufExport(out, out.stat().st_size, len(planned), fallbacks, has_chat_template)
+    fallen = [plan for plan in planned if plan.encoding != plan.wanted]
+    bits = _bits_per_weight((plan.tensor, plan.encoding) for plan in planned)
+    if type in BASES and fallen:
+        meant = _bits_per_weight((plan.tensor, plan.wanted) for plan in planned)
+        log.warning(
+            "%s: %.2f bits per weight, where %s would take %.2f if 256 divided all rows; %d of %d tensors have others",
+            *(out, bits, type, meant, len(fallen), len(planned)),
+        )
+    return GgufExport(
+        path=out,
+        size_bytes=out.stat().st_size,
+        tensors=len(planned),
+        bits_per_weight=bits,
+        fallbacks=tuple(plan.tensor.name for plan in fallen),
+        fallback_encodings=tuple(dict.fromkeys(plan.encoding.name.lower() for plan in fallen)),
+        has_chat_template=has_chat_template,
+    )
 
 
 def _check_out(out: Path, source: Path, force: bool) -> None:
@@ -108,35 +138,68 @@ def _check_out(out: Path, source: Path, force: bool) -> None:
         raise ValueError(f"{out}: may be taken for a file of the checkpoint in that folder; end the name in .gguf")
 
 
-def wanted_encoding(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
+@dataclass(frozen=True)
+class _Plan:
+    """One tensor, the encoding that the file's type asks for, and the one that its rows allow."""
+
+    tensor: ExportTensor
+    wanted: GGMLQuantizationType
+    encoding: GGMLQuantizationType
+
+    @classmethod
+    def of(cls, tensor: ExportTensor, type: GgufType, config: dict[str, Any]) -> _Plan:
+        wanted = _wanted_encoding(tensor, type, config)
+        return cls(tensor, wanted, _fitting_encoding(wanted, tensor.shape[-1]))
+
+
+def _wanted_encoding(tensor: ExportTensor, type: GgufType, config: dict[str, Any]) -> GGMLQuantizationType:
     """Returns the encoding that `type` asks for, whatever the length of the tensor's rows."""
-    return GGMLQuantizationType.F32 if tensor.keeps_fp32 else GGMLQuantizationType[type.upper()]
+    if tensor.keeps_fp32:
+        return GGMLQuantizationType.F32
+    if type in BASES:
+        return mixed_encoding(type, tensor.name, config)
+    return GGMLQuantizationType[type.upper()]
 
 
-def encoding_of(tensor: ExportTensor, type: GgufType) -> GGMLQuantizationType:
-    """Returns the wanted encoding, or f16 if the tensor's row length is no multiple of the encoding's block size."""
-    wanted = wanted_encoding(tensor, type)
-    return wanted if tensor.shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else _FALLBACK
+def _fitting_encoding(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+    """Returns the wanted encoding, or, if its block size does not divide `columns`, blocks of 32; or else f16."""
+    for encoding in (wanted, SUBSTITUTES.get(wanted, _FALLBACK)):
+        if columns % GGML_QUANT_SIZES[encoding][0] == 0:
+            return encoding
+    return _FALLBACK
+
+
+def _bits_per_weight(tensors: Iterable[tuple[ExportTensor, GGMLQuantizationType]]) -> float:
+    """Returns the mean over all numbers of the tensors in these encodings."""
+    pairs = list(tensors)
+    numbers = sum(math.prod(tensor.shape) for tensor, _ in pairs)
+    return 8 * sum(_encoded_bytes(tensor, encoding) for tensor, encoding in pairs) / numbers
+
+
+def _encoded_bytes(tensor: ExportTensor, encoding: GGMLQuantizationType) -> float:
+    """Returns the size of an encoded tensor; a fraction if the encoding's block size does not divide its rows."""
+    block, block_bytes = GGML_QUANT_SIZES[encoding]
+    return math.prod(tensor.shape) * block_bytes / block
 
 
 def _write_tensors(
     writer: GGUFWriter,
     path: Path,
-    planned: list[tuple[ExportTensor, GGMLQuantizationType]],
+    planned: list[_Plan],
     on_tensor: Callable[[int, int], None],
 ) -> None:
     """Writes the header, the keys, the list of tensors and then the tensors one by one."""
-    for tensor, encoding in planned:
-        block, block_bytes = GGML_QUANT_SIZES[encoding]
-        size = int(np.prod(tensor.shape)) // block * block_bytes
+    for plan in planned:
+        tensor, encoding = plan.tensor, plan.encoding
+        size = int(_encoded_bytes(tensor, encoding))
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=encoding)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     (file,) = writer.fout
-    for done, (tensor, encoding) in enumerate(planned, start=1):
-        data = _encode(tensor, encoding)
+    for done, plan in enumerate(planned, start=1):
+        data = _encode(plan.tensor, plan.encoding)
         writer.write_padding(file, file.tell())
         file.write(data.data)  # not by `write_tensor_data`, whose errors do not say why a write failed
         writer.write_padding(file, data.nbytes)
@@ -144,9 +207,13 @@ def _write_tensors(
 
 
 def _encode(tensor: ExportTensor, encoding: GGMLQuantizationType) -> np.ndarray:
-    """Returns the encoded bytes of one tensor; raises ValueError if a number is too large for f16."""
+    """Returns the encoded bytes of one tensor.
+
+    Raises:
+        ValueError: a number is too large for f16, which the scales of packed blocks are as well.
+    """
     numbers = np.ascontiguousarray(tensor.read().numpy())
     largest = float(np.abs(numbers).max(initial=0))
-    if encoding == GGMLQuantizationType.F16 and largest > _LARGEST_F16:
+    if encoding not in _WIDE and largest > _LARGEST_F16:
         raise ValueError(f"tensor {tensor.name}: {largest:.3g} is beyond f16's largest number; use --type bf16 or f32")
-    return quantize(numbers, encoding)
+    return quantise_rows(numbers, encoding) if encoding in SUBSTITUTES else quantize(numbers, encoding)

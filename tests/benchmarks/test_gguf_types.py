@@ -25,7 +25,11 @@ def test_every_type_has_a_row_and_f32_costs_nothing(tmp_path):
     assert by_kind["f32"].loss == pytest.approx(ours, abs=1e-5)
     assert by_kind["f32"].kl < by_kind["f16"].kl < by_kind["q8_0"].kl
     assert by_kind["q8_0"].fallbacks > 0 and by_kind["q8_0"].size_bytes < by_kind["f16"].size_bytes
-    assert len(gguf_types.table("m", 192, ours, costs)) == 11
+    sizes = [by_kind[kind].bits_per_weight for kind in ("q8_0", "q6_k", "q5_k_m", "q4_k_m")]
+    assert (
+        by_kind["q8_0"].kl <= by_kind["q6_k"].kl < by_kind["q4_k_m"].kl and sizes[0] == sizes[1] > sizes[2] > sizes[3]
+    )
+    assert len(gguf_types.table("m", 192, ours, costs)) == 14
 
 
 def test_each_folder_needs_its_text():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -58,8 +59,8 @@ def test_export_says_what_it_wrote_and_what_to_run(folder, tmp_path, capsys):
     out = tmp_path / "m.gguf"
     assert main(["export", "gguf", folder, str(out), "--type", "q8_0"]) == 0
     said = capsys.readouterr().out
-    assert "blocks of 32 do not divide their rows: " in said and "attn_k_b" in said
-    for program in ("llama-completion", "llama-server", "ollama create", "llama-quantize"):
+    assert "of them as f16, as blocks of 32 do not divide their rows: " in said and "attn_k_b" in said
+    for program in ("llama-completion", "llama-server", "ollama create"):
         assert program in said
     assert main(["export", "gguf", folder, str(out)]) == 2
     assert "pass --force" in capsys.readouterr().err
@@ -68,9 +69,26 @@ def test_export_says_what_it_wrote_and_what_to_run(folder, tmp_path, capsys):
 
 
 def test_commands_quote_paths_and_know_a_chat(tmp_path):
-    plain = next_commands(tmp_path / "a b.gguf", "f16", has_template=False)
+    plain = next_commands(tmp_path / "a b.gguf", has_template=False)
     assert all(f"'{tmp_path}/a b.gguf'" in line for line in plain if line.startswith("llama-"))
     assert "ollama create a-b" in plain[2] and f"FROM {tmp_path}" in plain[2]
-    assert next_commands(tmp_path / "m.gguf", "f16", has_template=True)[0].startswith("llama-cli")
-    quantised = next_commands(tmp_path / "m.gguf", "q8_0", has_template=False)
-    assert quantised[-1].startswith("# from an export with --type f16")
+    assert next_commands(tmp_path / "m.gguf", has_template=True)[0].startswith("llama-cli")
+
+
+def test_k_quants_name_their_real_size(folder, tmp_path, capsys, caplog):
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    out = tmp_path / "m.gguf"
+    assert main(["export", "gguf", folder, str(out), "--type", "q4_k_m"]) == 0
+    said = capsys.readouterr()
+    (others,) = re.findall(r"of them as (.*), as blocks of 256 do not divide their rows: ", said.out)
+    assert set(others.split(", ")) == {"q5_0", "q8_0", "f16"}
+    assert "bits per weight, q4_k_m" in said.out
+    assert "bits per weight, where q4_k_m would take " in caplog.text
+
+
+def test_k_quants_without_llama_cpp_are_one_line(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["export", "gguf", folder, str(tmp_path / "m.gguf"), "--type", "q5_k_m"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install xllamacpp" in said
+    assert list(tmp_path.iterdir()) == []

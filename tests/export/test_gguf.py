@@ -118,6 +118,48 @@ def test_types_and_fallbacks(tmp_path):
     assert "blk.1.ffn_down_exps.weight" in exported.fallbacks and "blk.1.ffn_up_exps.weight" not in exported.fallbacks
 
 
+BIG = {"hidden_size": 256, "kv_lora_rank": 64, "moe_intermediate_size": 256, "intermediate_size": 512}
+
+
+def test_k_quants(tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    tiny_folder(tmp_path / "m", **BIG)
+    state = load_file(tmp_path / "m/model.safetensors")
+    up = state["model.layers.1.mlp.experts.5.up_proj.weight"].numpy()
+    for kind, base, other, bits, most in (
+        ("q4_k_m", Encoding.Q4_K, Encoding.Q5_0, 4.5, 0.2),
+        ("q5_k_m", Encoding.Q5_K, Encoding.Q5_1, 5.5, 0.1),
+        ("q6_k", Encoding.Q6_K, Encoding.Q8_0, 6.5625, 0.05),
+    ):
+        exported = export_gguf(tmp_path / "m", tmp_path / f"{kind}.gguf", type=kind)
+        keys, tensors = read_gguf(exported.path)
+        assert keys["general.file_type"] == {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}[kind]
+        assert tensors["output.weight"].tensor_type == Encoding.Q6_K
+        assert tensors["token_embd.weight"].tensor_type == tensors["blk.0.ffn_up.weight"].tensor_type == base
+        assert tensors["blk.2.ffn_down_exps.weight"].tensor_type == Encoding.Q6_K
+        assert tensors["blk.0.attn_v_b.weight"].tensor_type == other
+        assert tensors["blk.0.attn_k_b.weight"].tensor_type == Encoding.F16
+        assert tensors["blk.1.ffn_gate_inp.weight"].tensor_type == Encoding.F32
+        assert {"blk.0.attn_v_b.weight", "blk.0.attn_k_b.weight"} <= set(exported.fallbacks)
+        assert set(exported.fallback_encodings) == {other.name.lower(), "f16"}
+        assert bits < exported.bits_per_weight < bits + 1
+        found = tensors["blk.1.ffn_up_exps.weight"]
+        assert np.abs(dequantize(found.data, found.tensor_type)[5] - up).max() < most * np.abs(up).max()
+
+
+def test_only_k_quants_that_fall_back_warn(tmp_path, caplog):
+    pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    tiny_folder(tmp_path / "m", **BIG)
+    exported = export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="q4_k_m")
+    (record,) = caplog.records
+    assert f"{exported.bits_per_weight:.2f} bits per weight, where q4_k_m would take" in record.message
+    sizes = {"v_head_dim": 256, "qk_nope_head_dim": 256, "num_hidden_layers": 1}
+    tiny_folder(tmp_path / "n", **BIG | sizes | {"kv_lora_rank": 256})
+    caplog.clear()
+    exported = export_gguf(tmp_path / "n", tmp_path / "n.gguf", type="q4_k_m")
+    assert exported.fallbacks == exported.fallback_encodings == () and caplog.records == []
+
+
 def test_numbers_are_the_checkpoint_s(tmp_path):
     model = tiny_folder(tmp_path / "m", hidden_size=64, dtype="bfloat16")
     state = load_file(tmp_path / "m/model.safetensors")
@@ -174,8 +216,9 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
     _change(tmp_path / "m", "model.norm.weight", lambda norm: norm * 1e6)
     export_gguf(tmp_path / "m", tmp_path / "norm.gguf", type="f16")  # norms stay fp32
     _change(tmp_path / "m", "lm_head.weight", lambda head: head * 1e6)
-    with pytest.raises(ValueError, match=r"output\.weight: .* beyond f16's largest number; use --type bf16 or f32"):
-        export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f16")
+    for kind in ("f16", "q8_0"):
+        with pytest.raises(ValueError, match=r"output\.weight: .* beyond f16's largest number; use --type bf16 or f32"):
+            export_gguf(tmp_path / "m", tmp_path / "m.gguf", type=kind)
     assert not (tmp_path / "m.gguf").exists()
     export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="bf16")
     _change(tmp_path / "m", "lm_head.weight", lambda head: head.fill_(torch.nan))

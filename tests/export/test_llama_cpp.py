@@ -12,14 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llamacpp import LlamaCpp
+from safetensors.torch import load_file, save_file
 
 import smolseek
 from smolseek.checkpoint.hub import load, load_tokenizer, save
 from smolseek.checkpoint.source import resolve_folder
+from smolseek.data.chat import render_prompt
 from smolseek.export.gguf import export_gguf
 from smolseek.export.special import KNOWN_ENDS
 from smolseek.export.vocabulary import PRE_TYPES
 from smolseek.formats.runtimes import LARGEST_LLAMA_CPP_EXPERTS
+from smolseek.generation import end_tokens, stream
 from smolseek.model import StockModel
 from tests.export.folders import (
     METASPACE,
@@ -121,6 +124,15 @@ def test_fewer_bits_are_near_ours(tmp_path, kind, dtype, most, experts):
     assert is_clear_T.sum() > 30 and agrees_T[is_clear_T].float().mean() >= (
         1.0 if experts == 8 and kind != "q8_0" else 0.9
     )
+
+
+@pytest.mark.parametrize(("kind", "most"), [("q6_k", 5e-3), ("q5_k_m", 0.02), ("q4_k_m", 0.06)])
+def test_k_quants_are_near_ours(tmp_path, kind, most):
+    sizes = {"hidden_size": 256, "kv_lora_rank": 32, "moe_intermediate_size": 256, "num_experts_per_tok": 8}
+    tiny_folder(tmp_path / "m", **sizes)
+    theirs_TV, ours_TV = both_logits(tmp_path / "m", ids(), kind)
+    kl = F.kl_div(theirs_TV.log_softmax(-1), ours_TV.log_softmax(-1), reduction="batchmean", log_target=True)
+    assert 0 < kl < most
 
 
 @pytest.mark.parametrize(
@@ -361,3 +373,60 @@ def test_a_chat_template_is_read(tmp_path):
     export_gguf(tmp_path / "m", tmp_path / "m.gguf")
     with LlamaCpp(tmp_path / "m.gguf") as model:
         assert model.chat_template() == "{{ messages[0].content }}"
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "Anna sees a ball?"},
+    {"role": "assistant", "content": "Ben finds the cat."},
+    {"role": "user", "content": "  a red hat\n"},
+]
+
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def chat_folder(folder, *, adds_bos):
+    """Saves a model that writes ASCII alone and talks in ChatML, with both marks as special tokens."""
+    tree = _with_words(byte_level_tree(), "<|im_start|>", "<|im_end|>")
+    vocabulary, flags = tree["model"]["vocab"], {key: tree["added_tokens"][0][key] for key in FLAGS}
+    marks = {text: vocabulary[text] for text in ("<|im_start|>", "<|im_end|>")}
+    tree["added_tokens"] += [{"id": number, "content": text, **flags} for text, number in marks.items()]
+    names = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    if adds_bos:
+        tree["post_processor"] = around("<|endoftext|>", "A", **{"<|endoftext|>": 0})
+        names["chat_template"] = "{{ bos_token }}" + CHATML
+    tokenizer_folder(folder, tree, names, eos_token_id=marks["<|im_end|>"])
+    tensors, tokenizer = load_file(folder / "model.safetensors"), load_tokenizer(folder)
+    for token in range(ENTRIES):
+        if not tokenizer.decode([token], skip_special_tokens=True).isascii():
+            tensors["lm_head.weight"][token] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_conversations_become_transformers_tokens_and_end_alike(tmp_path, adds_bos):
+    """llama.cpp's own server, with the template in the file, answers with our greedy tokens."""
+    import xllamacpp
+
+    folder = chat_folder(tmp_path / "m", adds_bos=adds_bos)
+    export_gguf(folder, tmp_path / "m.gguf", type="f32")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.verbosity, settings.n_ctx = str(tmp_path / "m.gguf"), -1, 256
+    settings.cpuparams.n_threads, settings.warmup = 1, False
+    server = xllamacpp.Server(settings)
+    model, tokenizer = load(folder), load_tokenizer(folder)
+    (end,) = end_tokens(model, tokenizer)
+    for bias in (0.0, 100.0):  # the second time the end token is the likeliest
+        question = {"messages": TURNS, "max_tokens": 6, "temperature": 0, "logprobs": True, "logit_bias": [[end, bias]]}
+        answer = server.handle_chat_completions(question)
+        ids = render_prompt(tokenizer, TURNS)
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        ours = list(stream(model, torch.tensor([ids]), max_new_tokens=6, eos_token_id=end))
+        theirs = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+        assert theirs == (ours if not bias else [end])
+        assert answer["choices"][0]["finish_reason"] == ("stop" if bias else "length")
