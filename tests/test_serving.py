@@ -77,7 +77,7 @@ class FakeServer:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                if body["model"] != "served" or body["temperature"] != 0:
+                if (body["model"], body["temperature"], body["repetition_penalty"]) != ("served", 0, 1):
                     return self._reply({"error": "unknown model"}, 404)
                 text, reason = answer(body["prompt"], body["max_tokens"])
                 return self._reply({"choices": [{"text": text, "finish_reason": reason}]})
@@ -164,7 +164,7 @@ def test_a_server_that_does_not_answer(folder, monkeypatch, capsys):
     assert compare.main() == 2
     assert capsys.readouterr().err.startswith("error: http://127.0.0.1:9/v1/models: no answer")
     with FakeServer(greedy(folder)) as address, pytest.raises(ValueError, match="the server says 404"):
-        compare.ask(address, "/v1/completions", {"model": "another", "temperature": 0})
+        compare.ask(address, "/v1/completions", {"model": "another", "temperature": 0, "repetition_penalty": 1})
 
 
 def test_there_are_twenty_prompts():

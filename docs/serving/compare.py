@@ -97,9 +97,12 @@ def ask(server: str, path: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def compare(model: Any, tokenizer: Any, server: str, name: str, prompt: str, tokens: int) -> Verdict:
-    """Returns one prompt's outcome. The request holds token ids, so that both sides start from the same tokens."""
+    """Returns one prompt's outcome. The request holds token ids, so that both sides start from the same tokens.
+
+    It names the penalty for repetition too: servers would take another from the folder's generation_config.json.
+    """
     ids = encode_prompt(tokenizer, prompt)
-    body = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": 0}
+    body = {"model": name, "prompt": ids, "max_tokens": tokens, "temperature": 0, "repetition_penalty": 1.0}
     choice = ask(server, "/v1/completions", body)["choices"][0]
     text = choice["text"].replace("�", "")
     ends = end_tokens(model, tokenizer)

@@ -25,12 +25,12 @@ VLLM_LATENTS = ((256, 64), (448, 64), (512, 64))
 
 LARGEST_LLAMA_CPP_EXPERTS = 1024
 
-_TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.24", "read in vLLM 0.33", "read in SGLang 0.5.10"
+_TRANSFORMERS, _VLLM, _SGLANG = "run with transformers 5.24", "read in vLLM 0.33", "read in SGLang 0.5.23"
 _VLLM_RUN = "run with vLLM 0.32 on a CPU"
-_VLLM_MODEL, _SGLANG_MODEL = "read in vLLM's deepseek_v2.py", "read in SGLang's deepseek_v2.py"
 _LLAMA_CPP = "run with the llama.cpp of xllamacpp 2026.10.11549"
 _EXPORT = "smolseek export gguf"
 _PAPER = "DeepSeek-V3, section 2.1.2"
+_OTHER = f"{_VLLM_RUN}: other logits; {_LLAMA_CPP}: other logits"
 
 
 Config = Mapping[str, Any]
@@ -97,6 +97,12 @@ def _yarn(config: Config) -> Config:
     return rope if rope["rope_type"] == "yarn" else {}
 
 
+def _scales_alone(yarn: Config) -> bool:
+    """Returns whether one of YaRN's two scales stands alone, so that 1 and 0 for what is absent is not the same."""
+    both = yarn.get("mscale") and yarn.get("mscale_all_dim")
+    return not both and (yarn.get("mscale", 1), yarn.get("mscale_all_dim", 0)) != (1, 0)
+
+
 def _heads(config: Config) -> tuple[Any, ...]:
     return tuple(config.get(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
 
@@ -111,12 +117,19 @@ def _has_experts(config: Config) -> bool:
     return bool(filled["first_k_dense_replace"] < filled["num_hidden_layers"])
 
 
+def _has_no_shared_expert(config: Config) -> bool:
+    return _has_experts(config) and config.get("n_shared_experts") == 0
+
+
+def _layer(name: str) -> int:
+    """Returns the number of the layer that a tensor belongs to; -1 outside of layers."""
+    number = name.removeprefix("model.layers.").split(".")[0]
+    return int(number) if name.startswith("model.layers.") and number.isdecimal() else -1
+
+
 def _in_layers(name: str, config: Config) -> bool:
     """Returns whether a tensor is a weight of the model: not of a multi-token prediction layer, not a rope table."""
-    parts = name.split(".")
-    number = parts[2] if name.startswith("model.layers.") and len(parts) > 2 else ""
-    is_extra_layer = number.isdecimal() and int(number) >= with_defaults(config)["num_hidden_layers"]
-    return not is_extra_layer and not name.endswith("rotary_emb.inv_freq")
+    return _layer(name) < with_defaults(config)["num_hidden_layers"] and not name.endswith("rotary_emb.inv_freq")
 
 
 def _missing(config: Config, headers: Headers) -> list[str]:
@@ -134,6 +147,13 @@ def _unexpected(config: Config, headers: Headers) -> list[str]:
     known = {*expected_tensors(config), "lm_head.weight"}
     quantised = bool(config.get("quantization_config"))
     return [] if quantised else [name for name in headers if name not in known and _in_layers(name, config)]
+
+
+def _uncounted(config: Config, headers: Headers) -> list[str]:
+    """Returns tensors of layers after those that config.json counts, multi-token prediction layers among them."""
+    counted = config.get("num_nextn_predict_layers", 1)
+    layers = with_defaults(config)["num_hidden_layers"] + (counted if isinstance(counted, int) else 0)
+    return [name for name in headers if _layer(name) >= layers]
 
 
 def _not_floats(config: Config, headers: Headers) -> list[str]:
@@ -170,7 +190,17 @@ RULES: tuple[Rule | TensorRule, ...] = (
     Rule(
         ("vllm", "llama.cpp"),
         lambda config: "scoring_func" not in config,
-        Finding("scoring_func", "absent, and read as softmax", "write scoring_func: sigmoid", f"{_VLLM}; {_LLAMA_CPP}"),
+        Finding(
+            "scoring_func",
+            "absent, and read as softmax",
+            "write scoring_func: sigmoid",
+            f"{_VLLM_RUN}: other logits; {_LLAMA_CPP}",
+        ),
+    ),
+    Rule(
+        ("sglang",),
+        lambda config: "scoring_func" not in config,
+        Finding("scoring_func", "absent, and loading stops", "write scoring_func: sigmoid", _SGLANG),
     ),
     Rule(
         ("vllm", "sglang", "llama.cpp"),
@@ -179,7 +209,17 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "topk_method",
             "{topk_method}, so the routing bias is not read",
             "write topk_method: noaux_tc",
-            f"{_VLLM}; {_SGLANG_MODEL}; {_LLAMA_CPP}",
+            f"{_VLLM_RUN}: it stops at the bias; {_SGLANG}: it stops where the field is absent; {_LLAMA_CPP}",
+        ),
+    ),
+    Rule(
+        ("transformers", "vllm", "sglang"),
+        lambda config: _has_experts(config) and None in (config.get("n_group", 1), config.get("topk_group", 1)),
+        Finding(
+            "n_group",
+            "n_group {n_group} and topk_group {topk_group}: null is no number of groups",
+            "write n_group: 1 and topk_group: 1",
+            f"{_TRANSFORMERS}: it stops; {_VLLM_RUN}: it stops; {_SGLANG}",
         ),
     ),
     Rule(
@@ -200,7 +240,7 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "attention_bias",
             "the bias of kv_a_proj_with_mqa is dropped, so the output is wrong",
             "convert with --profile portable and without --exact",
-            f"{_VLLM}; {_SGLANG}",
+            f"{_VLLM_RUN}: other logits; {_SGLANG}",
         ),
     ),
     Rule(
@@ -220,7 +260,7 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "rope_parameters",
             "of rope types only the default and yarn are read",
             "convert with --profile portable and without --exact",
-            f"{_VLLM}; {_SGLANG}; {_LLAMA_CPP}",
+            f"{_VLLM_RUN}: other logits, or it stops; {_SGLANG}; {_LLAMA_CPP}",
         ),
     ),
     Rule(
@@ -284,37 +324,47 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "hidden_act",
             "{hidden_act}: only silu is computed",
             "train with silu",
-            f"{_VLLM_MODEL}; {_SGLANG_MODEL}; {_LLAMA_CPP}: other logits",
+            f"{_VLLM_RUN}: it stops; {_SGLANG}: it stops; {_LLAMA_CPP}: other logits",
         ),
     ),
     Rule(
-        ("vllm", "sglang", "llama.cpp"),
+        ("vllm", "llama.cpp"),
         lambda config: config.get("rope_interleave") is False,
         Finding(
             "rope_interleave",
             "false, and pairs of neighbouring channels are rotated all the same",
             "interleave the rotated rows of the queries and of kv_a_proj_with_mqa, and write true",
-            f"{_VLLM_MODEL}; {_SGLANG_MODEL}; {_LLAMA_CPP}: other logits",
+            _OTHER,
         ),
     ),
     Rule(
-        ("vllm", "llama.cpp"),
+        ("vllm", "sglang", "llama.cpp"),
         lambda config: _yarn(config).get("truncate", True) is False,
         Finding(
             "rope_parameters",
             "YaRN's truncate: false is not read",
             "train with the default",
-            f"read in vLLM's get_rope; {_LLAMA_CPP}: other logits",
+            f"{_SGLANG}; {_OTHER}",
         ),
     ),
     Rule(
-        ("vllm",),
+        ("vllm", "sglang"),
         lambda config: _yarn(config).get("attention_factor") is not None,
         Finding(
             "rope_parameters",
             "YaRN's attention_factor is not read",
             "say it by mscale and mscale_all_dim",
-            "read in vLLM's get_rope",
+            f"{_VLLM_RUN}: other logits; {_SGLANG}",
+        ),
+    ),
+    Rule(
+        ("vllm", "sglang"),
+        lambda config: _scales_alone(_yarn(config)),
+        Finding(
+            "rope_parameters",
+            "YaRN's mscale without mscale_all_dim, or the reverse, scales the rotation; in transformers it does not",
+            "train with both of them, or with neither",
+            f"{_VLLM_RUN}: other logits; {_SGLANG}",
         ),
     ),
     Rule(
@@ -349,12 +399,22 @@ RULES: tuple[Rule | TensorRule, ...] = (
     ),
     Rule(
         ("llama.cpp",),
-        lambda config: _has_experts(config) and config.get("n_shared_experts") == 0,
+        _has_no_shared_expert,
         Finding(
             "n_shared_experts",
             "0, and llama.cpp ends with a failed assertion",
             "convert with at least one shared expert",
             _LLAMA_CPP,
+        ),
+    ),
+    Rule(
+        ("vllm",),
+        _has_no_shared_expert,
+        Finding(
+            "n_shared_experts",
+            "0, and vLLM on a CPU ends with a division by zero",
+            "convert with at least one shared expert",
+            f"{_VLLM_RUN}: the process ends",
         ),
     ),
     Rule(
@@ -374,8 +434,8 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "{tensors}",
             "not in the folder though config.json asks for it",
             "fetch the weights again, or write the fields of config.json that they were made with",
-            f"{_TRANSFORMERS}: random numbers in its place, or it stops at a missing expert; {_VLLM_MODEL}; "
-            f"{_SGLANG_MODEL}; {_EXPORT}",
+            f"{_TRANSFORMERS}: random numbers in its place, or it stops at a missing expert; {_VLLM_RUN}: "
+            f"it stops at a missing norm, otherwise what memory holds; {_SGLANG}: what memory holds; {_EXPORT}",
         ),
     ),
     TensorRule(
@@ -385,22 +445,38 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "{tensors}",
             "another shape than config.json asks for",
             "write the sizes into config.json that the weights have",
-            f"{_TRANSFORMERS}: it stops; {_VLLM_MODEL}; {_SGLANG_MODEL}; {_EXPORT}",
+            f"{_TRANSFORMERS}: it stops; {_VLLM_RUN}: it stops, or fills an expert in part; {_SGLANG}; {_EXPORT}",
         ),
     ),
     TensorRule(
-        ("transformers",),
+        ("transformers", "sglang"),
         _unexpected,
-        Finding("{tensors}", "has no place in the model and is left out", "remove it", _TRANSFORMERS, refuses=False),
+        Finding(
+            "{tensors}",
+            "has no place in the model and is left out",
+            "remove it",
+            f"{_TRANSFORMERS}; {_SGLANG}: a warning, but it stops at such a gate_proj or up_proj outside the experts",
+            refuses=False,
+        ),
     ),
     TensorRule(
-        ("vllm", "sglang", "llama.cpp"),
+        ("vllm", "llama.cpp"),
         _unexpected,
         Finding(
             "{tensors}",
             "has no place in the model: loading stops or, at a bias, leaves it out",
             "remove it",
-            f"{_VLLM_MODEL}; read in SGLang's deepseek_weight_loader.py; {_EXPORT}",
+            f"{_VLLM_RUN}; {_EXPORT}",
+        ),
+    ),
+    TensorRule(
+        ("vllm",),
+        _uncounted,
+        Finding(
+            "{tensors}",
+            "is in a layer that num_nextn_predict_layers does not count: loading stops",
+            "write how many such layers there are, or remove it",
+            _VLLM_RUN,
         ),
     ),
     TensorRule(
@@ -415,7 +491,7 @@ RULES: tuple[Rule | TensorRule, ...] = (
             "{tensors}",
             "is not fp32, so the balancing was rounded",
             "write it in fp32, in which every runtime keeps it",
-            f"{_TRANSFORMERS}; {_VLLM_MODEL}; {_SGLANG_MODEL}",
+            f"{_TRANSFORMERS}; {_VLLM_RUN}; {_SGLANG}",
             refuses=False,
         ),
     ),

@@ -70,7 +70,7 @@ CASES: list[tuple[dict[str, Any], set[str]]] = [
     (EVERYWHERE | {"attention_bias": True}, {"vllm", "sglang", "llama.cpp"}),
     (EVERYWHERE | {"rope_parameters": {"rope_type": "longrope"}}, {"vllm", "sglang", "llama.cpp"}),
     (without("rope_parameters") | {"rope_scaling": {"type": "longrope"}}, {"vllm", "sglang", "llama.cpp"}),
-    (without("scoring_func"), {"vllm", "llama.cpp"}),
+    (without("scoring_func"), {"vllm", "sglang", "llama.cpp"}),
     (without("topk_method"), {"vllm", "sglang", "llama.cpp"}),
     (without("num_nextn_predict_layers"), set()),
     (EVERYWHERE | {"q_lora_rank": None}, set()),
@@ -80,18 +80,23 @@ CASES: list[tuple[dict[str, Any], set[str]]] = [
     (EVERYWHERE | {"n_group": 3, "topk_group": 3}, set(RUNTIMES)),
     (EVERYWHERE | {"topk_group": 5}, set(RUNTIMES)),
     (EVERYWHERE | {"num_experts_per_tok": 5}, set(RUNTIMES)),
-    (EVERYWHERE | {"n_group": None, "topk_group": None}, set()),
+    (EVERYWHERE | {"n_group": None, "topk_group": None}, {"transformers", "vllm", "sglang"}),
+    (EVERYWHERE | {"n_group": None, "topk_group": None, "first_k_dense_replace": 2}, set()),
     (EVERYWHERE | {"hidden_act": "gelu"}, {"vllm", "sglang", "llama.cpp"}),
-    (EVERYWHERE | {"rope_interleave": False}, {"vllm", "sglang", "llama.cpp"}),
-    (EVERYWHERE | {"rope_parameters": YARN | {"truncate": False}}, {"vllm", "llama.cpp"}),
-    (EVERYWHERE | {"rope_parameters": YARN | {"attention_factor": 1.2}}, {"vllm"}),
+    (EVERYWHERE | {"rope_interleave": False}, {"vllm", "llama.cpp"}),
+    (EVERYWHERE | {"rope_parameters": YARN | {"truncate": False}}, {"vllm", "sglang", "llama.cpp"}),
+    (EVERYWHERE | {"rope_parameters": YARN | {"attention_factor": 1.2}}, {"vllm", "sglang"}),
+    (EVERYWHERE | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}, set()),
+    (EVERYWHERE | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0}}, set()),
+    (EVERYWHERE | {"rope_parameters": YARN | {"mscale": 0.7}}, {"vllm", "sglang"}),
+    (EVERYWHERE | {"rope_parameters": YARN | {"mscale_all_dim": 0.7}}, {"vllm", "sglang"}),
     (EVERYWHERE | {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1.0}}, set()),
     (EVERYWHERE | {"rope_parameters": YARN | {"beta_fast": 16}}, {"llama.cpp"}),
     (EVERYWHERE | {"rope_parameters": YARN | {"beta_slow": 2}}, {"llama.cpp"}),
     (EVERYWHERE | {"qk_nope_head_dim": 0}, {"vllm", "llama.cpp"}),
     (EVERYWHERE | {"num_hidden_layers": 27}, {"llama.cpp"}),
     (EVERYWHERE | {"num_hidden_layers": 26, "q_lora_rank": None}, set()),
-    (EVERYWHERE | {"n_shared_experts": 0}, {"llama.cpp"}),
+    (EVERYWHERE | {"n_shared_experts": 0}, {"vllm", "llama.cpp"}),
     (EVERYWHERE | {"n_shared_experts": 0, "first_k_dense_replace": 2}, set()),
     (EVERYWHERE | {"n_routed_experts": 1028}, {"llama.cpp"}),
 ]
@@ -126,8 +131,8 @@ TENSOR_CASES: list[tuple[dict[str, Header], set[str], str]] = [
     (altered(HEAD, shape=(3, 3)), set(RUNTIMES), "lm_head.weight: another shape"),
     (altered(HEAD, dtype="F8_E4M3"), {"llama.cpp"}, "lm_head.weight: is quantised"),
     (altered(f"{GATE}.e_score_correction_bias", dtype="BF16"), set(), "is not fp32"),
-    (HEADERS | {f"{GATE}.scale": HEADERS[HEAD]}, {"vllm", "sglang", "llama.cpp"}, "gate.scale: has no place"),
-    (HEADERS | {"model.layers.2.enorm.weight": HEADERS[HEAD]}, set(), ""),
+    (HEADERS | {f"{GATE}.scale": HEADERS[HEAD]}, {"vllm", "llama.cpp"}, "gate.scale: has no place"),
+    (HEADERS | {"model.layers.2.enorm.weight": HEADERS[HEAD]}, {"vllm"}, ""),
     (HEADERS | {"model.layers.0.self_attn.rotary_emb.inv_freq": HEADERS[HEAD]}, set(), ""),
 ]
 
@@ -147,6 +152,12 @@ def test_a_head_on_disk_excuses_tied_embeddings() -> None:
 def test_scales_of_a_quantised_checkpoint_are_expected() -> None:
     headers = HEADERS | {"lm_head.weight_scale_inv": HEADERS[HEAD]}
     assert refusing(EVERYWHERE | {"quantization_config": {"quant_method": "fp8"}}, headers) == set()
+
+
+def test_a_counted_prediction_layer_is_expected() -> None:
+    headers = HEADERS | {"model.layers.2.enorm.weight": HEADERS[HEAD]}
+    assert refusing(EVERYWHERE | {"num_nextn_predict_layers": 1}, headers) == set()
+    assert refusing(without("num_nextn_predict_layers"), headers) == set()
 
 
 def test_a_foreign_config_is_told_nothing_else() -> None:
