@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load, load_tokenizer, save
 from smolseek.checkpoint.source import resolve_folder
 from smolseek.export.gguf import export_gguf
 from smolseek.export.special import KNOWN_ENDS
-from smolseek.export.vocabulary import PRE_TYPES
+from smolseek.formats.pre_tokenizers import PRE_TYPES
 from smolseek.formats.runtimes import LARGEST_LLAMA_CPP_EXPERTS
 from smolseek.model import StockModel
 from tests.export.folders import (
