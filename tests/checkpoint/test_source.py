@@ -96,7 +96,7 @@ def test_only_the_files_in_use_are_fetched(asked):
 
 FOREIGN = {
     "adapter_config.json": "a LoRA .* merge_and_unload",
-    "model-q4.gguf": "GGUF is a format to run models",
+    "model-q4.gguf": "a folder with a GGUF file; name that file itself",
     "model_index.json": "a diffusers pipeline",
     "model.onnx": "ONNX is a format to run models",
 }
