@@ -29,7 +29,7 @@ AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Returns the fast tokenizer of a folder or hub id.
+    """Returns the fast tokenizer of a folder, hub id or GGUF file.
 
     Raises:
         ValueError: the folder has no tokenizer, or transformers does not load it.
@@ -92,7 +92,7 @@ def _stock_skeleton(folder: str | Path) -> Any:
 
 
 def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV3 | StockModel:
-    """Loads a model from a folder or hub id: DeepSeek-V3 as our `DeepseekV3`, other causal models by transformers.
+    """Loads a model from a folder, hub id or GGUF file: DeepSeek-V3 as our `DeepseekV3`, others by transformers.
 
     Raises:
         ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers refuses the config, or

@@ -83,6 +83,16 @@ class GgufSource:
         return next((count for part, count in heads.items() if part in name), 0)
 
 
+class _Reader(GGUFReader):
+    """The library's reader, which takes what lies behind the end of a file for nothing, and may count to 2^64 there."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        found = super()._get(offset, dtype, count, override_order)
+        if len(found) < count:
+            raise ValueError(f"it ends before byte {offset + int(count) * np.dtype(dtype).itemsize:,}")
+        return found
+
+
 def read_gguf(path: Path) -> GgufSource:
     """Returns what a GGUF file holds; no numbers of its tensors are read yet.
 
@@ -91,7 +101,7 @@ def read_gguf(path: Path) -> GgufSource:
             or tensors that no family has; or a tensor is missing.
     """
     with refusing(f"{path}: cannot be read as GGUF, it may be cut short; fetch the file again"):
-        reader = GGUFReader(path)
+        reader = _Reader(path)
         keys = {name: field.contents() for name, field in reader.fields.items()}
     _check_kind(path, reader, keys)
     kind = keys["general.architecture"]
