@@ -112,7 +112,8 @@ def test_folders_of_other_kinds_are_named(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.gguf", "GGUF"), ("model.safetensors", "is a file; name the folder")])
-def test_a_file_is_no_folder(name, message, tmp_path):
+def test_a_file_is_no_folder(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=message):
         resolve_folder(tmp_path / name)
