@@ -246,11 +246,12 @@ class Recipe:
     name: str = "run"
     """The run's folder is runs/NAME."""
     source: str | None = None
-    """Checkpoint to start from: a folder, a hub id or builtin:base; none: random weights of `model`."""
+    """Checkpoint to start from: a folder, a hub id, builtin:base or a dense model's GGUF file; none: random weights of
+    `model`."""
     convert: ConvertSettings | None = None
     """Conversion of a dense source; none: the source is trained without conversion."""
     teacher: str | None = None
-    """Dense checkpoint to distil from; none: the source that is converted."""
+    """Dense checkpoint to distil from, named as `source` is; none: the source that is converted."""
     model: dict[str, Any] = field(default_factory=dict)
     """For random weights: model_type (deepseek_v3 or llama) and fields of its transformers config."""
     tokenizer: str | None = None

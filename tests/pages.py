@@ -21,6 +21,7 @@ from smolseek.data.documents import Document
 from smolseek.data.sources import PythonSource
 from smolseek.model import StockModel
 from tests.factories import tiny_llama
+from tests.gguf_files import write_gguf
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +75,7 @@ def _workshop() -> tempfile.TemporaryDirectory[str]:
     folder = Path(kept.name)
     for name in DENSE:
         save(StockModel(tiny_llama(**SIZES)), folder / name, tokenizer_from=tiny_tokenizer())
+    write_gguf(folder / DENSE[0], folder / "model.gguf")
     for seed, name in enumerate(("my-text.txt", "held-out.txt", "other-text.txt")):
         write_stories(folder / name, seed=seed)
     (folder / "prompt.txt").write_text("Anna sees", encoding="utf-8")
@@ -108,6 +110,7 @@ def _furnish(folder: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
             shutil.rmtree(folder / name)
     monkeypatch.chdir(folder)
     monkeypatch.setattr("smolseek.checkpoint.source.BUILTIN_BASE", None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(folder / "assets"))
     monkeypatch.setattr(PythonSource, "records", functools.partialmethod(_beginnings, PythonSource.records))
 
 

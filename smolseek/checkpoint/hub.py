@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +14,7 @@ from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
 from smolseek.formats.fields import Rule, check_fields, number
+from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts
 
@@ -28,28 +28,8 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
 AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
 
 
-@contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Turns whatever transformers raises into a ValueError of one line, `what` and the reason in brackets.
-
-    There is no list of what it raises: a broken file meets any of its code. Too little memory is no fault of the file.
-    """
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # that of tokenizers, in Rust
-            raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # The line behind "Validation error for field ..." has the reason.
-        said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(f"{what} ({kind}{said[:200]})") from error
-
-
 def load_tokenizer(folder: str | Path) -> Any:
-    """Returns the fast tokenizer of a folder or hub id.
+    """Returns the fast tokenizer of a folder, hub id or GGUF file.
 
     Raises:
         ValueError: the folder has no tokenizer, or transformers does not load it.
@@ -58,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     path = resolve_folder(folder)
     check_tokenizer(path, folder)
-    with _refusing(f"checkpoint {folder}: transformers does not load its tokenizer{_sentencepiece_remedy(path)}"):
+    with refusing(f"checkpoint {folder}: transformers does not load its tokenizer{_sentencepiece_remedy(path)}"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer("a")  # some fields are first read when a text is encoded
         return tokenizer
@@ -81,7 +61,7 @@ def load_config(folder: str | Path) -> Any:
     from transformers import AutoConfig, DeepseekV3Config
 
     tree = read_config(folder)
-    with _refusing(f"checkpoint {folder}: transformers does not take its config.json"):
+    with refusing(f"checkpoint {folder}: transformers does not take its config.json"):
         if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
             config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
         else:
@@ -107,12 +87,12 @@ def _stock_skeleton(folder: str | Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
-    with _refusing(f"checkpoint {folder}: transformers builds no model from its config.json"), torch.device("meta"):
+    with refusing(f"checkpoint {folder}: transformers builds no model from its config.json"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV3 | StockModel:
-    """Loads a model from a folder or hub id: DeepSeek-V3 as our `DeepseekV3`, other causal models by transformers.
+    """Loads a model from a folder, hub id or GGUF file: DeepSeek-V3 as our `DeepseekV3`, others by transformers.
 
     Raises:
         ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers refuses the config, or
@@ -125,7 +105,7 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     config = load_config(folder)
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
     _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
-    with _refusing(f"checkpoint {source}: no model can be built from its config.json"):
+    with refusing(f"checkpoint {source}: no model can be built from its config.json"):
         with torch.device("meta"):
             model = DeepseekV3(config)
         # No checkpoint holds the rope table and the expert counts.
@@ -160,7 +140,7 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     for name, weight in _stock_skeleton(folder).state_dict().items():  # before memory is taken for them
         if name in tensors.headers and tensors.shape(name) != weight.shape:
             raise ValueError(_misfit(name, tensors.shape(name), tuple(weight.shape)))
-    with _refusing(f"checkpoint {source}: transformers does not load model_type {model_type!r}"):
+    with refusing(f"checkpoint {source}: transformers does not load model_type {model_type!r}"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
         )
@@ -177,7 +157,7 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
 @torch.no_grad()
 def _tried(model: AnyModel, source: str | Path) -> AnyModel:
     """Returns the model after one token: some fields of a config.json are first read when a model runs."""
-    with _refusing(f"checkpoint {source}: its model does not run"):
+    with refusing(f"checkpoint {source}: its model does not run"):
         model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))
     if isinstance(model, DeepseekV3):
         take_expert_counts(model)

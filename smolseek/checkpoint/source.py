@@ -1,4 +1,4 @@
-"""Finds a checkpoint (a folder, builtin:base or a hub id) and reads its JSON files. Imports no torch."""
+"""Finds a checkpoint (a folder, a GGUF file, builtin:base or a hub id) and reads its JSON files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek.checkpoint.licence import LICENCE_FILES
-from smolseek.formats.foreign import describe_foreign
+from smolseek.formats.foreign import describe_foreign, is_gguf
 
 BUILTIN_BASE = "builtin:base"
 TOKENIZER_FILES = (
@@ -52,18 +52,23 @@ _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+)
 
 
 def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES) -> Path:
-    """Returns the local folder of a checkpoint: a folder, builtin:base, or a hub id (downloaded to the hub's cache).
+    """Returns the local folder of a checkpoint: a folder, builtin:base, a hub id or a GGUF file of a dense model.
 
-    A hub id may have a revision (a branch, a tag or a commit): owner/name@revision.
+    A hub id may have a revision (a branch, a tag or a commit): owner/name@revision. It is downloaded to the hub's
+    cache. A GGUF file is unpacked into a folder beside that cache.
 
     Raises:
-        ValueError: `source` is none of these, or the download failed.
+        ValueError: `source` is none of these, the download failed, or as `unpack` does.
     """
     if str(source) == BUILTIN_BASE:
         return Path(__file__).parent.parent / "assets" / "base-python"
     folder = Path(source)
     if folder.is_dir():
         return folder
+    if is_gguf(folder):
+        from smolseek.checkpoint.gguf import unpack
+
+        return unpack(folder)
     if folder.is_file():
         raise ValueError(f"checkpoint {source}: {describe_foreign(folder)}")
     hub_id = _HUB_ID.fullmatch(str(source))
@@ -176,12 +181,16 @@ def read_conversion(folder: str | Path) -> dict[str, Any] | None:
 
 
 def fetch_config(source: str | Path) -> dict[str, Any]:
-    """Returns the config of a folder, a config.json, builtin:base or a hub id; downloads only config.json.
+    """Returns the config of a folder, a config.json, builtin:base, a GGUF file or a hub id, without its weights.
 
     Raises:
-        ValueError: as `resolve_folder` and `read_config` do.
+        ValueError: as `resolve_folder`, `read_config` and `read_gguf` do.
     """
     path = Path(source)
     if path.suffix == ".json" and path.is_file():
         return read_config(path)
+    if is_gguf(path):
+        from smolseek.formats.gguf_source import read_gguf  # its library takes a while to import
+
+        return read_gguf(path).config
     return read_config(resolve_folder(source, only=("config.json",)))

@@ -25,7 +25,7 @@ class Plan:
     """Show what a conversion would give, from config.json alone: sizes, cache, time, and which runtimes load it."""
 
     source: tyro.conf.Positional[str]
-    """Folder, config.json, hub id, builtin:base, or a recipe (.yaml)."""
+    """Folder, config.json, hub id, builtin:base, GGUF file of a dense model, or a recipe (.yaml)."""
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
     heal_tokens: int = 10_000_000
     """Training tokens after the conversion, for the estimate of the training time."""
@@ -40,7 +40,7 @@ class Convert:
     """Convert a dense Llama-family checkpoint to a stock DeepSeek-V3 folder."""
 
     source: tyro.conf.Positional[str]
-    """Folder, hub id or builtin:base."""
+    """Folder, hub id, builtin:base or GGUF file."""
     out: tyro.conf.Positional[Path]
     """Folder to write."""
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)

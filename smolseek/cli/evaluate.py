@@ -36,7 +36,7 @@ class Eval:
     """
 
     folder: tyro.conf.Positional[str]
-    """Folder, hub id or builtin:base of any causal model."""
+    """Folder, hub id or builtin:base of any causal model, or GGUF file of a dense one."""
     text: tuple[str, ...] = ()
     """Perplexity and bits per byte of each of these, and of all together: files, globs (.txt, .jsonl, .parquet) or
     builtin:python (its held-out split)."""

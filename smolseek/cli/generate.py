@@ -23,7 +23,7 @@ class Generate:
     """Continue a prompt. Tokens appear as they are drawn; the speed follows at the end."""
 
     folder: tyro.conf.Positional[str]
-    """Folder, hub id or builtin:base: DeepSeek-V3, or any causal model."""
+    """Folder, hub id or builtin:base: DeepSeek-V3, or any causal model; or GGUF file of a dense one."""
     prompt: str | None = None
     """Text to continue; none: read from --prompt-file or standard input."""
     prompt_file: Path | None = None

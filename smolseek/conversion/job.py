@@ -99,7 +99,7 @@ def read_job(
     check_fields(settings)
     name = pinned(source)
     folder = resolve_folder(name)
-    _check_out(out, force, [folder, *(text for text in settings.calibration if text != SELF)])
+    _check_out(out, force, [folder, name, *(text for text in settings.calibration if text != SELF)])
     config = read_config(folder)
     dense = read_source(config)
     check_stock(folder)

@@ -12,28 +12,7 @@ from smolseek.checkpoint.hub import load_tokenizer
 from smolseek.checkpoint.source import read_end_tokens, read_json
 from smolseek.export.differences import check_differences
 from smolseek.export.special import add_special_tokens
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def _split_step(digits: str) -> dict[str, Any]:
-    """Returns the step of tokenizer.json that splits text in Llama 3 and Qwen 2, which differ only in `digits`."""
-    regex = f"{_CONTRACTIONS}{_WORDS}|{digits}{_REST}"
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-PRE_TYPES: dict[str, tuple[list[dict[str, Any]], bool]] = {
-    "gpt-2": ([], True),
-    "smollm": ([{"type": "Digits", "individual_digits": True}], True),
-    "llama-bpe": ([_split_step(r"\p{N}{1,3}")], False),
-    "qwen2": ([_split_step(r"\p{N}")], False),
-}
-"""llama.cpp's names for pre-tokenizations of byte-level BPE. For each: the steps before ByteLevel in tokenizer.json's
-`pre_tokenizer`, and whether ByteLevel splits text too."""
-_WHOLE_WORDS = {"llama-bpe"}
-"""Those of them with which llama.cpp takes a word that is a token as it is, without merges."""
+from smolseek.formats.pre_tokenizers import PRE_TYPES, WHOLE_WORDS
 
 
 def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: str | None = None) -> bool:
@@ -61,7 +40,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
     sentencepiece = bool(tree["model"].get("byte_fallback")) and '"ByteLevel"' not in json.dumps(tree["pre_tokenizer"])
     cut = "default" if sentencepiece else pre or pre_type(tree)
     is_known = sentencepiece or cut in PRE_TYPES
-    check_differences(tree, sentencepiece=sentencepiece, whole_words=cut in _WHOLE_WORDS if is_known else None)
+    check_differences(tree, sentencepiece=sentencepiece, whole_words=cut in WHOLE_WORDS if is_known else None)
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre(cut)
     if sentencepiece:

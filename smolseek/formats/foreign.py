@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_GGUF = "GGUF is a format to run models, not to convert them; name the checkpoint that it was made from"
+_GGUF_MAGIC = b"GGUF"
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (
         "adapter_config.json",
@@ -12,14 +12,22 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
         "that, and name its folder",
     ),
     ("model_index.json", "a diffusers pipeline; name a folder with a language model's config.json"),
-    ("*.gguf", _GGUF),
+    ("*.gguf", "a folder with a GGUF file; name that file itself"),
     ("*.onnx", "ONNX is a format to run models, not to convert them; name the checkpoint that it was made from"),
 )
 """Files that give a folder away, and what it is."""
 
 
+def is_gguf(path: Path) -> bool:
+    """Returns whether a path is a file that begins as GGUF does, or has its ending."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC or path.suffix == ".gguf"
+
+
 def describe_foreign(path: Path) -> str | None:
     """Returns what a folder without a checkpoint, or a file named in a folder's place, is; None if nothing tells."""
     if path.is_file():
-        return _GGUF if path.suffix == ".gguf" else "is a file; name the folder that it lies in"
+        return "is a file; name the folder that it lies in"
     return next((said for pattern, said in _FOREIGN if next(path.glob(pattern), None)), None)

@@ -96,7 +96,7 @@ def test_only_the_files_in_use_are_fetched(asked):
 
 FOREIGN = {
     "adapter_config.json": "a LoRA .* merge_and_unload",
-    "model-q4.gguf": "GGUF is a format to run models",
+    "model-q4.gguf": "a folder with a GGUF file; name that file itself",
     "model_index.json": "a diffusers pipeline",
     "model.onnx": "ONNX is a format to run models",
 }
@@ -112,7 +112,8 @@ def test_folders_of_other_kinds_are_named(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.gguf", "GGUF"), ("model.safetensors", "is a file; name the folder")])
-def test_a_file_is_no_folder(name, message, tmp_path):
+def test_a_file_is_no_folder(name, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     (tmp_path / name).write_text("")
     with pytest.raises(ValueError, match=message):
         resolve_folder(tmp_path / name)

@@ -20,7 +20,7 @@ from smolseek.checkpoint.source import resolve_folder
 from smolseek.data.chat import render_prompt
 from smolseek.export.gguf import export_gguf
 from smolseek.export.special import KNOWN_ENDS
-from smolseek.export.vocabulary import PRE_TYPES
+from smolseek.formats.pre_tokenizers import PRE_TYPES
 from smolseek.formats.runtimes import LARGEST_LLAMA_CPP_EXPERTS
 from smolseek.generation import end_tokens, stream
 from smolseek.model import StockModel

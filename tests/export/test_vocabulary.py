@@ -7,7 +7,8 @@ import pytest
 from gguf import TokenType
 
 from smolseek.export.gguf import export_gguf
-from smolseek.export.vocabulary import PRE_TYPES, pre_type
+from smolseek.export.vocabulary import pre_type
+from smolseek.formats.pre_tokenizers import PRE_TYPES
 from tests.export.folders import read_gguf, tiny_folder
 from tests.text import ENTRIES
 
