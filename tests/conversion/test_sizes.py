@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, colder_windows, distill_steps, refine_steps, window_lengths
+from smolseek.conversion.sizes import (
+    CACHE_SHARE,
+    cache_sizes,
+    colder_windows,
+    distill_steps,
+    refine_steps,
+    window_lengths,
+)
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
