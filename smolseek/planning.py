@@ -20,7 +20,6 @@ from smolseek.conversion.sizes import (
     REFINE_BATCH_TOKENS,
     SPILL_BYTES,
     WRITTEN_TOKENS,
-    colder_windows,
     distill_steps,
     is_small,
     refine_steps,
@@ -261,8 +260,7 @@ def _convert_cost(
 
     Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
     (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
-    the decompositions. Text that the model writes takes 2 flops a weight and token, and
-    2 more where it is not refined on. Each step of refinement takes 8
+    the decompositions. Text that the model writes takes 2 flops a weight and token. Each step of refinement takes 8
     flops for an attention weight and token (6, and Muon's), and both streams pass all weights once, which gives the
     dense model's part of the end-to-end stage but for its head (2 flops). There each step takes 4 flops for every
     weight and 2 more for those that it trains.
@@ -281,9 +279,8 @@ def _convert_cost(
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
     read = wanted_windows(dense_source, settings) * length
     written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
-    colder = colder_windows(dense_source, settings, written // length) * length
     trained = source.weights if is_small(dense_source) else layers * target.attention
-    flops = tokens * 4 * source.weights + float64 / machine.float64_share + (written + 2 * colder) * 2 * source.weights
+    flops = tokens * 4 * source.weights + float64 / machine.float64_share + written * 2 * source.weights
     flops += refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0)
     flops += distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary)
     moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)

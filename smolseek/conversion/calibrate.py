@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.config import SELF
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
-from smolseek.conversion.sizes import WRITTEN_TOKENS, colder_windows, is_small, wanted_windows, window_lengths
+from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, wanted_windows, window_lengths
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
@@ -27,9 +27,6 @@ from smolseek.generation import end_tokens
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype
 
-_COLDEST = 0.6
-"""Lowest temperature of the text for the end-to-end stage alone, whose windows have temperatures from there to 1: what
-the model finds likely is nearer to what people write, and keeps more of LAMBADA (LOG.md)."""
 _JUDGED_WINDOWS = {True: 8, False: 16}
 """Windows to judge by: of a small source, and of others, whose windows are half as long."""
 
@@ -41,9 +38,7 @@ class Calibration:
     moments_BT: Tensor
     """For the second moments; the refinement windows, cut shorter, and no more than the settings ask for."""
     refined_BT: Tensor
-    """For layer-wise refinement."""
-    distilled_BT: Tensor
-    """For the end-to-end stage: the refinement windows, and behind them others that the model writes."""
+    """For layer-wise refinement and the end-to-end stage."""
     judged_BT: Tensor
     """For losses by stage. Nothing is learnt from them, unless there is one window only."""
     facts: dict[str, Any]
@@ -106,11 +101,9 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
     """
     settings, (tokens, length) = job.settings, window_lengths(job.source, job.settings)
     windows_BT, sources = text.windows_BT, text.sources
-    colder_BT = windows_BT[:0]
     if text.sampled:
-        colder = colder_windows(job.source, settings, text.sampled)
-        own_BT, documents = _sampled(job, text.sampled, colder, length, work)
-        windows_BT, colder_BT = torch.cat([windows_BT, own_BT[: text.sampled]]), own_BT[text.sampled :]
+        own_BT, documents = _sampled(job, text.sampled, length, work)
+        windows_BT = torch.cat([windows_BT, own_BT])
         windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(settings.seed))]
         sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]
     most = _JUDGED_WINDOWS[is_small(job.source)]
@@ -121,19 +114,16 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         "windows": len(moments_BT),
         "window_tokens": tokens,
         "refinement_tokens": refined_BT.numel(),
-        "end_to_end_tokens": refined_BT.numel() + colder_BT.numel(),
         "judged_tokens": judged_BT.numel(),
         "judged_apart": bool(judged),
         "sources": sources,
-        "tokens_sha256": _digest(torch.cat([windows_BT, colder_BT])),
+        "tokens_sha256": _digest(windows_BT),
     }
-    return Calibration(moments_BT, refined_BT, torch.cat([refined_BT, colder_BT]), judged_BT, facts)
+    return Calibration(moments_BT, refined_BT, judged_BT, facts)
 
 
-def _sampled(job: Job, windows: int, colder: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:
+def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:
     """Returns windows that the model writes and their number of documents, from `work` if they are there.
-
-    Behind the `windows` of temperature 1 there are `colder` ones.
 
     The model that writes has its weights in the dtype of products; it is gone before the one to convert is loaded.
     """
@@ -144,7 +134,7 @@ def _sampled(job: Job, windows: int, colder: int, window_tokens: int, work: Work
         windows_BT, documents = sample_windows(
             writer.model,
             read_openings(tokenizer, job.source.vocab_size, ends),
-            temperature_B=torch.cat([torch.ones(windows), torch.linspace(_COLDEST, 1, colder)]),
+            windows=windows,
             window_tokens=window_tokens,
             end_tokens=ends,
             seed=job.settings.seed,

@@ -45,7 +45,7 @@ def distill_model(
 ) -> float | None:
     """Train the student in place and return its loss on the judged windows.
 
-    `dense_BTD` are the dense model's final states on the first windows, if they are known.
+    `dense_BTD` are the dense model's final states on the refinement windows, if they are known.
 
     Returns None where the judged windows moved away from the dense model by it: then the training is undone.
     """
@@ -57,8 +57,8 @@ def distill_model(
     distill(
         student,
         dense.get_output_embeddings().weight,
-        calibration.distilled_BT,
-        _all_states(dense, calibration.distilled_BT, dense_BTD),
+        calibration.refined_BT,
+        final_states(dense, calibration.refined_BT) if dense_BTD is None else dense_BTD,
         trained,
         steps=job.distill_steps,
         seed=job.settings.seed,
@@ -109,13 +109,6 @@ def distillation_loss(student: DeepseekV3, dense_head_VD: Tensor, ids_BT: Tensor
     with autocast(ids_BT.device, "auto"):
         hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
         return divergence(hidden_ND, student.lm_head.weight, dense_BTD.flatten(0, 1), dense_head_VD)
-
-
-def _all_states(dense: Any, windows_BT: Tensor, known_BTD: Tensor | None) -> Tensor:
-    """Returns the dense model's final states on all windows; those on the first may be known."""
-    known = [] if known_BTD is None else [known_BTD]
-    rest_BT = windows_BT[sum(map(len, known)) :]
-    return torch.cat([*known, *([final_states(dense, rest_BT)] if len(rest_BT) else [])])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes itself, sampled from all that it may say.
+"""Calibration text that the dense model writes itself, sampled at temperature 1 from all that it may say.
 
 Shapes: B windows, T tokens in each, S tokens attended to, V vocab_size, L num_hidden_layers, H num_attention_heads, G
 num_key_value_heads, r = H / G, d head_dim, Z ordinary tokens.
@@ -63,7 +63,7 @@ def sample_windows(
     model: Any,
     openings: Openings,
     *,
-    temperature_B: Tensor,
+    windows: int,
     window_tokens: int,
     end_tokens: Sequence[int],
     seed: int,
@@ -71,9 +71,8 @@ def sample_windows(
 ) -> tuple[Tensor, int]:
     """Returns windows (B, T) of text that the model writes, and the number of documents that begin in them.
 
-    Behind its opening a document is drawn from the model's full distribution, at its window's temperature. After one of
-    `end_tokens` the next document begins in the same window; it sees what stands before it, as packed text does in the
-    calibration.
+    Behind its opening a document is drawn from the model's full distribution. After one of `end_tokens` the next
+    document begins in the same window; it sees what stands before it, as packed text does in the calibration.
 
     `model` is a transformers Llama-like model, which computes in its own dtype. `on_progress(done, count)` tells how
     many tokens are written.
@@ -82,13 +81,9 @@ def sample_windows(
         ValueError: the model gives NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
-    windows_BT, documents, done = torch.empty(len(temperature_B), window_tokens, dtype=torch.long), 0, 0
-    ends, parts = (
-        torch.tensor(end_tokens, dtype=torch.long),
-        -(-len(windows_BT) // _windows_at_once(model.config, window_tokens)),
-    )
-    for part_BT, part_B in zip(windows_BT.chunk(parts), temperature_B.to(model.device).chunk(parts), strict=True):
-        for new_documents in _write(model, openings, part_BT, part_B, ends, generator):
+    windows_BT, documents, done = torch.empty(windows, window_tokens, dtype=torch.long), 0, 0
+    for part_BT in windows_BT.chunk(-(-windows // _windows_at_once(model.config, window_tokens))):
+        for new_documents in _write(model, openings, part_BT, torch.tensor(end_tokens, dtype=torch.long), generator):
             documents += new_documents
             done += len(part_BT)
             on_progress(done, windows_BT.numel())
@@ -96,43 +91,31 @@ def sample_windows(
 
 
 def _write(
-    model: Any,
-    openings: Openings,
-    windows_BT: Tensor,
-    temperature_B: Tensor,
-    ends: Tensor,
-    generator: torch.Generator,
+    model: Any, openings: Openings, windows_BT: Tensor, ends: Tensor, generator: torch.Generator
 ) -> Iterator[int]:
     """Fills windows token by token; yields after each how many documents begin with it."""
     opening = len(openings.start) + 1
     index_B = torch.zeros(len(windows_BT), dtype=torch.long)  # of the next token in its document's opening
-    with cached_attention(model, *windows_BT.shape) as next_logits:
+    with cached_attention(model, *windows_BT.shape) as next_probabilities:
         for position in range(windows_BT.shape[1]):
             token_B, free_B = openings.draw(index_B, generator), index_B == opening
             if position:
-                p_BV = _chances(next_logits(windows_BT[:, position - 1]) / temperature_B[:, None])
+                p_BV = next_probabilities(windows_BT[:, position - 1])
                 token_B = torch.where(free_B, sample_labels(p_BV, generator)[:, 0].cpu(), token_B)
             windows_BT[:, position] = token_B
             yield int((index_B == 0).sum())
             index_B = (index_B + 1).clamp_(max=opening).masked_fill_(free_B & torch.isin(token_B, ends), 0)
 
 
-def _chances(logits_BV: Tensor) -> Tensor:
-    """Returns the chances of next tokens; raises ValueError if a model gives NaN or infinity."""
-    p_BV = logits_BV.softmax(-1)
-    if not p_BV[:, 0].isfinite().all():  # one such logit makes all chances of its row NaN
-        raise ValueError(
-            "the model gives NaN or infinity for a next token: its weights are broken; fetch the checkpoint again"
-        )
-    return p_BV
-
-
 @contextmanager
 def cached_attention(model: Any, rows: int, tokens: int) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields a function that takes the next token (B,) of each row and returns the logits (B, V) of the one after it.
+    """Yields a function that takes the next token (B,) of each row and returns the chances (B, V) of the one after it.
 
     Keys and values lie in memory that is taken once, and the queries that share a key meet it together. transformers'
     own cache is copied at every token, and its attention repeats keys: together that takes longer than all products.
+
+    Raises:
+        ValueError: the model gives NaN or infinity; from the function.
     """
     heads, head_dim = _key_shape(model.config)
     shape = (len(model.base_model.layers), rows, heads, tokens, head_dim)
@@ -146,18 +129,23 @@ def cached_attention(model: Any, rows: int, tokens: int) -> Iterator[Callable[[T
         out_BGrd = F.scaled_dot_product_attention(query_BGrd, keys_BGSd, values_BGSd, scale=scaling)
         return out_BGrd.flatten(1, 2)[:, None], None
 
-    def next_logits(token_B: Tensor) -> Tensor:
+    def next_probabilities(token_B: Tensor) -> Tensor:
         nonlocal length
         position = torch.full((1, 1), length, device=model.device)
         out = model.base_model(token_B[:, None].to(model.device), position_ids=position, use_cache=False)
         length += 1
-        return model.get_output_embeddings()(out.last_hidden_state[:, 0]).float()
+        p_BV = model.get_output_embeddings()(out.last_hidden_state[:, 0]).float().softmax(-1)
+        if not p_BV[:, 0].isfinite().all():  # one such logit makes all chances of its row NaN
+            raise ValueError(
+                "the model gives NaN or infinity for a next token: its weights are broken; fetch the checkpoint again"
+            )
+        return p_BV
 
     before = model.config._attn_implementation
     AttentionInterface.register(_IMPLEMENTATION, attend)
     model.set_attn_implementation(_IMPLEMENTATION)
     try:
-        yield next_logits
+        yield next_probabilities
     finally:
         model.set_attn_implementation(before)
 

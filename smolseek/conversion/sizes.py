@@ -110,16 +110,6 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
     return wanted
 
 
-def colder_windows(source: DenseSource, settings: ConvertSettings, written: int) -> int:
-    """Returns how many windows the model writes for the end-to-end stage alone, beside `written` for all stages.
-
-    The few steps of a large source meet as much text once more; the many of a small one go over theirs anyway.
-    """
-    if is_small(source) or not distill_steps(source, settings):
-        return 0
-    return min(written, max(0, WRITTEN_TOKENS // window_lengths(source, settings)[1] - written))
-
-
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:
     """Returns (kv_lora_rank, qk_rope_head_dim) that keep about `share` of the source's cache.
 

@@ -38,16 +38,6 @@ def test_a_conversion_without_any_text(source, quick, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_end_to_end_stage_of_a_large_source_has_text_of_its_own(source, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrate, "colder_windows", lambda source, settings, written: written - 4)
-    out = convert(source, tmp_path / "out", settings=quick(calibration=(), distill_steps=2))
-    facts = json.loads((out / "conversion.json").read_text())["calibration"]
-    assert facts["sources"][0]["windows"] == 14 + 10
-    assert (facts["refinement_tokens"], facts["end_to_end_tokens"]) == (11 * 64, 21 * 64)
-    calibration = read(source, tmp_path / "other", quick(calibration=(), distill_steps=2))
-    assert torch.equal(calibration.distilled_BT[:11], calibration.refined_BT)
-
-
 def test_the_same_seed_and_nothing_named_give_the_same_windows(source, quick, tmp_path):
     first, named, other = (
         all_windows(read(source, tmp_path / "out", quick(**changes)))

@@ -7,14 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import (
-    CACHE_SHARE,
-    cache_sizes,
-    colder_windows,
-    distill_steps,
-    refine_steps,
-    window_lengths,
-)
+from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, refine_steps, window_lengths
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
@@ -91,12 +84,6 @@ def test_profile_vllm_takes_the_nearest_of_its_caches(kv_heads: int, share: floa
 def test_profile_vllm_takes_no_cache_that_the_source_cannot_fill() -> None:
     narrow = read_source(TINY | {"num_key_value_heads": 4, "head_dim": 64, "hidden_size": 320})
     assert cache_sizes(narrow, 1.0, "vllm") == (256, 64)  # 448 + 64 are all 512 numbers, of 320 directions
-
-
-def test_a_large_source_writes_as_much_again_for_the_end_to_end_stage() -> None:
-    large, none = read_source(SMOLLM2_135M), ConvertSettings(distill_steps=0)
-    assert [colder_windows(large, ConvertSettings(), written) for written in (100, 144, 256, 300)] == [100, 112, 0, 0]
-    assert colder_windows(large, none, 100) == colder_windows(read_source(TINY), ConvertSettings(), 100) == 0
 
 
 def test_smollm2_sizes() -> None:
