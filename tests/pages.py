@@ -25,7 +25,7 @@ from tests.gguf_files import write_gguf
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 ROOT = Path(__file__).parent.parent
-DENSE = ("HuggingFaceTB/SmolLM2-135M", "llama-folder", "builtin:base")
+DENSE = ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama-folder", "builtin:base")
 """Names of dense checkpoints on the pages: folders of these names hold a tiny Llama."""
 SIZES = {"vocab_size": ENTRIES, "head_dim": 64, "max_position_embeddings": 512}
 """Of that Llama: heads as wide as SmolLM2's, so that every profile fits."""

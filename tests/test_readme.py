@@ -11,4 +11,4 @@ def test_the_two_commands_are_first():
 
 def test_the_walk_through_runs(tmp_path, monkeypatch, capsys):
     ran = walk(README, tmp_path, monkeypatch, capsys)
-    assert {"plan", "convert", "eval", "train", "generate"} <= ran
+    assert {"plan", "convert", "eval", "train", "chat", "report", "check", "export"} <= ran
