@@ -209,7 +209,7 @@ class Measurement:
 
 
 def gpu_tests(bench: Bench) -> Iterator[Measurement]:
-    """The tests that need a CUDA device."""
+    """Yields the tests that need a CUDA device."""
 
     def run() -> Row:
         if bench.device == "cpu":
@@ -239,7 +239,7 @@ def counted(told: str) -> Row:
 
 
 def conversion(bench: Bench) -> Iterator[Measurement]:
-    """The conversion at half the cache, by stage; and in a few steps on both devices."""
+    """Yields the conversion at half the cache, by stage; and in a few steps on both devices."""
     out, text = bench.work / "converted", bench.mine.calibration
     if bench.sizes.text:
         text = (str(shutil.copy(ROOT / bench.sizes.text, bench.work / "text.txt")),)
@@ -276,7 +276,7 @@ def losses(folder: Path) -> Row:
 
 
 def training(bench: Bench) -> Iterator[Measurement]:
-    """A training step with experts: ours and transformers'."""
+    """Yields a training step with experts: ours and transformers'."""
     comparison = train_step.Comparison(device=bench.device, **bench.sizes.train)
     tokens, total = comparison.sequences[0], comparison.step_tokens
 
@@ -296,7 +296,7 @@ def training(bench: Bench) -> Iterator[Measurement]:
 
 
 def healing(bench: Bench) -> Iterator[Measurement]:
-    """Healing with the dense teacher, by recipes/heal.yaml."""
+    """Yields healing with the dense teacher, by recipes/heal.yaml."""
     recipe = load_recipe(recipes_folder() / "heal.yaml")
     train = dataclasses.replace(recipe.train, **bench.sizes.heal)
     quiet = dataclasses.replace(recipe, data=BUILTIN, sample=SampleSettings(every=0, prompts=()))
@@ -326,7 +326,7 @@ def healing(bench: Bench) -> Iterator[Measurement]:
 
 
 def decoding(bench: Bench) -> Iterator[Measurement]:
-    """Decoding at several batches and cached lengths: ours, transformers' V3 and the dense model."""
+    """Yields decoding at several batches and cached lengths: ours, transformers' V3 and the dense model."""
     dtype: Any = "bfloat16" if bench.device == "cuda" else "float32"
     names = (decode.OURS, decode.V3, decode.DENSE)
     comparison = decode.Comparison(device=bench.device, competitors=names, dtype=dtype, **bench.sizes.decode)
@@ -348,7 +348,7 @@ def decoding(bench: Bench) -> Iterator[Measurement]:
 
 
 def scratch(bench: Bench) -> Iterator[Measurement]:
-    """The first steps of recipes/scratch-135m.yaml, on Python's own text."""
+    """Yields the first steps of recipes/scratch-135m.yaml, on Python's own text."""
     loaded, entries = load_recipe(recipes_folder() / "scratch-135m.yaml"), bench.sizes.entries
     recipe = dataclasses.replace(
         loaded,
