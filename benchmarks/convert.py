@@ -108,11 +108,16 @@ def write_checkpoint(config: dict[str, Any], folder: Path, tokenizer: Path | Non
 
 
 class Stages:
-    """Seconds and peak memory of each stage, in order."""
+    """Seconds and peak memory of each stage, in order: the GPU's memory if `device` is one, else the process's."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.rows: list[Row] = []
+        self.on_gpu = device == "cuda"
         self.begin("read, calibrate")
+
+    def on_progress(self, stage: str, done: int, count: int) -> None:
+        """Begin the stage that a conversion is in."""
+        self.begin(stage if done < count else f"after {stage}")
 
     def begin(self, stage: str) -> None:
         """End the stage before, unless it is the same one."""
@@ -120,13 +125,16 @@ class Stages:
             return
         self.end()
         self.rows.append({"stage": stage, "seconds": -time.perf_counter()})
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at the present use
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at the present use
 
     def end(self) -> None:
         """End the last stage."""
         if self.rows:
+            self.rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated() if self.on_gpu else resident_bytes("VmHWM")
             self.rows[-1]["seconds"] += time.perf_counter()
-            self.rows[-1]["peak_bytes"] = resident_bytes("VmHWM")
 
 
 def resident_bytes(field: Literal["VmRSS", "VmHWM"]) -> int:
@@ -141,13 +149,7 @@ def measure(source: str, out: str, threads: int | None, fields: dict[str, Any]) 
         torch.set_num_threads(threads)
     _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM, transformers.AutoTokenizer  # lazy imports
     imports, start, stages = resident_bytes("VmRSS"), time.perf_counter(), Stages()
-    convert(
-        source,
-        out,
-        force=True,
-        on_progress=lambda stage, done, count: stages.begin(stage if done < count else f"after {stage}"),
-        **fields,
-    )
+    convert(source, out, force=True, on_progress=stages.on_progress, **fields)
     stages.end()
     rows = [row | {"peak_bytes": row["peak_bytes"] - imports} for row in stages.rows]
     return {"imports_bytes": imports, "seconds": time.perf_counter() - start, "stages": rows}

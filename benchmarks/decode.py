@@ -219,28 +219,33 @@ def compare(mine: Comparison) -> Rows:
     for batch in mine.batches:
         for prompt in mine.prompts:
             names = [n for n in mine.competitors if not rows.find(competitor=n, batch=batch, prompt=prompt)]
-            seconds: dict[str, list[float]] = {name: [] for name in names}
             bandwidth = measure_bandwidth(mine.device) if names else 0.0
-            for _ in range(mine.rounds):
-                for name in names:
-                    with torch.inference_mode():
-                        step = models.start(name, batch, prompt)
-                    seconds[name].append(turn(step, batch, mine.steps, mine.device))
-                    del step
-            for name in names:
+            for name, seconds in measure_cell(mine, models, names, batch, prompt).items():
                 rows.add(
                     competitor=name,
                     batch=batch,
                     prompt=prompt,
-                    seconds=seconds[name],
-                    limit=_limit(mine, models, name, batch, prompt) / bandwidth,
+                    seconds=seconds,
+                    limit=bytes_read(mine, models, name, batch, prompt) / bandwidth,
                     bandwidth=bandwidth,
                 )
-                print(f"  batch {batch}, {prompt}: {name} {statistics.median(seconds[name]) * 1e3:.1f} ms", flush=True)
+                print(f"  batch {batch}, {prompt}: {name} {statistics.median(seconds) * 1e3:.1f} ms", flush=True)
     return rows
 
 
-def _limit(mine: Comparison, models: Models, name: str, batch: int, prompt: int) -> float:
+def measure_cell(mine: Comparison, models: Models, names: list[str], batch: int, prompt: int) -> dict[str, list[float]]:
+    """Returns the seconds per step of each named competitor, turn by turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(mine.rounds):
+        for name in names:
+            with torch.inference_mode():
+                step = models.start(name, batch, prompt)
+            seconds[name].append(turn(step, batch, mine.steps, mine.device))
+            del step
+    return seconds
+
+
+def bytes_read(mine: Comparison, models: Models, name: str, batch: int, prompt: int) -> float:
     """Returns the bytes that a step must read, with the experts of one token; a batch may meet more of them."""
     numbers = 384 if name in (DENSE, COMPILED) else 160
     size = models.dtype.itemsize

@@ -176,7 +176,8 @@ def too_large(mine: Comparison, cell: Cell, name: str) -> bool:
 
 def flops_per_step(config: DeepseekV3Config, step_tokens: int, tokens: int) -> float:
     """Returns the flops of a step's products: three times those of the forward pass, causal attention counted half."""
-    model = DeepseekV3(config)
+    with torch.device("meta"):
+        model = DeepseekV3(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() > 1}
     routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
     active = sum(sizes.values()) - routed * (1 - config.num_experts_per_tok / config.n_routed_experts)
@@ -212,12 +213,15 @@ def measure_peak(mine: Comparison, precision: str) -> float:
     return 2 * 4096**3 / min(seconds_of(lambda: torch.mm(left, right, out=out), mine.device) for _ in range(10))
 
 
-def measure_cell(mine: Comparison, cell: Cell, names: list[str]) -> list[Row]:
-    """Returns each named competitor's row: seconds per step, turn by turn, and seconds of its parts."""
+def measure_cell(mine: Comparison, cell: Cell, names: list[str], peak: float) -> list[Row]:
+    """Returns each named competitor's row: seconds per step, turn by turn, and seconds of its parts.
+
+    `peak` is the FLOP/s that the MFU compares with.
+    """
     torch.manual_seed(0)
     state = DeepseekV3(config_of(mine, cell, "grouped_mm")).state_dict()
     rivals = [Competitor(name, mine, cell, state) for name in names]
-    config, peak = rivals[0].config, measure_peak(mine, cell.precision)
+    config = rivals[0].config
     seconds: dict[str, list[float]] = {name: [] for name in names}
     losses: dict[str, float] = {}
     for turn in range(mine.rounds + 1):
@@ -332,7 +336,7 @@ def compare(mine: Comparison) -> Rows:
             names = [OURS, *(peer for peer in mine.peers if not too_large(mine, cell, peer))]
             names += [OURS + COMPILED, "grouped_mm" + COMPILED] if mine.compiled else []
             if any(not rows.find(competitor=name, **vars(cell)) for name in names):
-                for row in measure_cell(mine, cell, names):
+                for row in measure_cell(mine, cell, names, measure_peak(mine, precision)):
                     rows.add(**row)
                     print(f"  {cell}: {row['competitor']} {statistics.median(row['seconds']):.3f} s", flush=True)
     return rows

@@ -91,9 +91,9 @@ def run_recipe(
                     clear_folder(folder)
                 if not (folder / RUN_FILE).is_file():
                     write_about(folder, recipe, pins, processes.size)
-            model = start.random or _load_model(recipe, folder, own_device, watcher)
+            _convert(recipe, folder, own_device, watcher)
         try:
-            return _train_and_compare(recipe, folder, model.to(own_device), start, pins, resume, watcher, processes)
+            return _train_and_compare(recipe, folder, own_device, start, pins, resume, watcher, processes)
         except ValueError as error:
             if (folder / "converted").exists() and "--resume" not in str(error):
                 raise ValueError(f"{error} (the conversion is kept: mend that and pass --resume)") from error
@@ -112,7 +112,7 @@ def _write(path: Path, text: str) -> None:
 def _train_and_compare(
     recipe: Recipe,
     folder: Path,
-    model: DeepseekV3 | StockModel,
+    device: str,
     start: Start,
     pins: dict[str, str],
     resume: bool,
@@ -120,29 +120,16 @@ def _train_and_compare(
     processes: Processes,
 ) -> dict[str, Any]:
     """Train the model and, if the recipe says so, the dense source; write and return the summary."""
-    device = str(next(model.parameters()).device)
-    teacher, dense = None, _dense(recipe)
-    if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
-        teacher = load_stock(dense, dtype=compute_dtype(torch.device(device), recipe.train.precision), device=device)
-    trainer = Trainer(
-        model,
-        start.tokenizer,
-        recipe,
-        folder,
-        teacher=teacher,
-        held_out=start.held_out,
-        origin=_starting_folder(recipe, folder),
-        tokenizer_from=start.tokenizer_from,
-        processes=processes,
-    )
+    trainer = _new_trainer(recipe, folder, device, start, processes)
     resumed = resume and trainer.resume()
     if resumed and processes.leads:
         write_about(folder, recipe, pins, processes.size)
-    _card(trainer)  # a conversion.json that gives no card is refused before the training
+    _card(trainer).render()  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
-    before = _before(recipe, folder, model)
+    before, card = _before(recipe, folder, trainer.model), _card(trainer)
     trained = "healed" if before else "trained"
-    folders = before | {trained: trainer.save_model("model", _card(trainer))}
+    folders = before | {trained: trainer.save_model("model", card.render())}
+    trainer.release()
     if before and recipe.compare_dense:
         folders["dense_trained"] = _train_dense(trainer, before["dense"], resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
@@ -150,7 +137,7 @@ def _train_and_compare(
     if processes.leads:
         summary = summarize(folders, trainer)
         losses = {name: summary[name]["loss"] for name in folders}
-        _write(folders[trained] / "README.md", _card(trainer, losses))
+        _write(folders[trained] / "README.md", _with_losses(card, losses).render())
         _write_json(folder / "summary.json", summary)
         trainer.log.line(render_summary(summary))
     return processes.from_leader(summary)
@@ -204,26 +191,49 @@ def _read_start(recipe: Recipe) -> Start:
     return Start(tokenizer, tokenizer_from, held_out, None)
 
 
-def _load_model(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> DeepseekV3 | StockModel:
-    """Returns the model to train; converts the source first if the recipe says so and it is not converted yet."""
-    assert recipe.source is not None
-    if recipe.convert is None:
-        return load(recipe.source)
+def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> None:
+    """Convert the source if the recipe says so and it is not converted yet."""
     out = folder / "converted"
-    if not out.exists():
-        watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
-        reported: list[str] = []
+    if recipe.convert is None or out.exists():
+        return
+    assert recipe.source is not None
+    watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
+    reported: list[str] = []
 
-        def on_progress(stage: str, done: int, count: int) -> None:
-            if stage not in reported:
-                reported.append(stage)
-                watcher.on_stage(f"convert: {stage}")
-            watcher.on_progress(stage, done, count)
+    def on_progress(stage: str, done: int, count: int) -> None:
+        if stage not in reported:
+            reported.append(stage)
+            watcher.on_stage(f"convert: {stage}")
+        watcher.on_progress(stage, done, count)
 
-        data = calibration_text(recipe)
-        settings = dataclasses.replace(recipe.convert, calibration=data.train)
-        convert(recipe.source, out, settings=settings, data=data, device=device, on_progress=on_progress)
-    return load(out)
+    data = calibration_text(recipe)
+    settings = dataclasses.replace(recipe.convert, calibration=data.train)
+    convert(recipe.source, out, settings=settings, data=data, device=device, on_progress=on_progress)
+
+
+def _load_model(recipe: Recipe, folder: Path) -> DeepseekV3 | StockModel:
+    """Returns the source, or its conversion if the recipe says so."""
+    assert recipe.source is not None
+    return load(folder / "converted" if recipe.convert else recipe.source)
+
+
+def _new_trainer(recipe: Recipe, folder: Path, device: str, start: Start, processes: Processes) -> Trainer:
+    """Returns the run's trainer, which alone holds the model and the teacher, so that it can release them."""
+    model = start.random or _load_model(recipe, folder)
+    teacher, dense = None, _dense(recipe)
+    if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
+        teacher = load_stock(dense, dtype=compute_dtype(torch.device(device), recipe.train.precision), device=device)
+    return Trainer(
+        model.to(device),
+        start.tokenizer,
+        recipe,
+        folder,
+        teacher=teacher,
+        held_out=start.held_out,
+        origin=_starting_folder(recipe, folder),
+        tokenizer_from=start.tokenizer_from,
+        processes=processes,
+    )
 
 
 def _fit(trainer: Trainer, verb: str, resumed: bool, watcher: Watcher) -> None:
@@ -259,7 +269,7 @@ def _train_dense(healed: Trainer, source: Path, resume: bool, watcher: Watcher) 
         processes=healed.processes,
     )
     _fit(trainer, "train the dense source on the same tokens", resume and trainer.resume(), watcher)
-    return trainer.save_model("model", _card(trainer))
+    return trainer.save_model("model", _card(trainer).render())
 
 
 def _starting_folder(recipe: Recipe, folder: Path) -> Path | None:
@@ -280,14 +290,17 @@ def _before(recipe: Recipe, folder: Path, model: DeepseekV3 | StockModel) -> dic
     return {"dense": resolve_folder(dense), "converted": converted}
 
 
-def _card(trainer: Trainer, losses: dict[str, float] | None = None) -> str:
-    """Returns the model card of a trained folder.
-
-    `losses` has the held-out losses of the compared models by name; without it, the card has the trained model's only.
-    """
+def _card(trainer: Trainer) -> Card:
+    """Returns the model card of a trained folder, with the held-out loss of the trained model only."""
     recipe, quality, config, origin = trainer.recipe, trainer.quality, trainer.model.config.to_dict(), trainer.origin
-    own = {"trained": quality.loss} if quality else {}
-    training = Training(recipe, trainer.step, trainer.trained_tokens, losses or own)
+    losses = {"trained": quality.loss} if quality else {}
+    training = Training(recipe, trainer.step, trainer.trained_tokens, losses)
     tree = disk_config(config) if isinstance(trainer.model, DeepseekV3) else config
     licence, conversion = (licence_fields(origin), read_conversion(origin)) if origin else ({}, None)
-    return Card(recipe.name, tree, licence, conversion, training).render()
+    return Card(recipe.name, tree, licence, conversion, training)
+
+
+def _with_losses(card: Card, losses: dict[str, float]) -> Card:
+    """Returns the card with the held-out losses of the compared models by name."""
+    assert card.training is not None
+    return dataclasses.replace(card, training=dataclasses.replace(card.training, held_out_losses=losses))

@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smolseek.checkpoint.hub import load, load_for_evaluation
+from smolseek.checkpoint.hub import as_ours, load_for_evaluation
 from smolseek.evaluation import measure_balance, measure_decode_speed
 from smolseek.formats.deepseek_v3 import count_parameters
 from smolseek.generation import continue_text, repetition_rate
-from smolseek.model import DeepseekV3, StockModel
+from smolseek.model import DeepseekV3
 from smolseek.planning import cache_bytes_per_token
 from smolseek.training.trainer import Trainer
 
@@ -21,14 +21,12 @@ def summarize(folders: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
     """Returns the summary of a run: measurements of the model in each folder, by name, and totals.
 
     Quality is measured on the trainer's held-out text through stock transformers. MaxVio is that of the last
-    DeepSeek-V3 model that is not the untrained conversion.
+    DeepSeek-V3 model that is not the untrained conversion. Each model is loaded once, and one is in memory at a time.
     """
     summary: dict[str, Any] = {}
     for name, folder in folders.items():
-        model = load(folder, device=str(trainer.device))
-        summary[name] = _measure(model, folder, trainer)
-        if isinstance(model, DeepseekV3) and name != "converted":
-            maxvio = measure_balance(model, trainer.held_out.ids_T)
+        summary[name], maxvio = _measure(folder, trainer, balance=name != "converted")
+        if maxvio is not None:
             summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
             summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
     summary["trained_tokens"] = trainer.trained_tokens
@@ -36,10 +34,14 @@ def summarize(folders: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
     return summary
 
 
-def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> dict[str, Any]:
-    """Returns quality, sizes, decode speed and samples of the model in `folder`."""
-    stock = load_for_evaluation(folder, device=str(trainer.device))
-    quality = trainer.measure(stock)
+def _measure(folder: Path, trainer: Trainer, *, balance: bool) -> tuple[dict[str, Any], dict[int, float] | None]:
+    """Returns quality, sizes, decode speed and samples of the model in `folder`.
+
+    If `balance` is set and the model is DeepSeek-V3, also returns MaxVio by layer, else None.
+    """
+    model = load_for_evaluation(folder, device=str(trainer.device))
+    quality = trainer.measure(model)
+    model = as_ours(model)
     sample = trainer.recipe.sample
     samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
     ids = next(iter(samples.values()))[1] if samples else []
@@ -47,7 +49,7 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     total, active = count_parameters(config) if isinstance(model, DeepseekV3) else (parameters, parameters)
     prompt_T = trainer.held_out.ids_T[: min(128, model.config.max_position_embeddings // 2)]
-    return {
+    row = {
         **quality.to_dict(),
         "cache_bytes_per_token": cache_bytes_per_token(config),
         "total_parameters": total,
@@ -56,6 +58,9 @@ def _measure(model: DeepseekV3 | StockModel, folder: Path, trainer: Trainer) -> 
         "samples": {prompt: text for prompt, (text, _) in samples.items()},
         "repetition_rate": round(repetition_rate(ids), 4),
     }
+    if balance and isinstance(model, DeepseekV3):
+        return row, measure_balance(model, trainer.held_out.ids_T)
+    return row, None
 
 
 def render_summary(summary: dict[str, Any]) -> str:

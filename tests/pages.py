@@ -49,6 +49,7 @@ NOT_RUN = {
     r"smolseek push (?!.*--dry-run)": "uploads: tests/checkpoint/test_push.py",
     r"python benchmarks/healing\.py": "many runs: tests/benchmarks/test_healing.py",
     r"python benchmarks/same_bytes\.py": "many conversions",
+    r"python benchmarks/gpu\.py": "minutes: tests/benchmarks/test_gpu_bench.py",
     r"pytest ": "runs tests",
     r"python docs/serving/": "needs llama.cpp or a server: tests/test_serving.py",
     r"(llama-|vllm |echo |python -m sglang|transformers )": "another program",

@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
+import weakref
 from html import escape
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from smolseek import run
 from smolseek.checkpoint.atomic import exclusive
-from smolseek.checkpoint.hub import load, save
+from smolseek.checkpoint.hub import as_ours, load, load_config, load_for_evaluation, load_stock, save
 from smolseek.config import ConvertSettings, DataSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
+from smolseek.evaluation import measure_balance, measure_quality
+from smolseek.generation import continue_text
 from smolseek.model import StockModel
 from smolseek.reporting.report import write_report
 from smolseek.run import run_recipe
 from smolseek.summary import render_summary
 from smolseek.training.run_folder import write_about
+from smolseek.training.settings import check_inputs
+from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import random_ids, tiny_llama
 from tests.runs import scratch_recipe
@@ -111,6 +117,47 @@ def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert json.loads((folder / "model" / "conversion.json").read_text())["source"] == recipe.source
     about = json.loads((folder / "run.json").read_text())
     assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe))) and "torch" in about["versions"]
+
+
+def test_the_healed_model_is_gone_when_the_dense_one_trains_and_models_are_measured_one_by_one(
+    recipe, tmp_path, monkeypatch
+):
+    held, folders = [], []
+
+    class Watched(Trainer):
+        def release(self):
+            moment = next(iter(self.optimizers[0].state.values()))["exp_avg"]
+            held.extend(map(weakref.ref, (self.model, self.teacher, next(self.model.parameters()), moment)))
+            super().release()
+
+    def load_next(folder, **options):
+        assert not any(reference() for reference in held)
+        folders.append(folder)
+        held.append(weakref.ref(model := load_for_evaluation(folder, **options)))
+        return model
+
+    def take_over(stock):
+        held.append(weakref.ref(model := as_ours(stock)))
+        return model
+
+    def train_next(*about):
+        assert len(held) == 4 and not any(reference() for reference in held)
+        return train_dense(*about)
+
+    train_dense = run._train_dense
+    monkeypatch.setattr(run, "Trainer", Watched)
+    monkeypatch.setattr(run, "_train_dense", train_next)
+    monkeypatch.setattr("smolseek.summary.load_for_evaluation", load_next)
+    monkeypatch.setattr("smolseek.summary.as_ours", take_over)
+    summary = run_recipe(recipe, tmp_path / "run")
+    assert len(folders) == len(set(folders)) == 4
+    tokenizer, healed = tiny_tokenizer(), tmp_path / "run" / "model"
+    held_out = check_inputs(recipe, tokenizer, load_config(healed))
+    for name, folder in zip(("dense", "converted", "healed", "dense_trained"), folders, strict=True):
+        quality = measure_quality(load_stock(folder), held_out.ids_T, held_out.text_bytes, counts_T=held_out.counts_T)
+        assert quality.to_dict().items() <= summary[name].items()
+        assert continue_text(load(folder), tokenizer, "Anna ", recipe.sample)[0] == summary[name]["samples"]["Anna "]
+    assert summary["maxvio"] == round(max(measure_balance(load(healed), held_out.ids_T).values()), 4)
 
 
 def test_a_finished_and_an_interrupted_run_have_a_report(recipe, tmp_path):

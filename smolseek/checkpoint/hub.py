@@ -16,7 +16,7 @@ from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expect
 from smolseek.formats.fields import Rule, check_fields, number
 from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.balance import take_expert_counts
+from smolseek.model.balance import routers, take_expert_counts
 
 _READ_LATER: dict[str, Rule] = dict.fromkeys(
     ("max_position_embeddings", "sliding_window"), number(1, 1e12).or_null()
@@ -162,6 +162,24 @@ def _tried(model: AnyModel, source: str | Path) -> AnyModel:
     if isinstance(model, DeepseekV3):
         take_expert_counts(model)
     return model
+
+
+def as_ours(stock: DeepseekV3 | StockModel) -> DeepseekV3 | StockModel:
+    """Returns a stock DeepSeek-V3 as our model, which shares its weights; any other model as it is."""
+    config, device = stock.config, stock.lm_head.weight.device
+    if isinstance(stock, DeepseekV3) or config.model_type != "deepseek_v3":
+        return stock
+    with torch.device("meta"):
+        model = DeepseekV3(config)
+    model.load_state_dict(stock.model.state_dict(), assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # No state dict holds the rope table and the expert counts.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    for router in routers(model).values():
+        router.expert_counts = torch.zeros_like(router.expert_counts, device=device)
+    model.end_token_ids = stock.end_token_ids
+    return model.eval()
 
 
 def load_for_evaluation(

@@ -5,6 +5,7 @@ Shapes: B windows in a micro-batch, T tokens in each, E n_routed_experts.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -279,6 +280,14 @@ class Trainer:
             if model is not None:
                 save(model, out, tokenizer_from=tokenizer, origin=self.origin, card=card, force=True)
         return out
+
+    def release(self) -> None:
+        """Let model, teacher and optimizers go at the end of a run, so that their memory serves other models.
+
+        What was measured and counted stays.
+        """
+        del self.model, self.teacher, self.optimizers
+        gc.collect()  # cycles would keep them
 
     # -- state --------------------------------------------------------------------------------------------------------
 

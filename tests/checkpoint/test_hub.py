@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smolseek.checkpoint.folder
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.hub import check_stock, load, load_for_evaluation, load_stock, load_tokenizer, save
+from smolseek.checkpoint.hub import as_ours, check_stock, load, load_for_evaluation, load_stock, load_tokenizer, save
 from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from tests.factories import random_ids, tiny_llama, tiny_v3_pair
@@ -34,6 +34,19 @@ def test_folders_go_both_ways_through_transformers(tmp_path, overrides):
     assert names == TensorFolder(tmp_path / "theirs").names()
     assert "model.layers.1.mlp.experts.3.gate_proj.weight" in names
     assert ("lm_head.weight" in names) is not bool(overrides.get("tie_word_embeddings"))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": True}])
+def test_a_stock_model_becomes_ours_without_a_copy(tmp_path, overrides):
+    ours, _ = tiny_v3_pair(**overrides)
+    save(ours, tmp_path / "a", tokenizer_from=tiny_tokenizer())
+    stock, ids = load_stock(tmp_path / "a"), random_ids(2, 20)
+    mine, alone = as_ours(stock), load(tmp_path / "a")
+    assert torch.equal(mine(ids), alone(ids)) and mine.end_token_ids == alone.end_token_ids
+    assert not mine.training and not any(tensor.is_meta for tensor in (*mine.parameters(), *mine.buffers()))
+    shared = {tensor.data_ptr() for tensor in stock.parameters()}
+    assert {tensor.data_ptr() for tensor in mine.parameters()} == shared
+    assert as_ours(mine) is mine and as_ours(dense := StockModel(tiny_llama())) is dense
 
 
 def test_config_on_disk_says_what_other_runtimes_read(tmp_path):
