@@ -170,7 +170,8 @@ def _heal(bench: Bench, arm: Arm, optimizer: Optimizer, seed: int) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = step_tokens(recipe.train)
     curve = [[(line["step"] + 1) * tokens, line["held_out"]["loss"]] for line in lines if "held_out" in line]
-    last = {key: summary["trained"][key] for key in ("loss", "perplexity")}
+    own = summary["healed" if "healed" in summary else "trained"]
+    last = {key: own[key] for key in ("loss", "perplexity")}
     about = {"what": arm, "optimizer": optimizer, "seed": seed, "rate": recipe.train.learning_rate}
     bench.kept.add(**about, **last, maxvio=summary.get("maxvio"), curve=curve, seconds=seconds)
     shutil.rmtree(run)
