@@ -13,6 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, Dee
 from smolseek.model import DeepseekV3
 
 VOCAB = 96
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+"""With these numbers the waves of 8 channels are short, long and between."""
 LIVELY_ROPE: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 100.0},
     "linear": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0},

@@ -134,3 +134,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_space(folder: Path, needed_bytes: int, remedy: str) -> None:
+    """Raises ValueError, which ends with `remedy`, if a folder's disk has less room than that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise ValueError(
+            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there {remedy}"
+        )

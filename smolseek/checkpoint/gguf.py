@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from gguf.gguf_reader import ReaderTensor
 from huggingface_hub import constants
 from torch import Tensor
 
-from smolseek.checkpoint.atomic import LOCK, remove_leftovers
+from smolseek.checkpoint.atomic import LOCK, check_space, remove_leftovers
 from smolseek.checkpoint.folder import FolderWriter
 from smolseek.formats.gguf_source import GgufSource, read_gguf
 from smolseek.formats.gguf_tokenizer import tokenizer_files
@@ -71,7 +70,8 @@ def _write(path: Path, folder: Path) -> None:
         files = tokenizer_files(source.keys, source.dense.vocab_size)
     _check_tokenizer(path, files["tokenizer.json"])
     dtype = getattr(torch, source.dense.dtype)
-    _check_space(folder.parent, source.dense.parameters() * dtype.itemsize)
+    remedy = "for the weights of the GGUF file; free some space, or set HF_HOME to a folder on another disk"
+    check_space(folder.parent, source.dense.parameters() * dtype.itemsize, remedy)
     with FolderWriter(folder) as writer:
         for name, tree in ({"config.json": source.config} | files).items():
             writer.write_json(name, tree)
@@ -86,15 +86,6 @@ def _check_tokenizer(path: Path, tree: Mapping[str, Any]) -> None:
 
     with refusing(f"{path}: its tokenizer is broken; fetch the file again"):
         Tokenizer.from_str(json.dumps(tree))
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise ValueError(
-            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there for the "
-            "weights of the GGUF file; free some space, or set HF_HOME to a folder on another disk"
-        )
 
 
 def _card(keys: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ value) channels.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolseek.checkpoint.atomic import check_space
 from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.probe import Probe, probed_attention
 from smolseek.conversion.sizes import CALIBRATION_BATCH_TOKENS, SPILL_BYTES
@@ -55,7 +55,8 @@ def collect_moments(
         Probe(angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
         for index, layer in enumerate(layers)
     ]
-    _check_space(folder, 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes)
+    needed_bytes = 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes
+    check_space(folder, needed_bytes, "until the blocks are fitted; free some space or lower calibration_windows")
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
@@ -120,15 +121,6 @@ def collect_mlp_inputs(model: Any, windows_BT: Tensor, tokens: int) -> list[Tens
         for ids_BT in batches(windows_BT, _TOKENS_AT_ONCE):
             model.model(ids_BT.to(device))
     return [torch.cat(parts) for parts in kept]
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        raise ValueError(
-            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there "
-            "until the blocks are fitted; free some space or lower calibration_windows"
-        )
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

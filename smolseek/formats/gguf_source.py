@@ -22,6 +22,7 @@ from smolseek.formats.rope import inverse_frequencies
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _NO_ROPE_INTERVAL = 4  # llama.cpp has it in its code, not in the file
 _SIZES: dict[str, Rule] = {
     **dict.fromkeys(("embedding_length", "feed_forward_length", "context_length", "attention.head_count"), SIZE),
@@ -246,9 +247,6 @@ def _special_ids(path: Path, keys: Mapping[str, Any]) -> dict[str, int | None]:
     given = {name: keys.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
     check_fields(given, dict.fromkeys(given, TOKEN_ID), where=str(path))
     return given
-
-
-_SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
 def _by_our_names(path: Path, dense: DenseSource, tensors: Mapping[str, ReaderTensor]) -> dict[str, ReaderTensor]:

@@ -21,6 +21,7 @@ _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 """Special tokens in tokenizer_config.json, and in GGUF's keys."""
 _ENDS = ("eos", "eot", "eom")
+_TEMPLATE = "tokenizer.chat_template"
 
 
 def tokenizer_files(keys: Mapping[str, Any], vocab_size: int) -> dict[str, dict[str, Any]]:
@@ -195,9 +196,6 @@ def _tokenizer_config(keys: Mapping[str, Any], special: Mapping[str, int | None]
     elif default:
         config["chat_template"] = default
     return config
-
-
-_TEMPLATE = "tokenizer.chat_template"
 
 
 def _generation_config(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:

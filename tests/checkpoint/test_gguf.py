@@ -23,19 +23,10 @@ from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import fetch_config, read_config, read_conversion, read_json, resolve_folder
 from smolseek.cli import main
 from smolseek.formats.dense import read_source
-from tests.factories import LIVELY_ROPE, logits_of
+from tests.factories import LIVELY_ROPE, LLAMA3, logits_of
 from tests.gguf_files import dense_folder, write_gguf
 from tests.text import ENTRIES, KINDS, kind_of_tokenizer, tiny_tokenizer, write_stories
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-"""With these numbers the waves of 8 channels are short, long and between."""
 MODELS = {
     "llama": {},
     "llama, its own head": {"tie_word_embeddings": False},

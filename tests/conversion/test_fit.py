@@ -16,17 +16,9 @@ from smolseek.conversion.pipeline import convert
 from smolseek.formats.runtimes import check, verdict
 from smolseek.model import StockModel
 from tests.conversion.folders import logits, stock, write_source
-from tests.factories import tiny_dense
+from tests.factories import LLAMA3, tiny_dense
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
