@@ -97,7 +97,12 @@ def run_convert(command: Convert) -> None:
             f"{judged['perplexity']:.3f}, ratio {judged['ratio']:.3f}, KL {judged['kl']:.4f}, "
             f"same top token {judged['agreement']:.1%}"
         )
-    print(f"{out}: a stock DeepSeek-V3 folder, in {report['seconds']:.0f} s; next: smolseek eval {out} --text FILE")
+    cache = report["cache"]
+    share = cache["numbers_per_token"] / cache["source_numbers_per_token"]
+    print(
+        f"{out}: a stock DeepSeek-V3 folder that keeps {share:.1%} of the cache, in {report['seconds']:.0f} s; next: "
+        f"smolseek eval {out} --text FILE"
+    )
     _warn_if_far(report, command)
 
 

@@ -25,7 +25,8 @@ def convert(tmp_path, monkeypatch, caplog, capsys):
         def report(source, out, *, judge, **_):
             assert judge == tuple(ratios)
             out.mkdir()
-            tree = {"losses": losses, "calibration": CALIBRATION, "judged": judged, "seconds": 3.0}
+            cache = {"numbers_per_token": 320, "source_numbers_per_token": 384}
+            tree = {"losses": losses, "calibration": CALIBRATION, "judged": judged, "seconds": 3.0, "cache": cache}
             (out / "conversion.json").write_text(json.dumps(tree))
             return out
 
@@ -43,6 +44,7 @@ def test_a_line_for_each_judged_text(convert):
     out, warnings = convert({"dense": 1.0, "closed_form": 1.5, "refined": 1.05}, {"a.txt": 1.05, "b.txt": 1.1})
     assert "a.txt: dense perplexity 8.000, converted 8.400, ratio 1.050, KL 0.0500, same top token 87.5%\n" in out
     assert "b.txt: " in out and warnings == []
+    assert "keeps 83.3% of the cache, in 3 s; next: " in out
 
 
 @pytest.mark.parametrize(
