@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from smolseek.model import DeepseekV3
+from smolseek.model.decoding import DecodeStep, has_fixed_steps
 from smolseek.model.inference import prepare_for_generation
 
 OURS, INT8, V3, DENSE, COMPILED = "ours", "ours, int8", "V3, transformers", "dense, transformers", "dense, compiled"
@@ -140,6 +141,9 @@ class Models:
             cache = model.new_cache(batch, room)
             cache.entries_LBSW.normal_()
             cache.length = prompt
+            if has_fixed_steps(model):
+                fixed = DecodeStep(model, cache)
+                return lambda ids_B1: fixed(ids_B1).argmax(-1, keepdim=True)
             return lambda ids_B1: model.lm_head(model.hidden_states(ids_B1, cache=cache)[:, -1:]).argmax(-1)
         run: Any = model
         if name == COMPILED:

@@ -1,7 +1,9 @@
 """What each type of GGUF file loses: llama.cpp on exported folders against our own fp32 forward pass.
 
-python benchmarks/gguf_types.py --folders v3 --texts held-out.txt [--out benchmarks/results/DATE-gguf.md]
+python benchmarks/gguf_types.py --folders smol-v3 SmolLM2-135M --texts held-out.txt --out smollm2
 
+Every folder is measured on every text. A folder may be a dense Llama, too: its file is `dense_gguf.py`'s. Each type of
+each folder and text is a row, kept when it is there: after `--minutes` no other begins, and the same command goes on.
 (The name gguf.py would hide the gguf package from this folder.)
 
 Shapes: T tokens of one window, V vocab_size.
@@ -9,34 +11,35 @@ Shapes: T tokens of one window, V vocab_size.
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 import tyro
 from circumstances import circumstances, command_line
+from dense_gguf import write_dense_gguf
 from llamacpp import LlamaCpp
+from rows import Row, Rows, present
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load, load_tokenizer
-from smolseek.checkpoint.source import resolve_folder
+from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.config import DataSettings
 from smolseek.data.packing import pack
 from smolseek.data.splits import held_out_documents
 from smolseek.evaluation import WINDOW_TOKENS
-from smolseek.export.gguf import export_gguf
+from smolseek.export.gguf import GgufExport, GgufType, export_gguf
+from smolseek.formats.deepseek_v3 import is_latent
 
-ROOT = Path(__file__).parent.parent
-TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 NEAR_TIE = 0.1
 _HEAD = (
     "| type | file, MB | bits per weight | other blocks | perplexity | cost | KL, nats | same top token "
@@ -47,27 +50,35 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Types:
-    """Measure every type on converted folders: size, perplexity and distance from our fp32 logits."""
+    """Measure types of GGUF files on folders and texts: size, perplexity and distance from our fp32 logits."""
 
     folders: tuple[str, ...]
-    """Converted DeepSeek-V3 folders."""
+    """Converted DeepSeek-V3 folders, or dense Llamas."""
     texts: tuple[str, ...]
-    """Held-out text of each folder, in the same order: a file, or builtin:python."""
-    windows: int = 32
-    """Windows of 512 tokens (or the model's limit) to read."""
-    out: Path | None = None
-    """Report to write; by default benchmarks/results/DATE-gguf.md."""
+    """Held-out texts: files, or builtin:python."""
+    types: tuple[GgufType, ...] = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+    """Types of files."""
+    windows: int = 8
+    """Windows of 512 tokens (or the model's limit) to read of each text."""
+    minutes: float = 60.0
+    """After so long no other row begins."""
+    out: str = "run"
+    """NAME in results/DATE-gguf-NAME.md."""
+    results: Path = Path(__file__).parent / "results"
+    """Where report and JSON lines go."""
 
 
 @dataclass(frozen=True)
 class Cost:
     """One type of one folder; KL(ours ‖ llama.cpp) and the largest difference of a logit are over all tokens."""
 
-    kind: str
     size_bytes: int
     bits_per_weight: float
     fallbacks: int
     tensors: int
+    tokens: int
+    ours: float
+    """Our own loss, nats a token."""
     loss: float
     kl: float
     agreement: float
@@ -83,22 +94,57 @@ def windows_of(folder: str, text: str, count: int) -> list[Tensor]:
     return [window for window in ids_T.split(min(WINDOW_TOKENS, positions))[:count] if len(window) > 1]
 
 
+def compare(types: Types) -> Rows:
+    """Measure the rows that are missing, for `minutes` at most and then to the end of the one begun."""
+    named = dataclasses.replace(types, texts=tuple(Path(text).name for text in types.texts))
+    rows = Rows(types.results, f"gguf-{types.out}", named, free=("folders", "texts", "types", "minutes", "results"))
+    end = time.monotonic() + 60 * types.minutes
+    for folder in types.folders:
+        with tempfile.TemporaryDirectory() as scratch:
+            files = _Files(folder, Path(scratch))
+            for text in types.texts:
+                about = {"folder": Path(folder).name, "text": Path(text).name}
+                left = [kind for kind in types.types if not rows.find(**about, kind=kind)]
+                if left and time.monotonic() < end:
+                    _measure(files, windows_of(folder, text, types.windows), left, rows, about, end)
+    return rows
+
+
+class _Files:
+    """The files of one folder, each written when it is first asked for."""
+
+    def __init__(self, folder: str, scratch: Path) -> None:
+        self.folder, self._scratch = folder, scratch
+        self._written: dict[GgufType, GgufExport] = {}
+
+    def file(self, kind: GgufType) -> GgufExport:
+        """Returns what was written as this type."""
+        if kind not in self._written:
+            source, out = resolve_folder(self.folder), self._scratch / f"{kind}.gguf"
+            write = export_gguf if is_latent(read_config(source)) else write_dense_gguf
+            self._written[kind] = write(source, out, type=kind)
+        return self._written[kind]
+
+
 @torch.inference_mode()
-def measure(folder: str, windows: list[Tensor]) -> tuple[float, list[Cost]]:
-    """Returns our own loss, and the cost of each type."""
-    model = load(folder)
+def _measure(
+    files: _Files, windows: list[Tensor], kinds: list[GgufType], rows: Rows, about: dict[str, str], end: float
+) -> None:
+    """Add a row for each type; our own logits of all windows are in memory meanwhile."""
+    model = load(files.folder).eval()
     ours = [model(window_T[None])[0].float() for window_T in windows]
-    costs = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for kind in TYPES:
-            out = Path(scratch) / f"{kind}.gguf"
-            exported = export_gguf(folder, out, type=kind)
-            with LlamaCpp(out) as theirs:
-                costs.append(_cost(kind, exported, windows, ours, (theirs.logits(window_T) for window_T in windows)))
-    return _loss(windows, ours), costs
+    del model
+    for kind in kinds:
+        if time.monotonic() >= end:
+            return
+        began, exported = time.monotonic(), files.file(kind)
+        with LlamaCpp(exported.path) as theirs:
+            cost = _cost(exported, windows, ours, (theirs.logits(window_T) for window_T in windows))
+        rows.add(**about, kind=kind, **dataclasses.asdict(cost), seconds=time.monotonic() - began)
+        print(f"  {about['folder']}, {about['text']}, {kind}: KL {cost.kl:.1e}", flush=True)
 
 
-def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], theirs: Iterator[Tensor]) -> Cost:
+def _cost(exported: GgufExport, windows: list[Tensor], ours: list[Tensor], theirs: Iterator[Tensor]) -> Cost:
     """Returns the cost of one type; of `theirs` one window is in memory at a time."""
     loss = kl = largest = 0.0
     same = clear = clear_same = tokens = 0
@@ -113,11 +159,12 @@ def _cost(kind: str, exported: Any, windows: list[Tensor], ours: list[Tensor], t
         loss += _loss([window_T], [theirs_TV]) * (len(window_T) - 1)
         largest = max(largest, (ours_TV - theirs_TV).abs().max().item())
     return Cost(
-        kind=kind,
         size_bytes=exported.size_bytes,
         bits_per_weight=exported.bits_per_weight,
         fallbacks=len(exported.fallbacks),
         tensors=exported.tensors,
+        tokens=tokens,
+        ours=_loss(windows, ours),
         loss=loss / (tokens - len(windows)),
         kl=kl / tokens,
         agreement=same / tokens,
@@ -133,66 +180,53 @@ def _loss(windows: list[Tensor], logits: list[Tensor]) -> float:
     return total / sum(len(window_T) - 1 for window_T in windows)
 
 
-def table(name: str, tokens: int, ours: float, costs: list[Cost]) -> list[str]:
-    """Returns one folder's section in Markdown."""
-    rows = [
-        f"| {cost.kind} | {cost.size_bytes / 1e6:.2f} | {cost.bits_per_weight:.2f} "
-        f"| {cost.fallbacks} of {cost.tensors} | {math.exp(cost.loss):.4f} "
-        f"| {math.expm1(cost.loss - ours):+.3%} | {cost.kl:.1e} | {cost.agreement:.2%} | {cost.clear_agreement:.2%} "
-        f"| {cost.largest:.1e} |"
-        for cost in costs
-    ]
-    return [
-        f"## {name}",
-        "",
-        f"Ours in fp32: perplexity {math.exp(ours):.4f} on {tokens:,} tokens.",
-        "",
-        *_HEAD,
-        *rows,
-        "",
-    ]
+# -- report -----------------------------------------------------------------------------------------------------------
 
 
-def report(types: Types) -> str:
-    """Returns the report in Markdown.
-
-    Raises:
-        ValueError: there are not as many texts as folders; or as `export_gguf`.
-    """
-    if len(types.folders) != len(types.texts):
-        raise ValueError(f"{len(types.folders)} folders and {len(types.texts)} texts: name one text for each folder")
+def report(types: Types, rows: Rows, command: str) -> str:
+    """Returns the report in Markdown."""
     lines = [
-        "# What a type of GGUF file costs",
+        f"# What a type of GGUF file costs: {types.out}",
         "",
-        f"`{command_line()}`",
+        f"`{command}`",
         "",
-        f"llama.cpp (xllamacpp {version('xllamacpp')}, fp32 cache) on exported folders against our own",
-        f"fp32 forward. A near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *other",
-        "blocks*: tensors whose rows the type's blocks of 32 or 256 do not divide; *largest*: difference of any logit.",
+        f"llama.cpp (xllamacpp {version('xllamacpp')}, fp32 cache) on exported folders against our own fp32 forward. A",
+        f"near-tie is a token after which our two best logits are less than {NEAR_TIE} apart; *other blocks*: tensors",
+        "whose rows the type's blocks of 32 or 256 do not divide; *largest*: difference of any logit.",
         "",
         circumstances(),
         "",
     ]
-    for folder, text in zip(types.folders, types.texts, strict=True):
-        windows = windows_of(folder, text, types.windows)
-        ours, costs = measure(folder, windows)
-        lines += table(Path(folder).name, sum(map(len, windows)), ours, costs)
+    for folder, text in dict.fromkeys((row["folder"], row["text"]) for row in rows.rows):
+        lines += table(f"{folder} on {text}", rows.find(folder=folder, text=text))
     return "\n".join(lines)
 
 
+def table(name: str, rows: list[Row]) -> list[str]:
+    """Returns one folder's section on one text in Markdown."""
+    cells = [
+        f"| {row['kind']} | {row['size_bytes'] / 1e6:.2f} | {row['bits_per_weight']:.2f} "
+        f"| {row['fallbacks']} of {row['tensors']} | {math.exp(row['loss']):.4f} "
+        f"| {math.expm1(row['loss'] - row['ours']):+.3%} | {row['kl']:.1e} | {row['agreement']:.2%} "
+        f"| {row['clear_agreement']:.2%} | {row['largest']:.1e} |"
+        for row in rows
+    ]
+    ours = f"Ours in fp32: perplexity {math.exp(rows[0]['ours']):.4f} on {rows[0]['tokens']:,} tokens."
+    return [f"## {name}", "", ours, "", *_HEAD, *cells, ""]
+
+
 def main() -> int:
-    """Measure, write and print the report."""
+    """Measure, write the report, print it."""
     types = tyro.cli(Types, description=__doc__)
-    transformers.logging.set_verbosity_error()
-    try:
-        text = report(types)
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    out = types.out or ROOT / "benchmarks" / "results" / f"{datetime.date.today()}-gguf.md"
-    out.write_text(text, encoding="utf-8")
-    print(text)
-    return 0
+
+    def measure() -> tuple[Path, str, None]:
+        try:
+            rows = compare(types)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        return rows.path, report(types, rows, command_line()), None
+
+    return present(measure, plots=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What one GPU gives, in one command of a few minutes: tests, converting, training, healing, decoding, a run's start.
 
+Of training also: attention over packed windows, by kernel and by mask.
+
 python benchmarks/gpu.py [--parts convert train] [--minutes 8] [--compare-cpu] [--source FOLDER] [--out NAME]
 python benchmarks/gpu.py --device cpu --small
 
@@ -48,6 +50,9 @@ from smolseek.data.tokenizer import train_tokenizer
 from smolseek.formats.dense import read_source
 from smolseek.machine import Machine, measure_machine
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.attention import MultiheadLatentAttention
+from smolseek.model.packed import document_blocks, has_kernel
+from smolseek.model.transformer import attention_mask
 from smolseek.numerics.precision import compute_dtype
 from smolseek.planning import plan
 from smolseek.training.start import corpus_tokenizer, random_model
@@ -83,6 +88,8 @@ class Sizes:
         (OURS + train_step.COMPILED, "autocast"),
     )
     """Its competitors and their precisions: transformers' grouped_mm is for bf16 weights, our trainer's are fp32."""
+    packed: tuple[int, int, int] = (8, 2048, 256)
+    """Windows, tokens in each, and tokens of a document in them, that one attention block reads."""
     heal: dict[str, Any] = field(default_factory=lambda: {"batch_windows": 32, "window_tokens": 512})
     """Settings of recipes/heal.yaml's training."""
     heal_steps: int = 40
@@ -110,6 +117,7 @@ SMALL = Sizes(
     text="README.md",
     train={"sequences": (64,), "step_tokens": 128, "layers": 2, "hidden": 64, "rounds": 2},
     trained=((OURS, "float32"), (PEER, "float32")),
+    packed=(2, 32, 8),
     heal={"batch_windows": 2, "window_tokens": 32},
     heal_steps=4,
     heal_compiled=(False,),
@@ -120,8 +128,8 @@ SMALL = Sizes(
     scratch_steps=4,
 )
 
-Part = Literal["tests", "convert", "train", "heal", "decode", "scratch"]
-EVERY_PART: tuple[Part, ...] = ("tests", "convert", "train", "heal", "decode", "scratch")
+Part = Literal["tests", "convert", "train", "packed", "heal", "decode", "scratch"]
+EVERY_PART: tuple[Part, ...] = ("tests", "convert", "train", "packed", "heal", "decode", "scratch")
 
 
 @dataclass(frozen=True)
@@ -295,6 +303,40 @@ def training(bench: Bench) -> Iterator[Measurement]:
         yield Measurement(what, "tokens/s", functools.partial(allows, cell), functools.partial(run, name, cell))
 
 
+def packed(bench: Bench) -> Iterator[Measurement]:
+    """Yields forward and backward of an attention block over windows of several documents: kernel and mask."""
+    config = DeepseekV3Config(**target_config(read_source(bench.config), ConvertSettings(cache=0.5)))
+    windows, tokens, document = bench.sizes.packed
+    device = torch.device(bench.device)
+    dtype = compute_dtype(device, "auto")
+    query_width = config.qk_nope_head_dim + config.qk_rope_head_dim
+
+    def allows() -> float:
+        with torch.device("meta"):
+            weights = sum(parameter.numel() for parameter in MultiheadLatentAttention(config, 0).parameters())
+        products = config.num_attention_heads * (query_width + config.v_head_dim) * (document / 2)
+        return bench.machine.flops_per_second / (6 * (weights + products))
+
+    def run(kernel: bool) -> Row:
+        if kernel and not has_kernel(device, dtype, query_width, config.v_head_dim):
+            return {"value": None, "note": "does not run here for these heads: the mask does it"}
+        block = MultiheadLatentAttention(config, 0).to(device, dtype)
+        x_BTD = torch.randn(windows, tokens, config.hidden_size, device=device, dtype=dtype, requires_grad=True)
+        angles = torch.zeros(1, tokens, 1, config.qk_rope_head_dim // 2, device=device)
+        segments_BT = (torch.arange(tokens, device=device) // document).expand(windows, -1)
+        mask = document_blocks(segments_BT) if kernel else attention_mask(tokens, segments_BT, None)
+
+        def step() -> None:
+            block(x_BTD, (angles.cos(), angles.sin()), mask).sum().backward()
+
+        seconds = [train_step.seconds_of(step, bench.device) for _ in range(7)]
+        return {"value": windows * tokens / statistics.median(seconds[2:])}
+
+    for kernel in (True, False) if bench.device == "cuda" else (False,):
+        what = f"packed, {windows} windows of {tokens:,}, documents of {document}: {'kernel' if kernel else 'mask'}"
+        yield Measurement(what, "tokens/s", allows, functools.partial(run, kernel))
+
+
 def healing(bench: Bench) -> Iterator[Measurement]:
     """Yields healing with the dense teacher, by recipes/heal.yaml."""
     recipe = load_recipe(recipes_folder() / "heal.yaml")
@@ -398,6 +440,7 @@ PARTS: dict[Part, Callable[[Bench], Iterator[Measurement]]] = {
     "tests": gpu_tests,
     "convert": conversion,
     "train": training,
+    "packed": packed,
     "heal": healing,
     "decode": decoding,
     "scratch": scratch,

@@ -16,6 +16,8 @@ from torch import Tensor
 from smolseek.config import SampleSettings
 from smolseek.data.encoding import check_vocabulary, encode_prompt
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.decoding import DecodeStep, has_fixed_steps
+from smolseek.numerics.shards import gathers_weights, release_gathered
 
 _COLDEST = 1e-6
 """Temperatures below this are 0: logits over them do not fit fp32, and the likeliest token has all the chance."""
@@ -210,15 +212,20 @@ def repetition_rate(tokens: Sequence[int], n: int = 4) -> float:
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode inside the block and restores its mode afterwards."""
+    """Puts the model into evaluation mode inside the block, without gradients, and restores its mode afterwards.
+
+    Of a divided model nothing stays gathered.
+    """
     was_training = model.training
     if was_training:  # visiting every module costs as much as a small decode step
         model.eval()
-    try:
-        yield
+    try:  # what FSDP gathers here it uses again in training, which takes no tensors of inference mode
+        with torch.no_grad() if gathers_weights(model) else torch.inference_mode():
+            yield
     finally:
         if was_training:
             model.train()
+        release_gathered(model)
 
 
 def _end_ids(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
@@ -254,15 +261,19 @@ def _decode(
     else:
         generator.manual_seed(sampling.seed)
     cache: Any = model.new_cache(len(prompts), longest + max_new_tokens, padding_B if padding_B.any() else None)
+    step = DecodeStep(model, cache) if has_fixed_steps(model) else None
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_tokens = torch.tensor(sorted(end_ids), device=device)
     chunks = ids_BT.split(_PREFILL_TOKENS, dim=1)
     for _ in range(max_new_tokens):
-        with evaluating(model), torch.inference_mode():
-            for chunk_BT in chunks:
-                hidden_BTD = model.hidden_states(chunk_BT, cache=cache)
-            logits_BV = model.lm_head(hidden_BTD[:, -1]).float()
-            token_B = _sample(logits_BV, seen_BV, sampling, generator)
+        with evaluating(model):
+            if step is not None and cache.length:
+                logits_BV = step(chunks[0])
+            else:
+                for chunk_BT in chunks:
+                    hidden_BTD = model.hidden_states(chunk_BT, cache=cache)
+                logits_BV = model.lm_head(hidden_BTD[:, -1])
+            token_B = _sample(logits_BV.float(), seen_BV, sampling, generator)
         yield token_B.tolist()
         ended_B = ended_B | torch.isin(token_B, end_tokens)
         if ended_B.all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 _CPU_FACTS = Path("/proc/cpuinfo")
+_CPU_TIMES = Path("/proc/stat")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Machine:
     float64_share: float = 0.5
     """Rate of float64 products, over that of the others."""
     device: str = "cpu"
+    others: float = 0.0
+    """Share of the processors that other programs took while a CPU was measured."""
 
 
 def measure_machine(device: str = "cpu", seconds: float = 0.4) -> Machine:
@@ -37,12 +41,27 @@ def measure_machine(device: str = "cpu", seconds: float = 0.4) -> Machine:
     weights = np.ones((4096, 64, 64), np.float32)
     readings = [(weights, np.ones(64, np.float32)), (weights.reshape(8192, 2048), np.ones(2048, np.float32))]
     flops = read = 0.0
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    begin, own, all_busy = time.perf_counter(), time.process_time(), _busy_seconds()
+    while time.perf_counter() < begin + seconds:
         flops = max(flops, *(2 * len(square) ** 3 / _seconds(np.matmul, square, square) for square in squares))
         read = max(read, *(weights.nbytes / _seconds(np.matmul, *reading) for reading in readings))
+    taken, passed = time.process_time() - own, time.perf_counter() - begin
+    others = (_busy_seconds() - all_busy - taken) / (passed * (os.cpu_count() or 1))
     gain = 2.0 if _multiplies_bfloat16() else 1.0
-    return Machine(flops_per_second=gain * flops, bytes_per_second=read, float64_share=0.5 / gain)
+    return Machine(
+        flops_per_second=gain * flops,
+        bytes_per_second=read,
+        float64_share=0.5 / gain,
+        others=min(1.0, max(0.0, others)),
+    )
+
+
+def _busy_seconds() -> float:
+    """Returns the processor seconds that all programs have taken since the start; 0 where no /proc says so."""
+    if not _CPU_TIMES.is_file():
+        return 0.0
+    user, nice, system, _, _, *interrupts = map(int, _CPU_TIMES.read_text(encoding="utf-8").split("\n")[0].split()[1:9])
+    return float(user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def _multiplies_bfloat16() -> bool:

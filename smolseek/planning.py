@@ -36,11 +36,19 @@ CACHE_NUMBER_BYTES = 2
 """bf16, in which caches are counted."""
 EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
+FASTER = 1.25
+"""Least counted gain that a plan calls one: SmolLM2-135M in llama.cpp gained up to 0.1 more or less than counted."""
+DECODED_SEQUENCES = (1, 8, 64)
+"""Numbers of sequences side by side for which decoding is counted."""
 
 _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
+_BUSY = 0.1  # share of the processors that others take while they are measured, to be told
 _LOGITS_AT_ONCE = 2**23  # held in training
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
+_LOGITS_CHUNK_BYTES = 2**28  # of the loss, in training
+_DISTILL_COPIES = {"cpu": 3, "cuda": 12, "mps": 12}  # of a chunk: the teacher's, and on a GPU five in fp32
 _TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
+_WRITING_FLOPS = 4  # a weight and token that the model writes: twice the products', for draws and single rows, measured
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,54 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """Decoding some sequences side by side, by count of the bytes that are read and of the operations."""
+
+    sequences: int
+    gain: float
+    """Dense time of a step over the converted model's, where all sequences are of the largest length."""
+    faster_from_tokens: int | None
+    """Length from which the gain is `FASTER`; None: at no length that the model takes."""
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that one of several processes holds while it trains, by what they are."""
+
+    state: int
+    """Its share of weights, gradients and the optimizer's two moments, in fp32."""
+    gathered: int
+    """What FSDP2 gathers of the others' weights, and gradients of whole layers on their way to them."""
+    casts: int
+    """bf16 copies of all weights, from the forward pass to the backward pass; whole in every process."""
+    activations: int
+    """Of its share of a micro-batch."""
+    logits: int
+    """Of one chunk of tokens, with what the loss makes of them."""
+    teacher: int
+    """Its share of the dense model, and what is gathered of that."""
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A conversion before it runs; `payoff_context_tokens` is None where the smaller cache never pays."""
+    """A conversion before it runs; `stages` are the seconds of the conversion's parts."""
 
     source: ModelSize
     target: ModelSize
     cache_share: float
     max_context_tokens: int
-    payoff_context_tokens: int | None
+    decoding: tuple[Decoding, ...]
     convert: Cost
+    stages: dict[str, float]
     heal: Cost
     heal_tokens: int
+    processes: int
+    heal_memory: TrainingMemory
     machine: Machine
     profile: str
     runtimes: dict[str, str]
@@ -106,6 +151,13 @@ class _Shape:
     """Flops of a new token for each cached position and layer."""
     vocabulary: int
     context: int
+    tables: int
+    """Parameters outside the layers, embeddings and head."""
+
+    @property
+    def stored(self) -> int:
+        """Parameters that some token is multiplied with: of all experts."""
+        return self.weights + self.total - self.active
 
     @property
     def cache_bytes(self) -> int:
@@ -119,31 +171,56 @@ class _Shape:
 
 
 def plan(
-    source_config: dict[str, Any], settings: ConvertSettings, machine: Machine, *, heal_tokens: int = 10_000_000
+    source_config: dict[str, Any],
+    settings: ConvertSettings,
+    machine: Machine,
+    *,
+    heal_tokens: int = 10_000_000,
+    train: TrainSettings | None = None,
+    processes: int = 1,
 ) -> Plan:
     """Returns what converting this config.json under `settings`, and healing for `heal_tokens`, gives and costs.
 
+    Healing is by `train` (the defaults, if none) in so many processes, each on a machine or GPU like this one.
+
     Raises:
-        ValueError: as `read_source` and `target_config`, or transformers cannot run experts of this hidden size.
+        ValueError: as `read_source` and `target_config`, transformers cannot run experts of this hidden size, or the
+            processes cannot share the windows of a micro-batch.
     """
+    train = train or _default_training(processes)
+    if processes < 1 or train.batch_windows % processes:
+        raise ValueError(
+            f"processes {processes}: train.batch_windows, {train.batch_windows}, must be a multiple of it; use another"
+        )
     dense_source = read_source(source_config)
     config = target_config(dense_source, settings)
     deepseek_v3.check_strides(config)
     source, target = _source_shape(dense_source), _target_shape(config)
+    stages = _convert_seconds(dense_source, source, target, settings, machine)
+    memory = _training_memory(source, target, train, processes, machine)
     return Plan(
         source=source.size(),
         target=target.size(),
         cache_share=target.cache_bytes / source.cache_bytes,
         max_context_tokens=source.context,
-        payoff_context_tokens=_payoff_context_tokens(source, target, machine),
-        convert=_convert_cost(dense_source, source, target, settings, machine),
-        heal=_heal_cost(target, machine, heal_tokens),
+        decoding=tuple(_decoding(source, target, machine, sequences) for sequences in DECODED_SEQUENCES),
+        convert=Cost(sum(stages.values()), _convert_bytes(dense_source, source, target, settings, machine)),
+        stages=stages,
+        heal=Cost(_heal_seconds(target, machine, heal_tokens, train.window_tokens) / processes, memory.total),
         heal_tokens=heal_tokens,
+        processes=processes,
+        heal_memory=memory,
         machine=machine,
         profile="transformers" if settings.exact else settings.profile,
         runtimes={runtime: verdict(findings) for runtime, findings in check(config).items()},
         config=config,
     )
+
+
+def _default_training(processes: int) -> TrainSettings:
+    """Returns the default settings, with as few windows more as the processes can share."""
+    most = TrainSettings().batch_windows
+    return TrainSettings(batch_windows=most + -most % max(1, processes))
 
 
 def cache_bytes_per_token(config: Mapping[str, Any]) -> int:
@@ -152,21 +229,37 @@ def cache_bytes_per_token(config: Mapping[str, Any]) -> int:
     return config["num_hidden_layers"] * numbers(config) * CACHE_NUMBER_BYTES
 
 
-def payoff_context_tokens(source_config: dict[str, Any], target_config: dict[str, Any], machine: Machine) -> int | None:
-    """Returns the context length from which the converted model decodes faster at batch 1; None: at no length.
+def count_decoding(
+    source_config: dict[str, Any], target_config: dict[str, Any], machine: Machine, sequences: int, tokens: int
+) -> float:
+    """Returns how many times as fast the converted model decodes, by count, behind so many cached tokens.
 
-    A token takes (2 weights bytes) / bandwidth + (2 weights flops) / peak, and per cached position and layer
-    cache bytes / bandwidth + attention flops / peak. Attention takes 4 H d flops in the dense model and
-    2 H (C + R) + 2 H C absorbed (DeepSeek-V2, section 2.1.2). The two lines meet at that length.
+    A step takes (2 weights bytes) / bandwidth, (2 weights flops) / peak a sequence, and per cached position, layer and
+    sequence cache bytes / bandwidth + attention flops / peak. Attention takes 4 H d flops in the dense model and
+    2 H (C + R) + 2 H C absorbed (DeepSeek-V2, section 2.1.2). Several sequences read the experts of each.
     """
-    return _payoff_context_tokens(_source_shape(read_source(source_config)), _target_shape(target_config), machine)
+    source, target = _source_shape(read_source(source_config)), _target_shape(target_config)
+    return _gain(_decode(source, machine, sequences), _decode(target, machine, sequences), tokens)
+
+
+def training_memory(
+    config: dict[str, Any],
+    train: TrainSettings,
+    processes: int,
+    machine: Machine,
+    *,
+    teacher: dict[str, Any] | None = None,
+) -> TrainingMemory:
+    """Returns the memory of one of several processes that train a DeepSeek-V3 config.json, perhaps with a teacher."""
+    target = _target_shape(config)
+    source = target if teacher is None else _source_shape(read_source(teacher))
+    return _training_memory(source, target, train, processes, machine)
 
 
 def render(plan: Plan) -> str:
     """The plan as text."""
     before, after, config = plan.source, plan.target, plan.config
-    context, length, tokens = plan.max_context_tokens, plan.payoff_context_tokens, f"{plan.heal_tokens:,} tokens"
-    pays = "never decodes faster" if length is None else f"decodes faster from {length:,} tokens of context on"
+    context, tokens = plan.max_context_tokens, f"{plan.heal_tokens:,} tokens"
     cache = f"{before.cache_bytes_per_token:,} -> {after.cache_bytes_per_token:,} bytes ({plan.cache_share:.1%})"
     lines = [
         ("attention", ", ".join(f"{name} {config[name]}" for name in ATTENTION_FIELDS if config[name] is not None)),
@@ -177,14 +270,42 @@ def render(plan: Plan) -> str:
         ),
         ("cache per token", cache),
         (f"at {context:,}", f"{_gb(before.cache_bytes_at_max_context)} -> {_gb(after.cache_bytes_at_max_context)}"),
-        ("smaller cache", f"{pays} (batch 1)"),
+        ("smaller cache", f"{1 / plan.cache_share:.1f} times the tokens or sequences in the same memory"),
+        ("decoding", _speed(plan)),
         ("this machine", _rates(plan.machine)),
         ("convert", _cost(plan.convert)),
-        ("heal", f"{tokens}: {_cost(plan.heal)}"),
+        *_stages(plan),
+        ("heal", f"{tokens}: {_cost(plan.heal)}" + f" in each of {plan.processes}" * (plan.processes > 1)),
+        ("  of which", _memory(plan.heal_memory)),
         ("profile", plan.profile),
         *plan.runtimes.items(),
     ]
     return "\n".join(f"{name:16} {text}" for name, text in lines)
+
+
+def _memory(memory: TrainingMemory) -> str:
+    """The parts of a process's memory that are there."""
+    return ", ".join(f"{name} {_gb(size)}" for name, size in dataclasses.asdict(memory).items() if size)
+
+
+def _stages(plan: Plan) -> list[tuple[str, str]]:
+    """The parts of a conversion that take a second or more, as a line if there are any."""
+    parts = [f"{name} {_duration(part)}" for name, part in plan.stages.items() if part >= 1]
+    return [("  of which", ", ".join(parts))] if parts else []
+
+
+def _speed(plan: Plan) -> str:
+    """What the smaller cache buys of time by count, where the rates that it counts with mean something."""
+    if plan.machine.others > _BUSY:
+        return "not counted while other programs use this machine"
+    gains = "/".join(f"{part.gain:.2f}" for part in plan.decoding)
+    counts = "/".join(str(part.sequences) for part in plan.decoding)
+    told = f"{gains} times the dense speed with {counts} sequences of {plan.max_context_tokens:,} tokens"
+    faster = [part for part in plan.decoding if part.faster_from_tokens is not None]
+    if not faster:
+        return f"by count {told}: memory is gained, not time"
+    lengths = ", ".join(f"from {part.faster_from_tokens:,} tokens with {part.sequences}" for part in faster)
+    return f"by count, not measured: {told} ({FASTER} times {lengths})"
 
 
 def _experts(config: dict[str, Any]) -> str:
@@ -215,6 +336,7 @@ def _source_shape(source: DenseSource) -> _Shape:
         decode_flops=4 * source.num_attention_heads * source.head_dim,
         vocabulary=source.vocab_size,
         context=source.max_position_embeddings,
+        tables=source.vocab_size * source.hidden_size * (1 if source.tie_word_embeddings else 2),
     )
 
 
@@ -235,43 +357,48 @@ def _target_shape(config: dict[str, Any]) -> _Shape:
         decode_flops=2 * heads * (numbers + config["kv_lora_rank"]),
         vocabulary=config["vocab_size"],
         context=config["max_position_embeddings"],
+        tables=config["vocab_size"] * config["hidden_size"] * (1 if config["tie_word_embeddings"] else 2),
     )
 
 
-def _payoff_context_tokens(source: _Shape, target: _Shape, machine: Machine) -> int | None:
-    (source_start, source_slope), (target_start, target_slope) = (_decode(s, machine) for s in (source, target))
-    if target_slope >= source_slope:
-        return None
-    return max(0, math.ceil((target_start - source_start) / (source_slope - target_slope)))
+def _decoding(source: _Shape, target: _Shape, machine: Machine, sequences: int) -> Decoding:
+    before, after = (_decode(shape, machine, sequences) for shape in (source, target))
+    saved = before[1] - FASTER * after[1]
+    length = max(0, math.ceil((FASTER * after[0] - before[0]) / saved)) if saved > 0 else None
+    length = None if length is None or length > source.context else length
+    return Decoding(sequences, _gain(before, after, source.context), length)
 
 
-def _decode(shape: _Shape, machine: Machine) -> tuple[float, float]:
-    """Returns the seconds to decode a token without context, and the seconds more for each cached position."""
-    return (
-        2 * shape.weights / machine.bytes_per_second + 2 * shape.weights / machine.flops_per_second,
-        shape.cache_bytes / machine.bytes_per_second + shape.layers * shape.decode_flops / machine.flops_per_second,
-    )
+def _gain(before: tuple[float, float], after: tuple[float, float], tokens: int) -> float:
+    """Returns the first time over the second, of seconds without context and more for each cached position."""
+    return (before[0] + tokens * before[1]) / (after[0] + tokens * after[1])
 
 
-def _convert_cost(
+def _decode(shape: _Shape, machine: Machine, sequences: int) -> tuple[float, float]:
+    """Returns the seconds of a step without context, and the seconds more for each cached position of all sequences."""
+    read, each = min(shape.stored, sequences * shape.weights), 2 * shape.weights / machine.flops_per_second
+    cached = shape.cache_bytes / machine.bytes_per_second
+    cached += shape.layers * shape.decode_flops / machine.flops_per_second
+    return 2 * read / machine.bytes_per_second + sequences * each, sequences * cached
+
+
+def _convert_seconds(
     dense_source: DenseSource, source: _Shape, target: _Shape, settings: ConvertSettings, machine: Machine
-) -> Cost:
-    """Returns the cost of a conversion.
+) -> dict[str, float]:
+    """Returns the seconds of a conversion's parts, called as its progress bars are.
 
     Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
     (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
-    the decompositions. Text that the model writes takes 2 flops a weight and token. Each step of refinement takes 8
-    flops for an attention weight and token (6, and Muon's), and both streams pass all weights once, which gives the
-    dense model's part of the end-to-end stage but for its head (2 flops). There each step takes 4 flops for every
-    weight and 2 more for those that it trains.
-    Then activations take time to move, and fp32 weights to read and write. The exact form calibrates nothing unless
-    experts do.
+    the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), and
+    both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head (2
+    flops). There each step takes 4 flops for every weight and 2 more for those that it trains. Then activations take
+    time to move, and fp32 weights to read and write. The exact form calibrates nothing unless experts do.
     """
     layers, hidden, width = source.layers, source.hidden, source.cache_numbers
-    copied = 4 * (source.total + target.total) / machine.bytes_per_second
-    if settings.exact and settings.experts == "none":
-        return Cost(copied, 4 * hidden * (source.vocabulary + 2 * source.neurons))
     window, length = window_lengths(dense_source, settings)
+    copied = {"copy weights": 4 * (source.total + target.total) / machine.bytes_per_second}
+    if settings.exact and settings.experts == "none":
+        return copied
     tokens = settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
     float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
@@ -280,25 +407,41 @@ def _convert_cost(
     read = wanted_windows(dense_source, settings) * length
     written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
     trained = source.weights if is_small(dense_source) else layers * target.attention
-    flops = tokens * 4 * source.weights + float64 / machine.float64_share + written * 2 * source.weights
-    flops += refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0)
-    flops += distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary)
-    moved = refined * _moved_bytes(source, length, mlp=False) + distilled * _moved_bytes(source, length)
-    moved += tokens * _moved_bytes(source, window)
-    seconds = copied + flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
-    return Cost(
-        seconds, _convert_bytes(source, target, min(tokens, max(window, CALIBRATION_BATCH_TOKENS[machine.device])))
-    )
+
+    def seconds(flops: float, moved: float = 0) -> float:
+        return flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
+
+    parts = {
+        "sample text": seconds(written * _WRITING_FLOPS * source.weights),
+        "closed form": seconds(
+            tokens * 4 * source.weights + float64 / machine.float64_share, tokens * _moved_bytes(source, window)
+        ),
+        "refine layers": seconds(
+            refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0),
+            refined * _moved_bytes(source, length, mlp=False),
+        ),
+        "end-to-end KL": seconds(
+            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary),
+            distilled * _moved_bytes(source, length),
+        ),
+    }
+    return {name: part for name, part in (parts | copied).items() if part}
 
 
-def _convert_bytes(source: _Shape, target: _Shape, batch: int) -> int:
+def _convert_bytes(
+    dense_source: DenseSource, source: _Shape, target: _Shape, settings: ConvertSettings, machine: Machine
+) -> int:
     """Returns the peak memory of a conversion.
 
     It holds the dense model in fp32 and the moments of every layer (those of the gradients, (2 Y)², on disk where they
     are large). Beside them stands the calibration pass, with one batch's activations and logits and the weights in
     bf16, which processors with units for it keep for the way back; or the fit of one block after all others, if that
-    is more.
+    is more. The exact form holds one matrix at a time.
     """
+    if settings.exact and settings.experts == "none":
+        return 4 * source.hidden * (source.vocabulary + 2 * source.neurons)
+    window, _ = window_lengths(dense_source, settings)
+    batch = min(settings.calibration_windows * window, max(window, CALIBRATION_BATCH_TOKENS[machine.device]))
     layers = source.layers
     fisher = 8 * (2 * source.cache_numbers) ** 2
     spilled = layers * fisher > SPILL_BYTES
@@ -308,16 +451,43 @@ def _convert_bytes(source: _Shape, target: _Shape, batch: int) -> int:
     return held + max(calibrating, fitting)
 
 
-def _heal_cost(target: _Shape, machine: Machine, tokens: int) -> Cost:
-    """Returns the cost of healing.
-
-    It takes 6 flops a weight and token, and the time that activations take to move. AdamW in fp32 holds 16 bytes a
-    parameter beside the activations of a micro-batch of the default size.
-    """
-    batch = TrainSettings().batch_windows * TrainSettings().window_tokens
+def _heal_seconds(target: _Shape, machine: Machine, tokens: int, window: int) -> float:
+    """Returns the seconds of healing: 6 flops a weight and token, and the time that activations take to move."""
     seconds = tokens * 6 * target.weights / (EFFICIENCY * machine.flops_per_second)
-    seconds += tokens * _moved_bytes(target, TrainSettings().window_tokens) / machine.bytes_per_second
-    return Cost(seconds, 16 * target.total + _activation_bytes(target, batch))
+    return seconds + tokens * _moved_bytes(target, window) / machine.bytes_per_second
+
+
+def _training_memory(
+    source: _Shape, target: _Shape, train: TrainSettings, processes: int, machine: Machine
+) -> TrainingMemory:
+    """Returns the memory of one of the processes.
+
+    AdamW holds 16 bytes a parameter in fp32, divided by FSDP2. A process gathers embeddings and head for the whole
+    step, and two layers, the one that it computes and the next; each is there twice while FSDP2 copies it. Then a
+    gradient is whole until it is sent, from one copy into another. The teacher computes in the type of products before
+    the model does, and its head stays for the loss. With activation checkpointing a layer keeps its input.
+    """
+    has_bf16 = machine.device != "cpu" or machine.float64_share < 0.5
+    bf16 = has_bf16 if train.precision == "auto" else train.precision == "bfloat16"
+    tokens = train.batch_windows // processes * train.window_tokens
+    layer = (target.total - target.tables) // target.layers
+    gathered = 4 * (4 * target.tables + 7 * layer) if processes > 1 else 0
+    kept = 1 if train.activation_checkpointing else target.layers
+    activations = 4 * tokens * kept * (12 * target.hidden + 4 * target.neurons)
+    activations += 4 * tokens * target.layers * target.hidden * train.activation_checkpointing
+    distils = train.distill_weight > 0
+    chunk = min(tokens * target.vocabulary * (2 if bf16 else 4), _LOGITS_CHUNK_BYTES)
+    copies = _DISTILL_COPIES[machine.device] if distils else 2
+    dense, dense_layer = source.total, (source.total - source.tables) // source.layers
+    gathered_teacher = source.tables + 2 * dense_layer if processes > 1 else 0
+    return TrainingMemory(
+        state=16 * target.total // processes,
+        gathered=gathered,
+        casts=2 * target.stored if bf16 else 0,
+        activations=activations,
+        logits=copies * chunk,
+        teacher=(2 if bf16 else 4) * (dense // processes + gathered_teacher) if distils else 0,
+    )
 
 
 def _moved_bytes(shape: _Shape, window: int, *, mlp: bool = True) -> int:
@@ -336,7 +506,9 @@ def _activation_bytes(shape: _Shape, tokens: int) -> int:
 
 def _rates(machine: Machine) -> str:
     place = "" if machine.device == "cpu" else f"{machine.device}, "
-    return f"{place}{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(machine.bytes_per_second)}/s"
+    busy = f"; others took {machine.others:.0%} of the processors meanwhile, so idle it is faster"
+    rates = f"{place}{machine.flops_per_second / 1e9:,.0f} GFLOP/s, {_gb(machine.bytes_per_second)}/s"
+    return rates + busy * (machine.others > _BUSY)
 
 
 def _cost(cost: Cost) -> str:

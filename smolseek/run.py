@@ -22,6 +22,8 @@ from smolseek.data.packing import Packed
 from smolseek.formats.deepseek_v3 import disk_config
 from smolseek.formats.dense import read_source
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.balance import routers
+from smolseek.model.skeleton import draw_weights
 from smolseek.numerics.precision import compute_dtype
 from smolseek.summary import render_summary, summarize
 from smolseek.training.processes import Processes, join_processes, restarted_by_torchrun
@@ -37,7 +39,7 @@ from smolseek.training.run_folder import (
 )
 from smolseek.training.settings import check_inputs, check_teacher
 from smolseek.training.stages import stages_of
-from smolseek.training.start import calibration_text, corpus_tokenizer, random_model
+from smolseek.training.start import calibration_text, corpus_tokenizer, random_skeleton
 from smolseek.training.trackers import check_trackers
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Watcher
@@ -51,7 +53,7 @@ class Start(NamedTuple):
     """The folder of the tokenizer; None: it was trained on the run's own text."""
     held_out: Packed
     random: DeepseekV3 | StockModel | None
-    """The model of a run from random weights."""
+    """The model of a run from random weights, without memory for them yet."""
 
 
 def run_recipe(
@@ -79,7 +81,7 @@ def run_recipe(
         raise ValueError(f"{folder}: no such run to resume; there are {there}")
     resume = resume or restarted_by_torchrun()
     with contextlib.ExitStack() as locked, join_processes(recipe.parallel, device) as (processes, own_device):
-        with processes.leader_first():  # it downloads, converts and clears away; the others find that done
+        with processes.leader_first():  # it downloads and clears away; the others find that done
             if processes.leads:
                 check_folder(folder, recipe, resume=resume, force=force)
             pins = new_pins(recipe) if processes.leads and not resume else read_pins(folder, recipe)
@@ -91,7 +93,7 @@ def run_recipe(
                     clear_folder(folder)
                 if not (folder / RUN_FILE).is_file():
                     write_about(folder, recipe, pins, processes.size)
-            _convert(recipe, folder, own_device, watcher)
+        _convert(recipe, folder, own_device, watcher, processes)
         try:
             return _train_and_compare(recipe, folder, own_device, start, pins, resume, watcher, processes)
         except ValueError as error:
@@ -133,14 +135,13 @@ def _train_and_compare(
     if before and recipe.compare_dense:
         folders["dense_trained"] = _train_dense(trainer, before["dense"], resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
-    summary: dict[str, Any] = {}
+    summary = summarize(folders, trainer)
     if processes.leads:
-        summary = summarize(folders, trainer)
         losses = {name: summary[name]["loss"] for name in folders}
         _write(folders[trained] / "README.md", _with_losses(card, losses).render())
         _write_json(folder / "summary.json", summary)
         trainer.log.line(render_summary(summary))
-    return processes.from_leader(summary)
+    return processes.from_leader(summary)  # whose folder is complete then
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -177,7 +178,7 @@ def _read_start(recipe: Recipe) -> Start:
     if recipe.source is None:
         tokenizer_from = resolve_folder(recipe.tokenizer) if recipe.tokenizer else None
         tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else corpus_tokenizer(recipe)
-        model = random_model(recipe, tokenizer)
+        model = random_skeleton(recipe, tokenizer)
         return Start(tokenizer, tokenizer_from, check_inputs(recipe, tokenizer, model.config), model)
     source = resolve_folder(recipe.source)
     tokenizer_from = resolve_folder(recipe.tokenizer or source)
@@ -191,10 +192,10 @@ def _read_start(recipe: Recipe) -> Start:
     return Start(tokenizer, tokenizer_from, held_out, None)
 
 
-def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> None:
-    """Convert the source if the recipe says so and it is not converted yet."""
+def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher, processes: Processes) -> None:
+    """Convert the source, by all processes together, if the recipe says so and it is not converted yet."""
     out = folder / "converted"
-    if recipe.convert is None or out.exists():
+    if recipe.convert is None or processes.from_leader(out.exists()):
         return
     assert recipe.source is not None
     watcher.on_stage(f"convert {recipe.source} to DeepSeek-V3")
@@ -208,23 +209,45 @@ def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher) -> Non
 
     data = calibration_text(recipe)
     settings = dataclasses.replace(recipe.convert, calibration=data.train)
-    convert(recipe.source, out, settings=settings, data=data, device=device, on_progress=on_progress)
+    convert(
+        recipe.source,
+        out,
+        settings=settings,
+        data=data,
+        device=device,
+        on_progress=on_progress,
+        shares=processes.shares,
+    )
 
 
-def _load_model(recipe: Recipe, folder: Path) -> DeepseekV3 | StockModel:
-    """Returns the source, or its conversion if the recipe says so."""
-    assert recipe.source is not None
-    return load(folder / "converted" if recipe.convert else recipe.source)
+def _starting_model(
+    recipe: Recipe, folder: Path, device: str, start: Start, processes: Processes
+) -> DeepseekV3 | StockModel:
+    """Returns the model with random weights, the source, or its conversion, as the recipe says.
+
+    Raises:
+        ValueError: it has no experts, and the processes are to divide them.
+    """
+    if start.random is not None:
+        model = draw_weights(start.random, recipe.seed, device=device, shard=processes.shard)
+    else:
+        assert recipe.source is not None
+        source = folder / "converted" if recipe.convert else recipe.source
+        model = load(source, device=device, shard=processes.shard)
+    if recipe.parallel.expert > 1 and not routers(model):
+        raise ValueError(f"parallel.expert {recipe.parallel.expert}: the model has no experts; leave it at 1")
+    return model
 
 
 def _new_trainer(recipe: Recipe, folder: Path, device: str, start: Start, processes: Processes) -> Trainer:
     """Returns the run's trainer, which alone holds the model and the teacher, so that it can release them."""
-    model = start.random or _load_model(recipe, folder)
+    model = _starting_model(recipe, folder, device, start, processes)
     teacher, dense = None, _dense(recipe)
     if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
-        teacher = load_stock(dense, dtype=compute_dtype(torch.device(device), recipe.train.precision), device=device)
+        dtype = compute_dtype(torch.device(device), recipe.train.precision)
+        teacher = load_stock(dense, dtype=dtype, device=device, shard=processes.shard)
     return Trainer(
-        model.to(device),
+        model,
         start.tokenizer,
         recipe,
         folder,
@@ -257,7 +280,7 @@ def _train_dense(healed: Trainer, source: Path, resume: bool, watcher: Watcher) 
         ),
         sample=dataclasses.replace(recipe.sample, every=0),
     )
-    model = load_stock(source, device=str(healed.device))
+    model = load_stock(source, device=str(healed.device), shard=healed.processes.shard)
     trainer = Trainer(
         model,
         healed.tokenizer,

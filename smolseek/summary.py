@@ -5,13 +5,14 @@ Shapes: T tokens.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
-from smolseek.checkpoint.hub import as_ours, load_for_evaluation
+from smolseek.checkpoint.hub import as_ours, load, load_for_evaluation
 from smolseek.evaluation import measure_balance, measure_decode_speed
 from smolseek.formats.deepseek_v3 import count_parameters
-from smolseek.generation import continue_text, repetition_rate
+from smolseek.generation import repetition_rate
 from smolseek.model import DeepseekV3
 from smolseek.planning import cache_bytes_per_token
 from smolseek.training.trainer import Trainer
@@ -21,10 +22,12 @@ def summarize(folders: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
     """Returns the summary of a run: measurements of the model in each folder, by name, and totals.
 
     Quality is measured on the trainer's held-out text through stock transformers. MaxVio is that of the last
-    DeepSeek-V3 model that is not the untrained conversion. Each model is loaded once, and one is in memory at a time.
+    DeepSeek-V3 model that is not the untrained conversion. One model is in memory at a time. The trainer's processes
+    divide it and measure it together; the speed of decoding is that of a single process, and several have none.
     """
     summary: dict[str, Any] = {}
     for name, folder in folders.items():
+        gc.collect()  # a divided model is part of cycles
         summary[name], maxvio = _measure(folder, trainer, balance=name != "converted")
         if maxvio is not None:
             summary["maxvio_per_layer"] = {str(layer): round(value, 4) for layer, value in maxvio.items()}
@@ -39,11 +42,17 @@ def _measure(folder: Path, trainer: Trainer, *, balance: bool) -> tuple[dict[str
 
     If `balance` is set and the model is DeepSeek-V3, also returns MaxVio by layer, else None.
     """
-    model = load_for_evaluation(folder, device=str(trainer.device))
+    processes, device = trainer.processes, str(trainer.device)
+    model = load_for_evaluation(folder, device=device, shard=processes.shard)
     quality = trainer.measure(model)
-    model = as_ours(model)
-    sample = trainer.recipe.sample
-    samples = {prompt: continue_text(model, trainer.tokenizer, prompt, sample) for prompt in sample.prompts}
+    if processes.size == 1:
+        model = as_ours(model)
+    elif model.config.model_type == "deepseek_v3":
+        del model  # ours cannot take over the weights of a divided one
+        gc.collect()  # which is part of cycles
+        model = load(folder, device=device, shard=processes.shard)
+    prompts = trainer.recipe.sample.prompts
+    samples = dict(zip(prompts, trainer.continuations(model, prompts), strict=True))
     ids = next(iter(samples.values()))[1] if samples else []
     config = model.config.to_dict()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -54,12 +63,13 @@ def _measure(folder: Path, trainer: Trainer, *, balance: bool) -> tuple[dict[str
         "cache_bytes_per_token": cache_bytes_per_token(config),
         "total_parameters": total,
         "active_parameters": active,
-        "decode_tokens_per_second": round(measure_decode_speed(model, prompt_T), 1),
         "samples": {prompt: text for prompt, (text, _) in samples.items()},
         "repetition_rate": round(repetition_rate(ids), 4),
     }
+    if processes.size == 1:
+        row["decode_tokens_per_second"] = round(measure_decode_speed(model, prompt_T), 1)
     if balance and isinstance(model, DeepseekV3):
-        return row, measure_balance(model, trainer.held_out.ids_T)
+        return row, measure_balance(model, trainer.held_out.ids_T, shares=processes.shares)
     return row, None
 
 
@@ -71,9 +81,10 @@ def render_summary(summary: dict[str, Any]) -> str:
     )
     lines = [head]
     for name, row in rows.items():
+        speed = f"{row['decode_tokens_per_second']:,.0f}" if "decode_tokens_per_second" in row else "-"
         lines.append(
             f"{name.replace('_', ' '):14}{row['loss']:8.4f}{row['perplexity']:12.2f}{row['cache_bytes_per_token']:15,}"
-            f"{row['total_parameters']:12,}{row['active_parameters']:12,}{row['decode_tokens_per_second']:14,.0f}"
+            f"{row['total_parameters']:12,}{row['active_parameters']:12,}{speed:>14}"
         )
     if summary.get("maxvio") is not None:
         lines.append(

@@ -42,6 +42,7 @@ SHORT = {
 NOT_RUN = {
     r"make ": "makes an environment; tests/test_run.py runs the recipe",
     r"(python -m )?pip ": "installs packages",
+    r"torchrun .* -m smolseek convert ": "several processes: tests/conversion/test_together.py",
     r"torchrun ": "several processes: tests/training/test_processes.py",
     r".* --device cuda": "needs a GPU",
     r".*\b(smollm2|scratch)-135m\.yaml": "its text is streamed from the hub",
@@ -52,7 +53,7 @@ NOT_RUN = {
     r"python benchmarks/gpu\.py": "minutes: tests/benchmarks/test_gpu_bench.py",
     r"pytest ": "runs tests",
     r"python docs/serving/": "needs llama.cpp or a server: tests/test_serving.py",
-    r"(llama-|vllm |echo |python -m sglang|transformers )": "another program",
+    r"(llama-|vllm |echo |python -m sglang|transformers |sbatch |kubectl )": "another program",
 }
 """Commands that are read and not run, and why."""
 
@@ -133,6 +134,8 @@ def as_verb(line: str) -> list[str] | None:
     words = shlex.split(line)
     if words[0] == "smolseek":
         return words[1:]
+    if words[0] == "torchrun" and "smolseek" in words:
+        return words[words.index("smolseek") + 1 :]
     return ["train", *words[words.index("train.py") + 1 :]] if "train.py" in words else None
 
 

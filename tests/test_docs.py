@@ -129,6 +129,7 @@ def test_commands_stand_in_blocks_that_are_run(name):
     [
         ("smolseek plan llama-folder --no-such-option 1", "no-such-option"),
         ("torchrun train.py recipes/heal.yaml --train.no-such-option 1", "no-such-option"),
+        ("torchrun -m smolseek convert llama-folder half --no-such-option 1", "no-such-option"),
         ("make no-such-target", "no-such-target"),
         ("pip install -e .[no-such-extra]", "no-such-extra"),
         ("python benchmarks/no_such_script.py", "no_such_script"),
@@ -150,7 +151,7 @@ def test_the_plan_in_the_walk_through_is_what_is_printed(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(SMOLLM2_135M))
     _, verb, _, *options = shlex.split(commands(text)[0])
     assert main([verb, str(tmp_path), *options]) == 0
-    of_machines = ("smaller cache", "this machine", "convert", "heal")
+    of_machines = ("decoding", "this machine", "convert", "  of which", "heal")
     shown = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1].splitlines()
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line not in printed and not line.startswith(of_machines)] == []

@@ -11,11 +11,14 @@ from smolseek.checkpoint.hub import load, load_stock, save
 from smolseek.config import DataSettings, ParallelSettings, Recipe, SampleSettings, TrainSettings
 from smolseek.conversion.pipeline import convert
 from smolseek.generation import generate
-from smolseek.model import StockModel
+from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.decoding import DecodeStep, has_fixed_steps
+from smolseek.model.experts import MixtureOfExperts
+from smolseek.training.objective import window_loss
 from smolseek.training.processes import TorchrunProcesses
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Watcher
-from tests.factories import random_ids, tiny_llama, tiny_v3
+from tests.factories import enliven, random_ids, tiny_llama, tiny_v3, tiny_v3_config
 from tests.text import ENTRIES, tiny_tokenizer, write_stories
 
 pytestmark = [
@@ -119,3 +122,81 @@ def test_fsdp_on_one_device(text, tmp_path):
         assert load(trainer.save_model("model")).config.vocab_size == ENTRIES
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_packed_documents_and_checkpointed_blocks_learn(optimizer, text, tmp_path):
+    """All at once: documents apart by FlexAttention, activations computed again, blocks compiled."""
+    changes = {"mask_documents": True, "activation_checkpointing": True, "compile": True, "optimizer": optimizer}
+    recipe = recipe_of(text, precision="bfloat16", **changes)
+    trainer = Trainer(tiny_v3(vocab_size=ENTRIES).cuda(), tiny_tokenizer(), recipe, tmp_path / "run")
+    before = trainer.evaluate().loss
+    assert trainer.fit(Watcher()).loss < before - 1
+
+
+def test_an_expert_without_tokens_has_zero_gradient():
+    """PyTorch #172439: on a B200 grouped_mm gives it another one."""
+    moe = MixtureOfExperts(tiny_v3_config(hidden_size=64, moe_intermediate_size=32))
+    enliven(moe)
+    moe = moe.to("cuda", torch.bfloat16)
+    moe.gate.e_score_correction_bias[2:5] = -10
+    torch.empty(2**28, device="cuda").fill_(torch.nan)  # what a kernel forgets to write is then no zero
+    moe(torch.randn(2, 90, 64, device="cuda", dtype=torch.bfloat16)).float().pow(2).sum().backward()
+    assert moe.gate.expert_counts[2:5].tolist() == [0, 0, 0]
+    for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
+        assert parameter.grad.isfinite().all() and (parameter.grad[2:5] == 0).all()
+        assert (parameter.grad[[0, 1, 5, 6, 7]].flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.fixture
+def no_waiting():
+    """Makes it an error to wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def bf16_model(**sizes):
+    """Returns a model whose experts are computed without reading their sizes: in bf16, of aligned sizes."""
+    model = DeepseekV3(tiny_v3_config(hidden_size=64, moe_intermediate_size=32, **sizes))
+    enliven(model)
+    return model.to("cuda", torch.bfloat16)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10), reason="no grouped product"
+)
+def test_forward_and_backward_wait_for_nothing(request):
+    model, windows = bf16_model().train(), random_ids(4, 33).int()
+    for _ in range(2):  # the first time kernels are compiled and chosen
+        window_loss(model, windows, TrainSettings())[0].backward()
+    request.getfixturevalue("no_waiting")
+    window_loss(model, windows, TrainSettings())[0].backward()
+
+
+@pytest.mark.parametrize("experts", [True, False])
+def test_steps_as_graphs_decode_what_plain_steps_do(experts, monkeypatch):
+    sizes = {} if experts else {"first_k_dense_replace": 3}
+    model = bf16_model(max_position_embeddings=700, **sizes).eval()
+    if not has_fixed_steps(model):
+        pytest.skip("no grouped product here")
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (250, 7)]
+    graphs = generate(model, prompts, max_new_tokens=40)  # across two sizes of the cache
+    monkeypatch.setattr("smolseek.generation.has_fixed_steps", lambda model: False)
+    plain = generate(model, prompts, max_new_tokens=40)
+    same = sum(a == b for one, other in zip(graphs, plain, strict=True) for a, b in zip(one, other, strict=True))
+    assert same > 257 + 40  # rounding in bf16 may turn a choice, and then the text goes another way
+
+
+def test_a_step_as_a_graph_gives_the_plain_logits():
+    model = DeepseekV3(tiny_v3_config(first_k_dense_replace=3))
+    enliven(model)
+    model, ids = model.cuda().eval(), random_ids(2, 20).cuda()
+    with torch.inference_mode():
+        expected = model(ids)
+        cache = model.new_cache(2, 20)
+        model(ids[:, :5], cache=cache)
+        step = DecodeStep(model, cache)
+        for position in range(5, 20):
+            logits_BV = step(ids[:, position : position + 1])
+            torch.testing.assert_close(logits_BV, expected[:, position], rtol=0, atol=1e-3)

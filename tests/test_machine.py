@@ -25,3 +25,13 @@ def test_units_for_bfloat16_count_twice(flags: str, gain: int, monkeypatch, tmp_
     facts.write_text(f"flags\t\t: {flags}\n", encoding="utf-8")
     monkeypatch.setattr(machine, "_CPU_FACTS", facts)
     assert measure_machine(seconds=0.01).float64_share == 0.5 / gain
+
+
+def test_what_other_programs_take_is_told(monkeypatch, tmp_path) -> None:
+    times = tmp_path / "stat"
+    monkeypatch.setattr(machine, "_CPU_TIMES", times)
+    assert measure_machine(seconds=0.01).others == 0
+    passed = iter(("cpu  100 0 100 9000 0 0 0 0 0 0", "cpu  1000000 0 100 9000 0 0 0 0 0 0"))
+    monkeypatch.setattr(type(times), "read_text", lambda path, **rest: next(passed) if path == times else "")
+    monkeypatch.setattr(type(times), "is_file", lambda path: path == times)
+    assert measure_machine(seconds=0.01).others == 1

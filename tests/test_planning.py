@@ -1,22 +1,26 @@
-"""What a plan tells before anything runs: sizes, cache, the length from which it pays, cost."""
+"""What a plan tells before anything runs: sizes, cache, what decoding gains, cost."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 from transformers import AutoConfig, DeepseekV3Config
 
-from smolseek.config import ConvertSettings
+from smolseek.config import ConvertSettings, TrainSettings
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import count_parameters
 from smolseek.formats.dense import read_source
 from smolseek.machine import Machine
-from smolseek.planning import cache_bytes_per_token, payoff_context_tokens, plan, render
+from smolseek.planning import FASTER, TrainingMemory, cache_bytes_per_token, count_decoding, plan, render
 from tests.configs import SMOLLM2_135M, TINY
 from tests.factories import stock_parameters
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+CELL = ("competitor", "kind", "cached", "batch")
 FAST_COMPUTE = Machine(flops_per_second=1e15, bytes_per_second=1e12)
 FAST_MEMORY = Machine(flops_per_second=1e11, bytes_per_second=1e12)
 
@@ -71,42 +75,87 @@ def test_cache_bytes() -> None:
     assert cache_bytes_per_token(target) == 2 * 24 * 2
 
 
-def test_payoff_is_where_the_two_decoding_times_meet() -> None:
+def test_decoding_is_counted_in_bytes_and_operations() -> None:
     settings = ConvertSettings(kv_lora_rank=120, qk_rope_head_dim=32)
     target = target_config(read_source(SMOLLM2_135M), settings)
-    length = payoff_context_tokens(SMOLLM2_135M, target, FAST_COMPUTE)
-    assert length is not None
 
-    def seconds(tokens: int, weights: int, numbers: int, flops: int) -> float:
-        start = 2 * weights * (1 / 1e12 + 1 / 1e15)
-        return start + tokens * 30 * (2 * numbers / 1e12 + flops / 1e15)
+    def seconds(sequences: int, tokens: int, weights: int, numbers: int, flops: int) -> float:
+        start = 2 * weights * (1 / 1e12 + sequences / 1e15)
+        return start + sequences * tokens * 30 * (2 * numbers / 1e12 + flops / 1e15)
 
-    dense = [seconds(t, 134_515_008, 384, 4 * 9 * 64) for t in (length - 1, length)]
     weights = count_parameters(target)[0]
-    latent = [seconds(t, weights, 152, 2 * 9 * 152 + 2 * 9 * 120) for t in (length - 1, length)]
-    assert latent[0] > dense[0] and latent[1] <= dense[1]
+    for sequences, tokens in ((1, 0), (1, 8192), (8, 512), (64, 8192)):
+        dense = seconds(sequences, tokens, 134_515_008, 384, 4 * 9 * 64)
+        latent = seconds(sequences, tokens, weights, 152, 2 * 9 * 152 + 2 * 9 * 120)
+        counted = count_decoding(SMOLLM2_135M, target, FAST_COMPUTE, sequences, tokens)
+        assert counted == pytest.approx(dense / latent)
+    for part in plan(SMOLLM2_135M, settings, FAST_COMPUTE).decoding:
+        assert part.gain == count_decoding(SMOLLM2_135M, target, FAST_COMPUTE, part.sequences, 8192)
+        length = part.faster_from_tokens
+        assert length is not None
+        gains = [count_decoding(SMOLLM2_135M, target, FAST_COMPUTE, part.sequences, t) for t in (length - 1, length)]
+        assert gains[0] < FASTER <= gains[1]
 
 
-def test_payoff_never_where_arithmetic_costs_more_than_the_cache_saves() -> None:
-    target = target_config(read_source(SMOLLM2_135M), ConvertSettings())
-    assert payoff_context_tokens(SMOLLM2_135M, target, FAST_MEMORY) is None
-    assert "never" in render(plan(SMOLLM2_135M, ConvertSettings(), FAST_MEMORY))
+def test_no_gain_where_arithmetic_costs_more_than_the_cache_saves() -> None:
+    told = plan(SMOLLM2_135M, ConvertSettings(), FAST_MEMORY)
+    assert all(part.gain < 1 and part.faster_from_tokens is None for part in told.decoding)
+    assert "2.5 times the tokens or sequences in the same memory" in render(told)
+    assert "memory is gained, not time" in render(told)
 
 
-def test_payoff_at_once_where_there_are_fewer_weights_too() -> None:
-    source = TINY | {"num_key_value_heads": 4, "hidden_size": 512}
-    target = target_config(read_source(source), ConvertSettings(kv_lora_rank=8, qk_rope_head_dim=2))
-    assert count_parameters(target)[0] < read_source(source).parameters()
-    assert payoff_context_tokens(source, target, FAST_COMPUTE) == 0
+def test_a_length_that_the_model_does_not_take_is_not_told() -> None:
+    short = SMOLLM2_135M | {"max_position_embeddings": 512}
+    assert plan(short, ConvertSettings(), FAST_COMPUTE).decoding[0].faster_from_tokens is None
 
 
 def test_an_untied_embedding_table_is_not_read_while_decoding() -> None:
     wide = SMOLLM2_135M | {"tie_word_embeddings": False}
-    lengths = [
-        payoff_context_tokens(source, target_config(read_source(source), ConvertSettings()), FAST_COMPUTE)
+    gains = [
+        plan(source, ConvertSettings(), FAST_COMPUTE).decoding[0].gain
         for source in (SMOLLM2_135M, wide, wide | {"vocab_size": 2 * 49152})
     ]
-    assert lengths[0] is not None and len(set(lengths)) == 1
+    assert gains[0] == gains[1] > gains[2]
+
+
+def test_several_sequences_read_the_experts_of_each() -> None:
+    dense, upcycled = (plan(SMOLLM2_135M, ConvertSettings(experts=e), FAST_COMPUTE) for e in ("none", "upcycle"))
+    assert upcycled.decoding[0].gain == pytest.approx(dense.decoding[0].gain, rel=0.01)  # but for the router
+    assert upcycled.decoding[1].gain < 0.95 * dense.decoding[1].gain
+
+
+MEASURED_MACHINE = Machine(flops_per_second=385e9, bytes_per_second=36.26e9, float64_share=0.25)
+"""What `measure_machine` says of the two cores of the measurements below, with nothing beside."""
+
+
+def test_no_gain_in_time_is_told_where_none_was_measured() -> None:
+    """SmolLM2-135M at half its cache in llama.cpp with flash attention gains no time, and the plan counts as much."""
+    told = plan(SMOLLM2_135M, ConvertSettings(cache=0.5), MEASURED_MACHINE)
+    assert all(part.faster_from_tokens is None for part in told.decoding)
+    lines = (RESULTS / "2026-11-28-llamacpp-speed-smollm2.jsonl").read_text().splitlines()[1:]
+    steps = {tuple(row[key] for key in CELL): median(row["seconds"]) for row in map(json.loads, lines) if row["flash"]}
+    dense = [cell for cell in steps if cell[0] == "dense, llama.cpp"]
+    assert len(dense) == 8
+    for _, kind, cached, batch in dense:
+        measured = steps["dense, llama.cpp", kind, cached, batch] / steps["converted, llama.cpp", kind, cached, batch]
+        counted = count_decoding(SMOLLM2_135M, told.config, MEASURED_MACHINE, batch, cached)
+        assert abs(measured - counted) < 0.1 and measured < FASTER
+
+
+@pytest.mark.parametrize(
+    ("stage", "measured"), [("sample text", 91), ("closed form", 203), ("refine layers", 170), ("end-to-end KL", 420)]
+)
+def test_seconds_of_a_stage_are_near_those_that_were_measured(stage: str, measured: float) -> None:
+    """SmolLM2-135M-Instruct at half its cache, 912 s in all (LOG.md, and benchmarks/results/2026-11-28-smollm2.md)."""
+    told = plan(SMOLLM2_135M, ConvertSettings(cache=0.5), MEASURED_MACHINE)
+    assert 1 / 1.5 < told.stages[stage] / measured < 1.5
+    assert told.convert.seconds == sum(told.stages.values()) and 1 / 1.5 < told.convert.seconds / 912 < 1.5
+    assert f"{stage} " in render(told)
+
+
+def test_a_machine_that_others_use_is_said_to_be_one() -> None:
+    text = render(plan(SMOLLM2_135M, ConvertSettings(), Machine(1e15, 1e12, others=0.4)))
+    assert "others took 40% of the processors meanwhile" in text and "times the dense speed" not in text
 
 
 def test_costs_grow_with_the_work() -> None:
@@ -121,6 +170,41 @@ def test_costs_grow_with_the_work() -> None:
     # Six flops per weight and token, at half the peak; activations and scores are moved twenty times, in fp32.
     moved = 20 * 4 * 30 * (12 * 576 + 4 * 1536 + 9 * 256)
     assert heal == pytest.approx(1000 * (6 * 139_633_488 / 5e14 + moved / FAST_COMPUTE.bytes_per_second))
+
+
+def test_processes_divide_state_and_work_and_gather_the_rest() -> None:
+    train = TrainSettings(batch_windows=8, window_tokens=256, precision="float32")
+    alone, four = (plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE, train=train, processes=n) for n in (1, 4))
+    assert four.heal.seconds == pytest.approx(alone.heal.seconds / 4)
+    one, each = alone.heal_memory, four.heal_memory
+    assert (one.state, one.gathered, one.casts, one.teacher) == (16 * 139_633_488, 0, 0, 0)
+    assert each.state == one.state // 4 and each.activations == one.activations // 4
+    tables, layer = 49152 * 576, (139_633_488 - 49152 * 576) // 30
+    assert each.gathered == 4 * (4 * tables + 7 * layer) and each.total == four.heal.memory_bytes
+    text = render(four)
+    assert f"{four.heal.memory_bytes / 1e9:.2f} GB of memory in each of 4" in text and "state 558.5 MB" in text
+
+
+def test_what_a_recipe_trains_with_counts() -> None:
+    def memory(processes: int = 2, **fields: Any) -> TrainingMemory:
+        train = TrainSettings(batch_windows=8, **fields)
+        return plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE, train=train, processes=processes).heal_memory
+
+    plain = memory(precision="float32")
+    assert memory(precision="bfloat16").casts == 2 * 139_633_488
+    assert memory(activation_checkpointing=True).activations < plain.activations / 10
+    distilled = memory(precision="float32", distill_weight=0.9)
+    assert distilled.teacher > 4 * 134_515_008 / 2 and distilled.logits > plain.logits
+    assert memory(precision="float32", distill_weight=0.9, processes=8).teacher < 0.6 * distilled.teacher
+    cuda = Machine(1e15, 1e12, device="cuda")
+    assert plan(SMOLLM2_135M, ConvertSettings(), cuda).heal_memory.casts  # bf16 by itself
+    assert plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE, processes=3).heal_memory.state == 16 * 139_633_488 // 3
+
+
+def test_processes_that_cannot_share_a_batch_are_refused() -> None:
+    for processes in (3, 0):
+        with pytest.raises(ValueError, match=rf"processes {processes}: train.batch_windows, 8, must be a multiple"):
+            plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE, train=TrainSettings(), processes=processes)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +225,7 @@ def test_plan_is_json_and_text_for_every_runtime() -> None:
     assert told["runtimes"]["transformers"] == "loads" and told["runtimes"]["vllm"].startswith("refuses")
     assert told["target"]["active_parameters"] < told["target"]["total_parameters"]
     text = render(result)
-    pieces = ("134,515,008", "39.6%", "sglang", "llama.cpp", f"from {result.payoff_context_tokens:,} tokens")
+    pieces = ("134,515,008", "39.6%", "sglang", "llama.cpp", f"from {result.decoding[1].faster_from_tokens:,} tokens")
     assert all(piece in text for piece in pieces)
 
 

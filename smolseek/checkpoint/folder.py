@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
 from smolseek.checkpoint.licence import LICENCE_FILES, licence_files
+from smolseek.checkpoint.shard import ShardWriter
 from smolseek.checkpoint.source import TOKENIZER_FILES
 from smolseek.formats.headers import FLOATS, Header, read_headers
 
@@ -45,12 +46,12 @@ class TensorFolder:
         """Returns the dtype of a tensor as safetensors writes it (F32, BF16 ...), from the header."""
         return self._header(name).dtype
 
-    def get(self, name: str) -> Tensor:
-        """Reads one tensor, in the dtype on disk."""
+    def get(self, name: str, bounds: tuple[slice, ...] | None = None) -> Tensor:
+        """Reads one tensor, in the dtype on disk; with `bounds`, a slice per dimension, that part of it alone."""
         path = self.folder / self._header(name).file
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_slice(name)[bounds] if bounds else file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: tensor {name}: cannot be read ({error}); fetch the file again") from error
 
@@ -67,10 +68,13 @@ class TensorFolder:
             return False
         for name in names:
             self.check_float(name)
-        head, embeddings = (self.get(name) for name in names)
-        if head.dtype != embeddings.dtype:
-            head, embeddings = head.float(), embeddings.float()
-        return not torch.equal(head, embeddings)
+        shapes = [self.shape(name) for name in names]
+        return shapes[0] != shapes[1] or not all(self._equal_rows(*names, rows) for rows in _row_blocks(*shapes[0]))
+
+    def _equal_rows(self, one: str, other: str, rows: slice) -> bool:
+        """Returns whether two matrices have the same numbers in some rows."""
+        ours, theirs = (self.get(name, (rows, slice(None))) for name in (one, other))
+        return torch.equal(ours, theirs) if ours.dtype == theirs.dtype else torch.equal(ours.float(), theirs.float())
 
     def check_float(self, name: str) -> None:
         """Checks that a tensor is not quantised.
@@ -89,6 +93,17 @@ class TensorFolder:
         return self.headers[name]
 
 
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    """Returns slices of the rows of a matrix, each of about a million numbers."""
+    step = max(1, 2**20 // max(1, columns))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def written_bytes(weights_bytes: int) -> int:
+    """Returns the most bytes that a `FolderWriter` takes on disk for weights of that size: its last file twice."""
+    return weights_bytes + min(weights_bytes, _MAX_SHARD_BYTES)
+
+
 def foreign_files(folder: Path) -> list[str]:
     """Returns the names in a folder that no checkpoint folder of ours has."""
     known = ["config.json", "conversion.json", "generation_config.json", "README.md", *TOKENIZER_FILES, *LICENCE_FILES]
@@ -98,7 +113,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 
 class FolderWriter(AbstractContextManager["FolderWriter"]):
-    """Writes a checkpoint folder shard by shard; the folder is complete or absent.
+    """Writes a checkpoint folder tensor by tensor, in shards; the folder is complete or absent.
 
     Raises:
         ValueError: the folder exists and `force` is not set.
@@ -106,9 +121,7 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
 
     def __init__(self, out: str | Path, *, force: bool = False) -> None:
         self._folder = atomic_folder(Path(out), force=force)
-        self._shard: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self._bytes = 0
+        self._shards: list[ShardWriter] = []
 
     def __enter__(self) -> FolderWriter:
         self.path = self._folder.__enter__()
@@ -124,12 +137,15 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         return self._folder.__exit__(*raised)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Adds a tensor to the current shard, after writing that shard if it is full."""
+        """Writes a tensor into the current shard, after a new one was begun if that is full."""
         size = tensor.numel() * tensor.element_size()
-        if self._shard and self._shard_bytes() + size > _MAX_SHARD_BYTES:
-            self._flush()
-        self._shard[name] = tensor.detach().cpu().contiguous()
-        self._bytes += size
+        with self._naming_folder():
+            full = bool(self._shards) and self._shards[-1].size + size > _MAX_SHARD_BYTES
+            if full:
+                self._shards[-1].finish()
+            if full or not self._shards:
+                self._shards.append(ShardWriter(self.path / f"shard-{len(self._shards) + 1}"))
+            self._shards[-1].add(name, tensor)
 
     def write_json(self, name: str, tree: Any) -> None:
         """Writes a JSON file in the folder."""
@@ -159,26 +175,24 @@ class FolderWriter(AbstractContextManager["FolderWriter"]):
         for path in licence_files(source):
             shutil.copyfile(path, self.path / path.name)
 
-    def _shard_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._shard.values())
-
-    def _flush(self) -> None:
-        self._shards.append(sorted(self._shard))
+    @contextmanager
+    def _naming_folder(self) -> Iterator[None]:
         try:
-            save_file(self._shard, self.path / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:
+            yield
+        except OSError as error:
             raise OSError(f"{self.path.parent}: cannot write the weights ({error})") from error
-        self._shard = {}
 
     def _finish(self) -> None:
-        if self._shard:
-            self._flush()
+        with self._naming_folder():
+            if self._shards:
+                self._shards[-1].finish()
         count, weight_map = len(self._shards), {}
-        for number, names in enumerate(self._shards, start=1):
+        for number, shard in enumerate(self._shards, start=1):
             file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.path / f"shard-{number}").rename(self.path / file)
-            weight_map.update(dict.fromkeys(names, file))
+            shard.out.rename(self.path / file)
+            weight_map.update(dict.fromkeys(shard.names, file))
         if count > 1:
+            total = sum(shard.size for shard in self._shards)
             self.write_json(
-                "model.safetensors.index.json", {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+                "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
             )

@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import LOCK, check_space, remove_leftovers
-from smolseek.checkpoint.folder import FolderWriter
+from smolseek.checkpoint.folder import FolderWriter, written_bytes
 from smolseek.formats.gguf_source import GgufSource, read_gguf
 from smolseek.formats.gguf_tokenizer import tokenizer_files
 from smolseek.formats.refusing import refusing
@@ -71,7 +71,7 @@ def _write(path: Path, folder: Path) -> None:
     _check_tokenizer(path, files["tokenizer.json"])
     dtype = getattr(torch, source.dense.dtype)
     remedy = "for the weights of the GGUF file; free some space, or set HF_HOME to a folder on another disk"
-    check_space(folder.parent, source.dense.parameters() * dtype.itemsize, remedy)
+    check_space(folder.parent, written_bytes(source.dense.parameters() * dtype.itemsize), remedy)
     with FolderWriter(folder) as writer:
         for name, tree in ({"config.json": source.config} | files).items():
             writer.write_json(name, tree)

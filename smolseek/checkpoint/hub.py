@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from smolseek.formats.fields import Rule, check_fields, number
 from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers, take_expert_counts
+from smolseek.model.skeleton import AnyModel, Shard, keep_whole, take_memory
+from smolseek.numerics.memory import release_memory
+from smolseek.numerics.shards import gathers_weights, own_part, release_gathered, whole
 
 _READ_LATER: dict[str, Rule] = dict.fromkeys(
     ("max_position_embeddings", "sliding_window"), number(1, 1e12).or_null()
@@ -25,7 +28,8 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
     "dtype": Rule(lambda name: isinstance(getattr(torch, name, None), torch.dtype), "a dtype of torch").or_null(),
 }
 """Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
-AnyModel = TypeVar("AnyModel", DeepseekV3, StockModel)
+Part = tuple[str, int | None, slice]
+"""Name of a stored tensor, the expert it belongs to, and the rows of the model's tensor that it fills."""
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -82,17 +86,25 @@ def check_stock(folder: str | Path) -> None:
     _stock_skeleton(folder)
 
 
-def _stock_skeleton(folder: str | Path) -> Any:
-    """Returns transformers' model of a folder's config.json, without memory for its weights."""
+def _stock_skeleton(folder: str | Path, *, untied: bool = False) -> Any:
+    """Returns transformers' fp32 model of a folder's config.json, without memory for its weights.
+
+    `untied` gives it a head of its own, whatever config.json says.
+    """
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
+    config.tie_word_embeddings = config.tie_word_embeddings and not untied
     with refusing(f"checkpoint {folder}: transformers builds no model from its config.json"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DeepseekV3 | StockModel:
+def load(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", shard: Shard = keep_whole
+) -> DeepseekV3 | StockModel:
     """Loads a model from a folder, hub id or GGUF file: DeepSeek-V3 as our `DeepseekV3`, others by transformers.
+
+    With the `shard` of several processes each of them reads its part of the weights alone; all of them must call this.
 
     Raises:
         ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers refuses the config, or
@@ -100,31 +112,22 @@ def load(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str 
     """
     folder = resolve_folder(source)
     if read_config(folder).get("model_type") not in ("deepseek_v3", SOFTMAX_MODEL_TYPE):
-        return load_stock(folder, dtype=dtype, device=device)
+        return load_stock(folder, dtype=dtype, device=device, shard=shard)
     tensors = TensorFolder(folder)
     config = load_config(folder)
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
     _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
     with refusing(f"checkpoint {source}: no model can be built from its config.json"):
         with torch.device("meta"):
-            model = DeepseekV3(config)
-        # No checkpoint holds the rope table and the expert counts.
-        rotary = type(model.model.rotary_emb)(config)
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = rotary
-    take_expert_counts(model)
-    with torch.no_grad():
-        for name, target in model.state_dict().items():
-            if name != "lm_head.weight" or not config.tie_word_embeddings:
-                _fill(target, name, tensors)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.end_token_ids = read_end_tokens(folder)
-    return _tried(model.to(device=device, dtype=dtype).eval(), source)
+            skeleton = DeepseekV3(config).to(dtype)
+        type(skeleton.model.rotary_emb)(config)  # some rope parameters are first read where a table has numbers
+    return _read(skeleton, tensors, source, device, shard)
 
 
-def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> StockModel:
-    """Loads any causal model as unmodified transformers runs it.
+def load_stock(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", shard: Shard = keep_whole
+) -> StockModel:
+    """Loads any causal model as unmodified transformers runs it; `shard` as in `load`.
 
     Its config says that the head is tied only if it is: transformers keeps a head of its own whatever config.json says.
 
@@ -140,6 +143,8 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     for name, weight in _stock_skeleton(folder).state_dict().items():  # before memory is taken for them
         if name in tensors.headers and tensors.shape(name) != weight.shape:
             raise ValueError(_misfit(name, tensors.shape(name), tuple(weight.shape)))
+    if shard is not keep_whole:
+        return _load_parts(source, tensors, dtype, device, shard)
     with refusing(f"checkpoint {source}: transformers does not load model_type {model_type!r}"):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
@@ -154,11 +159,59 @@ def load_stock(source: str | Path, *, dtype: torch.dtype = torch.float32, device
     return _tried(stock, source)
 
 
+def _load_parts(source: str | Path, tensors: TensorFolder, dtype: torch.dtype, device: str, shard: Shard) -> StockModel:
+    """Returns what `load_stock` does, divided by `shard`; this process reads its part alone.
+
+    Raises:
+        ValueError: tensors are missing, quantised, or stored under other names than transformers has for them.
+    """
+    untied = tensors.has_own_head()
+    skeleton = StockModel(_stock_skeleton(tensors.folder, untied=untied))
+    _cast(skeleton, dtype)
+    for name, tensor in _stored_state(skeleton).items():
+        for stored in [stored for stored, *_ in _stored_parts(name, tensor.shape)]:
+            if stored not in tensors.headers:
+                raise ValueError(
+                    f"checkpoint {source}: no tensor {stored}, and several processes find tensors by these names only; "
+                    "the weights do not fit its config.json, or use one process"
+                )
+            tensors.check_float(stored)
+    return _read(skeleton, tensors, source, device, shard)
+
+
+def _cast(skeleton: StockModel, dtype: torch.dtype) -> None:
+    """Gives the weights of an fp32 model without memory the dtypes that transformers loads them in.
+
+    Buffers stay fp32, as rope tables and routing biases are, and so do the weights that transformers keeps in fp32. A
+    layer of two dtypes cannot be trained by FSDP2, so no weight of a 16-bit model can.
+    """
+    skeleton.config.dtype = dtype
+    if dtype == torch.float32:
+        return
+    fp32 = getattr(skeleton.model, "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in skeleton.requires_grad_(False).named_parameters():
+        if not any(f".{word}" in name for word in fp32):
+            parameter.data = parameter.data.to(dtype)
+
+
+def _read(model: AnyModel, tensors: TensorFolder, source: str | Path, device: str, shard: Shard) -> AnyModel:
+    """Returns a model without memory with its weights, of which this process reads its part after `shard`."""
+    model = take_memory(shard(model), device)
+    with torch.no_grad():
+        for name, target in _stored_state(model).items():
+            _fill(target, name, tensors)
+    model.end_token_ids = read_end_tokens(tensors.folder)
+    return _tried(model.eval(), source)
+
+
 @torch.no_grad()
 def _tried(model: AnyModel, source: str | Path) -> AnyModel:
     """Returns the model after one token: some fields of a config.json are first read when a model runs."""
     with refusing(f"checkpoint {source}: its model does not run"):
         model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=model.lm_head.weight.device))
+    if gathers_weights(model):
+        release_gathered(model)
+        release_memory()  # the first gathering leaves holes between what stays
     if isinstance(model, DeepseekV3):
         take_expert_counts(model)
     return model
@@ -183,11 +236,14 @@ def as_ours(stock: DeepseekV3 | StockModel) -> DeepseekV3 | StockModel:
 
 
 def load_for_evaluation(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", shard: Shard = keep_whole
 ) -> DeepseekV3 | StockModel:
-    """Loads a model as unmodified transformers runs it; a softmax-routed folder, which it cannot run, as our model."""
+    """Loads a model as unmodified transformers runs it; a softmax-routed folder, which it cannot run, as our model.
+
+    `shard` as in `load`.
+    """
     is_stock = read_config(resolve_folder(source)).get("model_type") != SOFTMAX_MODEL_TYPE
-    return (load_stock if is_stock else load)(source, dtype=dtype, device=device)
+    return (load_stock if is_stock else load)(source, dtype=dtype, device=device, shard=shard)
 
 
 def save(
@@ -237,22 +293,38 @@ def save(
 
 
 def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) as written to disk: without a tied head, and with one tensor per expert."""
+    """Yields (name, tensor) as written to disk: without a tied head, and with one tensor per expert.
+
+    The tensors of a divided model are gathered one by one, so all processes must ask for them together.
+    """
+    for name, tensor in _stored_state(model).items():
+        gathered = whole(tensor)
+        for stored, expert, rows in _stored_parts(name, tensor.shape):
+            if expert is not None:
+                yield stored, gathered[expert, rows].clone()
+            else:  # a head may share the embeddings' memory although the config unties it; safetensors refuses that
+                yield stored, gathered.clone() if name == "lm_head.weight" else gathered
+
+
+def _stored_state(model: DeepseekV3 | StockModel) -> dict[str, Tensor]:
+    """Returns the tensors of a model that a checkpoint holds, under transformers' names."""
     state = model.state_dict() if isinstance(model, DeepseekV3) else model.model.state_dict()
-    for name, tensor in state.items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        prefix, _, kind = name.rpartition(".")
-        if kind == "gate_up_proj" and prefix.endswith("experts"):
-            for expert, gate_up in enumerate(tensor):
-                gate, up = gate_up.chunk(2)
-                yield f"{prefix}.{expert}.gate_proj.weight", gate.clone()
-                yield f"{prefix}.{expert}.up_proj.weight", up.clone()
-        elif kind == "down_proj" and prefix.endswith("mlp.experts"):
-            for expert, down in enumerate(tensor):
-                yield f"{prefix}.{expert}.down_proj.weight", down.clone()
-        else:  # a head may share the embeddings' memory although the config unties it; safetensors refuses that
-            yield name, tensor.clone() if name == "lm_head.weight" else tensor
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+
+
+def _stored_parts(name: str, shape: Sequence[int]) -> list[Part]:
+    """Returns what a checkpoint stores of a model's tensor: itself, or of stacked experts one tensor each."""
+    prefix, _, kind = name.rpartition(".")
+    if kind not in ("gate_up_proj", "down_proj") or not prefix.endswith("mlp.experts"):
+        return [(name, None, slice(None))]
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    height = shape[1] // len(kinds)
+    return [
+        (f"{prefix}.{expert}.{part}.weight", expert, slice(number * height, (number + 1) * height))
+        for expert in range(shape[0])
+        for number, part in enumerate(kinds)
+    ]
 
 
 def _check_tensors(tensors: TensorFolder, tree: dict[str, Any]) -> None:
@@ -272,12 +344,15 @@ def _misfit(name: str, has: tuple[int, ...], wanted: tuple[int, ...]) -> str:
 
 
 def _fill(target: Tensor, name: str, tensors: TensorFolder) -> None:
-    """Fills one tensor of the model from disk, stacking experts."""
-    prefix, _, kind = name.rpartition(".")
-    if prefix.endswith("mlp.experts"):
-        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-        for expert in range(target.shape[0]):
-            loaded = [tensors.get(f"{prefix}.{expert}.{part}.weight") for part in parts]
-            target[expert].copy_(torch.cat(loaded))
-    else:
-        target.copy_(tensors.get(name))
+    """Fills this process's part of a tensor of the model from disk, stacking experts."""
+    part, bounds = own_part(target)
+    for stored, expert, rows in _stored_parts(name, target.shape):
+        if expert is None:
+            is_all = part.shape == target.shape
+            part.copy_(tensors.get(stored) if is_all else tensors.get(stored, bounds))
+            continue
+        experts, wanted, columns = bounds
+        start, stop = max(wanted.start, rows.start), min(wanted.stop, rows.stop)
+        if experts.start <= expert < experts.stop and start < stop:
+            read = tensors.get(stored, (slice(start - rows.start, stop - rows.start), columns))
+            part[expert - experts.start, start - wanted.start : stop - wanted.start].copy_(read)

@@ -15,7 +15,7 @@ from smolseek.cli.generate import Chat, Generate, run_chat, run_generate
 from smolseek.cli.parsing import parse
 from smolseek.cli.push import Push, run_push
 from smolseek.cli.report import Report, run_report
-from smolseek.cli.shared import StoppedBySignal
+from smolseek.cli.shared import StoppedBySignal, said_once
 from smolseek.cli.train import Data, Train, run_data, run_train
 from smolseek.config import Recipe, load_recipe, recipes_folder
 
@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{verb}: no such verb; there are {', '.join(VERBS)}")
     kind, run = VERBS[verb]
     try:
-        return run(parse_verb(kind, verb, arguments[1:])) or 0
+        with said_once():
+            command = parse_verb(kind, verb, arguments[1:])
+        return run(command) or 0
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

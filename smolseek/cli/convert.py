@@ -8,12 +8,15 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from smolseek.cli.shared import Device, progress_bars, quiet_libraries
-from smolseek.config import ConvertSettings, load_recipe
+from smolseek.cli.shared import Device, progress_bars, quiet_libraries, said_once
+from smolseek.config import ConvertSettings, ParallelSettings, load_recipe
+
+if TYPE_CHECKING:
+    from smolseek.numerics.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ class Plan:
     settings: tyro.conf.OmitArgPrefixes[ConvertSettings] = field(default_factory=ConvertSettings)
     heal_tokens: int = 10_000_000
     """Training tokens after the conversion, for the estimate of the training time."""
+    processes: int = 1
+    """Number of processes that share the training, each on a GPU or machine like this one: for memory and time."""
     device: Device = "cpu"
     """Where the conversion and the training would run; it is measured, so it must be here."""
     json: bool = False
@@ -58,31 +63,62 @@ def run_plan(command: Plan) -> None:
     from smolseek.machine import measure_machine
     from smolseek.planning import plan, render
 
-    settings, source = command.settings, command.source
+    settings, source, train = command.settings, command.source, None
     if source.endswith((".yaml", ".yml")):
         recipe = load_recipe(source)
         if recipe.source is None:
             raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
-        settings, source = recipe.convert or settings, recipe.source
-    result = plan(fetch_config(source), settings, measure_machine(command.device), heal_tokens=command.heal_tokens)
+        settings, source, train = recipe.convert or settings, recipe.source, recipe.train
+    result = plan(
+        fetch_config(source),
+        settings,
+        measure_machine(command.device),
+        heal_tokens=command.heal_tokens,
+        train=train,
+        processes=command.processes,
+    )
     print(json.dumps(result.to_dict(), indent=2) if command.json else render(result))
 
 
-def run_convert(command: Convert) -> None:
+def run_convert(command: Convert) -> int | None:
+    """Convert, by all processes where torchrun started several; the leading one prints."""
     quiet_libraries()
-    from smolseek.checkpoint.source import read_conversion
+    from smolseek.numerics.precision import check_device
+    from smolseek.numerics.shares import FailedElsewhere
+    from smolseek.training.processes import join_processes
+
+    with said_once():
+        check_device(command.device)
+    try:
+        with join_processes(ParallelSettings(), command.device) as (processes, device):
+            out = _convert(command, device, processes.shares)
+    except FailedElsewhere:
+        return 2
+    if processes.leads:
+        _report(out, command)
+    return None
+
+
+def _convert(command: Convert, device: str, shares: Shares) -> Path:
     from smolseek.conversion.pipeline import convert
 
     with progress_bars() as on_progress:
-        out = convert(
+        return convert(
             command.source,
             command.out,
             settings=command.settings,
             judge=command.judge,
-            device=command.device,
+            device=device,
             force=command.force,
             on_progress=on_progress,
+            shares=shares,
         )
+
+
+def _report(out: Path, command: Convert) -> None:
+    """Print how good the folder is and what to do next."""
+    from smolseek.checkpoint.source import read_conversion
+
     report = read_conversion(out)
     assert report is not None
     calibration = report["calibration"]

@@ -30,6 +30,22 @@ class StoppedBySignal(Exception):
         self.signal = number
 
 
+def leads() -> bool:
+    """Returns whether this process prints: one, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """Lets one process tell of an error that all of torchrun's processes have; the others end with its status, 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if leads():
+            raise
+        raise SystemExit(2) from error
+
+
 @contextlib.contextmanager
 def deferred_signals(defer: Callable[[], bool]) -> Iterator[list[int]]:
     """Handles SIGINT and SIGTERM inside the block; yields the list of the signals received.

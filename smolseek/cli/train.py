@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.cli.shared import Device, StoppedBySignal, deferred_signals, progress_bars, quiet_libraries
+from smolseek.cli.shared import (
+    Device,
+    StoppedBySignal,
+    deferred_signals,
+    leads,
+    progress_bars,
+    quiet_libraries,
+    said_once,
+)
 from smolseek.config import Recipe
 
 
@@ -38,19 +45,20 @@ class Data(Recipe):
     """Print JSON."""
 
 
-def run_train(command: Train) -> None:
+def run_train(command: Train) -> int | None:
     quiet_libraries()
     from tqdm import tqdm
 
     from smolseek.numerics.precision import check_device
+    from smolseek.numerics.shares import FailedElsewhere
     from smolseek.run import run_recipe
     from smolseek.summary import render_summary
     from smolseek.training.watcher import Interrupted, Progress, Watcher
 
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
-    check_device(command.device)
+    with said_once():
+        check_device(command.device)
     folder = command.runs / recipe.name
-    leads = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints
     bar: tqdm[Any] | None = None
 
     def on_stage(stage: str) -> None:
@@ -58,13 +66,15 @@ def run_train(command: Train) -> None:
         if bar is not None:
             bar.close()
             bar = None
-        if leads:
+        if leads():
             print(f"[{recipe.name}] {stage}", flush=True)
 
     def on_step(progress: Progress) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads)
+            bar = tqdm(
+                total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads()
+            )
         bar.total = progress.steps  # fewer if a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
         bar.set_postfix_str(
@@ -81,14 +91,17 @@ def run_train(command: Train) -> None:
             )
         except Interrupted as stopped:
             raise StoppedBySignal(str(stopped), received[0] if received else signal.SIGTERM) from None
+        except FailedElsewhere:
+            return 2
         finally:
             if bar is not None:
                 bar.close()
-    if not leads:
-        return
+    if not leads():
+        return None
     print(f"\n{render_summary(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
     print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
     print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
+    return None
 
 
 def run_data(command: Data) -> None:

@@ -127,24 +127,33 @@ def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tu
 
     The model that writes has its weights in the dtype of products; it is gone before the one to convert is loaded.
     """
-    if (part := work.get(SELF)) is None:
-        tokenizer = load_tokenizer(job.folder)
-        writer = load_stock(job.folder, dtype=compute_dtype(job.device, "auto"), device=str(job.device))
-        ends = end_tokens(writer, tokenizer)
-        windows_BT, documents = sample_windows(
-            writer.model,
-            read_openings(tokenizer, job.source.vocab_size, ends),
-            windows=windows,
-            window_tokens=window_tokens,
-            end_tokens=ends,
-            seed=job.settings.seed,
-            on_progress=partial(job.on_progress, "sample text"),
-        )
-        del writer
-        release_memory()
-        work.put(SELF, {"windows_BT": windows_BT}, documents)
-        return windows_BT, documents
-    return part[0]["windows_BT"], part[1]
+    if (part := work.get(SELF)) is not None:
+        return part[0]["windows_BT"], part[1]
+    windows_BT, documents = job.shares.by_leader(lambda: _sample(job, windows, window_tokens))
+    work.put(SELF, {"windows_BT": windows_BT}, documents)
+    return windows_BT, documents
+
+
+def _sample(job: Job, windows: int, window_tokens: int) -> tuple[Tensor, int]:
+    """Returns windows that the model writes and their number of documents.
+
+    One process writes them all: a window's draws follow from those before it.
+    """
+    tokenizer = load_tokenizer(job.folder)
+    writer = load_stock(job.folder, dtype=compute_dtype(job.device, "auto"), device=str(job.device))
+    ends = end_tokens(writer, tokenizer)
+    windows_BT, documents = sample_windows(
+        writer.model,
+        read_openings(tokenizer, job.source.vocab_size, ends),
+        windows=windows,
+        window_tokens=window_tokens,
+        end_tokens=ends,
+        seed=job.settings.seed,
+        on_progress=partial(job.on_progress, "sample text"),
+    )
+    del writer
+    release_memory()
+    return windows_BT, documents
 
 
 def _digest(ids: Tensor) -> str:

@@ -19,6 +19,7 @@ from smolseek.model.balance import next_bias
 from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.precision import algebra_device
 from smolseek.numerics.schedule import warmed_cosine
+from smolseek.numerics.shares import ALONE, Shares
 
 _CLUSTER_ROUNDS = 8
 _ROUTER_DAMPING = 1e-3
@@ -150,11 +151,13 @@ def refine_carving(
     generator: torch.Generator,
     batch_tokens: int = 2048,
     learning_rate: float = 3e-3,
+    shares: Shares = ALONE,
 ) -> Carving:
     """Returns the carving trained to give the dense MLP's outputs on the dense MLP's inputs.
 
     It trains by Adam with warm-up and cosine. The router learns more slowly than the experts, for it only has to keep
-    pace with them. The bias is updated all along, at a speed that falls to zero.
+    pace with them. The bias is updated all along, at a speed that falls to zero. Several processes divide every step's
+    tokens.
     """
     carving = Carving(*(tensor.clone() for tensor in carving))
     parameters = [tensor.requires_grad_() for tensor in carving[:4]]
@@ -165,9 +168,12 @@ def refine_carving(
     schedule = warmed_cosine(optimizer, steps)
     for step in range(steps):
         picked = torch.randint(len(inputs_ND), (batch_tokens,), generator=generator)
-        x_ND = inputs_ND.index_select(0, picked.to(inputs_ND.device))
-        loss, counts_E = carving_loss(carving, weights, x_ND, chosen)
+        x_ND = inputs_ND.index_select(0, shares.own(picked).to(inputs_ND.device))
+        target_ND = swiglu(weights, x_ND)
+        loss, counts_E = carving_loss(carving, target_ND, x_ND, chosen)
         loss.backward()
+        shares.mean_gradients_(parameters, target_ND.square().sum())  # the loss is over this energy
+        shares.sum_(counts_E)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
@@ -175,9 +181,11 @@ def refine_carving(
     return Carving(*(tensor.detach() for tensor in carving))
 
 
-def carving_loss(carving: Carving, weights: dict[str, Tensor], x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² of a batch, and the tokens (E,) that each expert received."""
-    target_ND = swiglu(weights, x_ND)
+def carving_loss(carving: Carving, target_ND: Tensor, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² of a batch, and the tokens (E,) that each expert received.
+
+    `target_ND` is MLP(x).
+    """
     output_ND, counts_E = apply_carving(carving, x_ND, chosen)
     return (output_ND - target_ND).square().mean() / target_ND.square().mean(), counts_E
 

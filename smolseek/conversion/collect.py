@@ -20,6 +20,7 @@ from smolseek.conversion.probe import Probe, probed_attention
 from smolseek.conversion.sizes import CALIBRATION_BATCH_TOKENS, SPILL_BYTES
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype
+from smolseek.numerics.shares import ALONE, Shares
 
 _TOKENS_AT_ONCE = 2048
 _POSITIONS_AT_ONCE = 64  # whose logits are held
@@ -33,13 +34,15 @@ def collect_moments(
     seed: int,
     folder: Path,
     on_windows: Callable[[int], None] = lambda more: None,
+    shares: Shares = ALONE,
 ) -> list[Callable[[], LayerMoments]]:
     """Returns one loader per layer for that layer's second moments, after one forward and backward pass.
 
     The labels of the loss are sampled from the model itself: the true Fisher, not the empirical one (docs/method.md,
     "Calibration"). `model` is a transformers Llama-like model. Sums are streamed in float64. Where those of all layers
     are large they live as files in `folder`. The blocks' inputs are kept there too, so that no latent needs a pass of
-    its own. `on_windows` is told how many windows each batch had.
+    its own. `on_windows` is told how many windows each batch had. Several processes divide the batches, and keep files
+    of their own in `folder`, where all read them.
 
     Raises:
         ValueError: `folder` has less free space than that takes.
@@ -51,30 +54,44 @@ def collect_moments(
     moment_bytes = 8 * len(layers) * (4 * width) ** 2
     large = moment_bytes > SPILL_BYTES
     angles_F = slot_angles_F.to(device)
+    own_folder = folder if shares.leads else folder / f"process-{shares.rank}"
+    own_folder.mkdir(exist_ok=True)
     probes = [
-        Probe(angles_F, folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
+        Probe(angles_F, own_folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
         for index, layer in enumerate(layers)
     ]
-    needed_bytes = 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes
-    check_space(folder, needed_bytes, "until the blocks are fitted; free some space or lower calibration_windows")
+    needed_bytes = 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes * shares.size
+    remedy = "until the blocks are fitted; free some space or lower calibration_windows"
+    shares.by_leader(lambda: check_space(folder, needed_bytes, remedy))
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
     head_VD = model.get_output_embeddings().weight.to(compute_dtype(device, "auto"))
+    parts = list(batches(windows_BT, CALIBRATION_BATCH_TOKENS[device.type]))
+    own_parts = shares.own(range(len(parts)))
     with _frozen(model), hooked(hooks), probed_attention(model, probes):
-        for ids_BT in batches(windows_BT, CALIBRATION_BATCH_TOKENS[device.type]):
-            hidden_BTD = model.base_model(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
-            pull_BTD = _loss_gradient(hidden_BTD.detach(), head_VD, generator)
-            paths = [path for probe in probes for path in (probe.value_BTk, probe.key)]
-            gradients = torch.autograd.grad(hidden_BTD, paths, pull_BTD)
-            for index, probe in enumerate(probes):
-                probe.add(*gradients[2 * index : 2 * index + 2])
-            del hidden_BTD, gradients
-            release_memory()
+        for number, ids_BT in enumerate(parts):
+            if number in own_parts:
+                _probe_batch(model, probes, ids_BT.to(device), head_VD, generator)
+                release_memory()
+            else:
+                _skip_labels(ids_BT, generator)
             on_windows(len(ids_BT))
     for probe in probes:
-        probe.end()
+        probe.end(shares)
     return [probe.moments for probe in probes]
+
+
+def _probe_batch(
+    model: Any, probes: Sequence[Probe], ids_BT: Tensor, head_VD: Tensor, generator: torch.Generator
+) -> None:
+    """Add the moments of one batch: a forward and a backward pass."""
+    hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    pull_BTD = _loss_gradient(hidden_BTD.detach(), head_VD, generator)
+    paths = [path for probe in probes for path in (probe.value_BTk, probe.key)]
+    gradients = torch.autograd.grad(hidden_BTD, paths, pull_BTD)
+    for index, probe in enumerate(probes):
+        probe.add(*gradients[2 * index : 2 * index + 2])
 
 
 def sample_labels(p_NV: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,6 +103,11 @@ def sample_labels(p_NV: Tensor, generator: torch.Generator) -> Tensor:
     below_NV = p_NV.cumsum(-1)
     drawn_N1 = torch.rand(len(p_NV), 1, generator=generator).to(p_NV.device) * below_NV[:, -1:]
     return torch.searchsorted(below_NV, drawn_N1, right=True).clamp_(max=p_NV.shape[1] - 1)
+
+
+def _skip_labels(ids_BT: Tensor, generator: torch.Generator) -> None:
+    """Draw the numbers that `sample_labels` draws for a batch: its labels do not depend on who computes the others."""
+    torch.rand(ids_BT.numel(), 1, generator=generator)
 
 
 def batches(windows_BT: Tensor, tokens: int) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.numerics.muon import Muon
 from smolseek.numerics.schedule import warmed_cosine
+from smolseek.numerics.shares import ALONE, Shares
 
 _ROUTER_FACTOR = 5.0  # a fitted router starts small, and has to keep pace with its experts
 _MUON_RMS = 0.2  # root mean square of a Muon update at learning rate 1, as torch scales it to match AdamW's
@@ -18,13 +19,19 @@ class Descent:
 
     The rate is relative because checkpoints differ in the scale of their weights, and so do the matrices of one block.
     It warms up over the first twentieth of the steps and falls to zero by a cosine. The optimizer is Adam, or Muon
-    where a number of heads is given.
+    where a number of heads is given. Several processes take every step together, each with the gradient of its rows.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], *, rate: float, steps: int, muon_heads: int | None = None
+        self,
+        parameters: dict[str, nn.Parameter],
+        *,
+        rate: float,
+        steps: int,
+        muon_heads: int | None = None,
+        shares: Shares = ALONE,
     ) -> None:
-        self.parameters = list(parameters.values())
+        self.parameters, self.shares = list(parameters.values()), shares
         groups = []
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
@@ -36,9 +43,11 @@ class Descent:
         )
         self.schedule = warmed_cosine(self.optimizer, steps)
 
-    def step(self, loss: Tensor) -> None:
-        """One step down."""
-        loss.backward()
+    def step(self, loss: Tensor | None, weight: Tensor | float = 1.0) -> None:
+        """One step down: along the mean over the processes, each weighed by `weight`; no loss where one has no rows."""
+        if loss is not None:
+            loss.backward()
+        self.shares.mean_gradients_(self.parameters, weight)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

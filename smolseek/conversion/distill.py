@@ -26,6 +26,7 @@ from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.loss import divergence
 from smolseek.numerics.precision import autocast
+from smolseek.numerics.shares import ALONE, Shares
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def distill_model(
     Returns None where the judged windows moved away from the dense model by it: then the training is undone.
     """
     job.on_progress("end-to-end KL", 0, job.distill_steps)
-    before = mean_divergence(student, dense, calibration.judged_BT)
+    before = job.shares.by_leader(lambda: mean_divergence(student, dense, calibration.judged_BT))
     parts = (MixtureOfExperts,) if job.settings.exact else () if is_small(job.source) else _LARGE_PARTS
     trained = own_weights(student, parts)
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -64,11 +65,13 @@ def distill_model(
         seed=job.settings.seed,
         rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before**0.5,
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
+        shares=job.shares,
     )
-    after = mean_divergence(student, dense, calibration.judged_BT)
+    after = job.shares.by_leader(lambda: mean_divergence(student, dense, calibration.judged_BT))
     if after < before:
-        return mean_loss(student, calibration.judged_BT)
-    log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
+        return job.shares.by_leader(lambda: mean_loss(student, calibration.judged_BT))
+    if job.shares.leads:
+        log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
     student.load_state_dict(kept)
     return None
 
@@ -84,20 +87,27 @@ def distill(
     seed: int,
     rate: float,
     on_step: Callable[[int], None],
+    shares: Shares = ALONE,
 ) -> None:
     """Train `parameters` in place by KL(dense ‖ converted) of the next token; routing biases balance all along.
 
     `dense_BTD` are the dense model's final states on the windows; `rate` is a step's share of a parameter's size, times
-    the root of the number of layers; `on_step(done)` reports progress (docs/method.md, "End-to-end KL").
+    the root of the number of layers; `on_step(done)` reports progress (docs/method.md, "End-to-end KL"). Several
+    processes divide every step's windows.
     """
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
-    descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps)
+    descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps, shares=shares)
     batch, device = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1]), dense_BTD.device
-    for step, rows in enumerate(shuffled(len(windows_BT), batch, steps, seed)):
-        descent.step(distillation_loss(student, dense_head_VD, windows_BT[rows].to(device), dense_BTD[rows.to(device)]))
-        update_biases(student, take_expert_counts(student), _BALANCE_SPEED * (1 - step / steps))
+    for step, rows in enumerate(map(shares.own, shuffled(len(windows_BT), batch, steps, seed))):
+        ids_BT, states_BTD = windows_BT[rows].to(device), dense_BTD[rows.to(device)]
+        loss = distillation_loss(student, dense_head_VD, ids_BT, states_BTD) if len(rows) else None
+        descent.step(loss, len(rows))
+        counts = take_expert_counts(student)
+        for _, counts_E in counts:
+            shares.sum_(counts_E)
+        update_biases(student, counts, _BALANCE_SPEED * (1 - step / steps))
         on_step(step + 1)
     descent.end()
     for layer in layers_of(student):

@@ -72,14 +72,20 @@ def fit_attention(job: Job, dense: Any, calibration: Calibration, work: WorkFold
     if (kept := work.get("closed-form")) is not None:
         return _unpack(*kept, layers=job.source.num_hidden_layers)
     moments = work.path / "moments"
-    shutil.rmtree(moments, ignore_errors=True)  # of an interrupted conversion
-    moments.mkdir()
+    job.shares.by_leader(lambda: _clear(moments))
     fitted = _fit_best_plan(job, dense, calibration, moments)
     named = {f"{i}.{name}": tensor for i, layer in enumerate(fitted.layers) for name, tensor in layer.items()}
     work.put("closed-form", named, {k: getattr(fitted, k) for k in ("errors", "rope_theta", "folds")})
-    shutil.rmtree(moments)
+    if job.shares.leads:
+        shutil.rmtree(moments)
     release_memory()
     return fitted
+
+
+def _clear(moments: Path) -> None:
+    """Make the folder empty: an interrupted conversion leaves files in it."""
+    shutil.rmtree(moments, ignore_errors=True)
+    moments.mkdir()
 
 
 def _unpack(tensors: dict[str, Tensor], facts: dict[str, Any], *, layers: int) -> FittedAttention:
@@ -107,7 +113,13 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
             windows_BT = calibration.moments_BT
             angles = angles_F[slots]
             moments = collect_moments(
-                dense, windows_BT, angles, seed=job.settings.seed, folder=folder, on_windows=on_more
+                dense,
+                windows_BT,
+                angles,
+                seed=job.settings.seed,
+                folder=folder,
+                on_windows=on_more,
+                shares=job.shares,
             )
         fitted = _fit_plan(job, dense, plan, moments, on_more)
         divergence = _divergence(job, dense, fitted, calibration.judged_BT) if len(plans) > 1 else 0.0
@@ -116,7 +128,8 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
             best = divergence, fitted
         on_more(1)
     assert best is not None
-    _warn_of_approximations(best[1].errors)
+    if job.shares.leads:
+        _warn_of_approximations(best[1].errors)
     return best[1]
 
 
@@ -140,7 +153,7 @@ def _progress(job: Job, plans: list[RopePlan], windows: int) -> Callable[[int], 
 def _divergence(job: Job, dense: Any, fitted: FittedAttention, judged_BT: Tensor) -> float:
     """Returns the KL of the whole model under one plan."""
     converted = assemble(dense, job.with_target(fitted.rope_theta).target, fitted.layers)
-    divergence = mean_divergence(converted, dense, judged_BT)
+    divergence = job.shares.by_leader(lambda: mean_divergence(converted, dense, judged_BT))
     log.info("rope slots %s: KL %.4f", fitted.folds, divergence)
     return divergence
 
@@ -148,22 +161,29 @@ def _divergence(job: Job, dense: Any, fitted: FittedAttention, judged_BT: Tensor
 def _fit_plan(
     job: Job, dense: Any, plan: RopePlan, moments: list[Callable[[], LayerMoments]], on_more: Callable[[int], None]
 ) -> FittedAttention:
-    """Returns all blocks under one plan, one after the other: all moments at once do not fit into memory."""
+    """Returns all blocks under one plan, one after the other: all moments at once do not fit into memory.
+
+    Several processes divide the layers.
+    """
     device = algebra_device(dense.device)
-    blocks = []
-    for index, read in enumerate(moments):
+
+    def fit_layer(index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         weights = read_projections(job.tensors, job.source, index, device)
         gain_D = dense.model.layers[index].input_layernorm.weight.to(device).double()
         used = plan if job.source.rope_layers[index] else plan.emptied()
         try:
-            blocks.append(fit_block(job, weights, read().to(device), gain_D, used))
+            fitted = fit_block(job, weights, moments[index]().to(device), gain_D, used)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"checkpoint {job.name}: layer {index} has weights so large, small or alike that they cannot be "
                 "factorised; fetch the checkpoint again or name another"
             ) from error
         on_more(1)
-    layers, errors = zip(*blocks, strict=True)
+        return fitted
+
+    layers, errors = zip(*job.shares.each(fit_layer, range(len(moments))), strict=True)
+    if others := len(moments) - len(job.shares.own(range(len(moments)))):
+        on_more(others)
     theta = plan.rope_theta(job.source.rope["rope_theta"], job.source.head_dim)
     return FittedAttention(list(layers), list(errors), theta, plan.folds)
 

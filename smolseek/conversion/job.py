@@ -21,6 +21,7 @@ from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import check_strides
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.numerics.precision import check_device
+from smolseek.numerics.shares import ALONE, Shares
 
 OnProgress = Callable[[str, int, int], None]
 """Told (stage, done, count)."""
@@ -49,6 +50,9 @@ class Job:
     data: DataSettings
     """How the calibration text is read."""
     on_progress: OnProgress
+    """Told in the leading process."""
+    shares: Shares
+    """This process's share of the work."""
 
     @property
     def calibrates(self) -> bool:
@@ -85,6 +89,7 @@ def read_job(
     device: str,
     force: bool,
     on_progress: OnProgress,
+    shares: Shares = ALONE,
 ) -> Job:
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
 
@@ -93,9 +98,11 @@ def read_job(
 
     Raises:
         ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
-            `out` exists and `force` is not set, or the device is not there.
+            `out` exists and `force` is not set, or the device is not there or not for several processes.
     """
     check_device(device)
+    if shares.size > 1 and device.partition(":")[0] == "mps":
+        raise ValueError(f"device mps: {shares.size} processes cannot share their sums there; use one process, or cpu")
     check_fields(settings)
     name = pinned(source)
     folder = resolve_folder(name)
@@ -123,13 +130,18 @@ def read_job(
         refine_steps=refine_steps(dense, settings),
         distill_steps=steps,
         data=data or calibration_data(settings),
-        on_progress=on_progress,
+        on_progress=on_progress if shares.leads else _tell_nobody,
+        shares=shares,
     )
     if job.calibrates and not settings.calibration:
         settings = dataclasses.replace(settings, calibration=(SELF,))
         job = dataclasses.replace(job, settings=settings, data=calibration_data(settings))
     check_tensors(job.tensors, dense, attention_bias=target["attention_bias"])
     return job
+
+
+def _tell_nobody(stage: str, done: int, count: int) -> None:
+    pass
 
 
 def calibration_data(settings: ConvertSettings) -> DataSettings:

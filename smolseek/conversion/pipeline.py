@@ -22,6 +22,7 @@ from smolseek.conversion.work_folder import WorkFolder
 from smolseek.conversion.write import Facts, add_judged, exact_tensors_of_source, student_tensors, write_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.memory import keep_freed_memory, release_memory
+from smolseek.numerics.shares import ALONE, Shares
 
 
 def convert(
@@ -34,6 +35,7 @@ def convert(
     device: str = "cpu",
     force: bool = False,
     on_progress: OnProgress = lambda stage, done, count: None,
+    shares: Shares = ALONE,
     **fields: Any,
 ) -> Path:
     """Write the DeepSeek-V3 form of a Llama-family checkpoint, a stock folder, and return its path.
@@ -45,6 +47,10 @@ def convert(
     `out` is complete or absent. A conversion that ends early leaves its finished layers beside `out`, and the same call
     goes on from there. `on_progress(stage, done, count)` tells how far it is.
 
+    Several processes convert together when each calls this with its `shares`. All must see the file system of `out`,
+    and the leading process alone writes it. A refusal is raised in all, as `FailedElsewhere` in those that need not
+    tell it.
+
     Raises:
         TypeError: a field that `ConvertSettings` does not have.
         ValueError: the source is missing, unsupported or broken, the settings do not fit it, a calibration text is too
@@ -55,11 +61,22 @@ def convert(
     if "calibration" in fields:
         fields["calibration"] = _names(fields["calibration"])
     settings = dataclasses.replace(settings or ConvertSettings(), **fields)
-    job = read_job(source, Path(out), settings, data=data, device=device, force=force, on_progress=on_progress)
-    texts = read_judged(job, _names(judge))
+    job = shares.after_leader(
+        lambda: read_job(
+            source,
+            Path(out),
+            settings,
+            data=data,
+            device=device,
+            force=force,
+            on_progress=on_progress,
+            shares=shares,
+        )
+    )
+    texts = shares.by_leader(lambda: read_judged(job, _names(judge)))
     _write(job, began)  # its models are gone when others are loaded
     if texts:
-        add_judged(job, judge_folder(job, texts))
+        shares.by_leader(lambda: add_judged(job, judge_folder(job, texts)))
     return job.out
 
 
@@ -72,20 +89,25 @@ def _write(job: Job, began: float) -> None:
     """Convert and write the folder."""
     if not job.calibrates:
         facts = Facts({}, {}, _numbered(job), None)
-        write_folder(job, exact_tensors_of_source(job), facts, began=began)
+        job.shares.by_leader(lambda: write_folder(job, exact_tensors_of_source(job), facts, began=began))
         return
-    text = read_text(job)
-    with WorkFolder(job.out, _fingerprint(job, text)) as work:
+    text = job.shares.by_leader(lambda: read_text(job))
+    with WorkFolder(job.out, _fingerprint(job, text), job.shares) as work:
+        work.check_seen()
         calibration = read_calibration(job, text, work)
         job, student, facts = _make_student(job, calibration, work)
         tensors = student_tensors(job, student, calibration.moments_BT)
-        write_folder(job, tensors, facts, began=began)
+        job.shares.by_leader(lambda: write_folder(job, tensors, facts, began=began))
 
 
 def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple[Job, DeepseekV3, Facts]:
     """Returns the converted model, all but upcycled experts, with the job's final target and what was measured."""
     dense = load_stock(job.folder, device=str(job.device)).model.requires_grad_(False)
-    losses = {"dense": mean_loss(StockModel(dense), calibration.judged_BT)}
+
+    def judged_loss(model: DeepseekV3 | StockModel) -> float:
+        return job.shares.by_leader(lambda: mean_loss(model, calibration.judged_BT))
+
+    losses = {"dense": judged_loss(StockModel(dense))}
     layers = _numbered(job)
     if job.settings.exact:
         blocks, folds = [exact_block(job, index) for index in range(len(layers))], None
@@ -95,14 +117,14 @@ def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple
         job = job.with_target(fitted.rope_theta)
         _extend(layers, fitted.errors)
     student = assemble(dense, job.target, blocks)
-    losses["closed_form"] = mean_loss(student, calibration.judged_BT)
+    losses["closed_form"] = judged_loss(student)
     keep_freed_memory()
     dense_BTD = None
     if job.carves or job.refines_attention:
         errors, dense_BTD = refine_layers(job, student, dense, calibration, work)
         _extend(layers, errors)
         release_memory()  # the residual stream's, kept for it until here
-        losses["refined"] = mean_loss(student, calibration.judged_BT)
+        losses["refined"] = judged_loss(student)
     if job.distill_steps and (job.carves or not job.settings.exact):
         loss = distill_model(job, student, dense, calibration, dense_BTD)
         losses |= {} if loss is None else {"distilled": loss}

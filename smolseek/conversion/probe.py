@@ -23,6 +23,7 @@ from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.running_sum import OuterSum
 from smolseek.model.attention import rotate
 from smolseek.numerics.precision import autocast
+from smolseek.numerics.shares import ALONE, Shares
 
 _IMPLEMENTATION = "smolseek_probe"
 _READ_TOKENS = 2048
@@ -41,6 +42,8 @@ class Probe:
         self.slot_angles_F, self.qk_norms = slot_angles_F, qk_norms
         self.inputs_file = files.with_name(f"{files.name}-inputs")
         self.inputs_file.unlink(missing_ok=True)
+        self.inputs_files = [self.inputs_file]
+        """Those of all processes that had windows."""
         self.inputs, self.gradients = OuterSum(), OuterSum(files if spills else None)
         self.heads = OuterSum(files.with_name(f"{files.name}-heads") if spills and qk_norms else None)
         self.energies = OuterSum()
@@ -91,10 +94,15 @@ class Probe:
             self.heads.add(weighted_BTZ, self.x_BTX)
             self.energies.add(weighted_BTZ * self.heads_BTZ, torch.ones_like(weight_BT1))
 
-    def end(self) -> None:
-        """Turn sums into means; called once, after the last batch."""
+    def end(self, shares: Shares = ALONE) -> None:
+        """Turn the sums of all processes into means; called once, after the last batch."""
+        self.inputs_files = [file for file in shares.each(self._own_inputs, range(shares.size)) if file is not None]
         for total in (self.inputs, self.gradients, *((self.heads, self.energies) if self.qk_norms else ())):
-            total.end()
+            total.end(shares)
+
+    def _own_inputs(self, process: int) -> Path | None:
+        """Returns the file of this process's inputs; None if it had no windows."""
+        return self.inputs_file if self.inputs.tokens else None
 
     def moments(self) -> LayerMoments:
         """Returns the layer's moments."""
@@ -113,9 +121,10 @@ class Probe:
     def read_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Returns the inputs again and their weights, some tokens (N, X) and (N, 1) at once."""
         width = len(self.inputs.read())
-        with self.inputs_file.open("rb") as file:
-            while len(numbers := np.fromfile(file, np.float32, _READ_TOKENS * (width + 1))):
-                yield torch.from_numpy(numbers).view(-1, width + 1).split([width, 1], dim=-1)
+        for path in self.inputs_files:
+            with path.open("rb") as file:
+                while len(numbers := np.fromfile(file, np.float32, _READ_TOKENS * (width + 1))):
+                    yield torch.from_numpy(numbers).view(-1, width + 1).split([width, 1], dim=-1)
 
 
 def token_weights(*gradients: Tensor) -> Tensor:

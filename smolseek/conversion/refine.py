@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek.conversion.calibrate import Calibration
-from smolseek.conversion.carve import carve, load_carving, refine_carving, relative_error
+from smolseek.conversion.carve import Carving, carve, load_carving, refine_carving, relative_error
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
@@ -43,7 +43,7 @@ def refine_layers(
     Returns errors by layer, and the dense model's final states (B, T, D) on the refinement windows. Layers that the
     work folder holds are loaded from it.
     """
-    stream = ResidualStream(dense.model, calibration.refined_BT)
+    stream = ResidualStream(dense.model, calibration.refined_BT, job.shares)
     rope = student.model.rope(calibration.refined_BT.shape[1])
     student.config = DeepseekV3Config(**job.target)
     errors, layers = [], layers_of(student)
@@ -83,13 +83,16 @@ def refine_attention(
 ) -> None:
     """Train a converted attention block in place to give the output of the dense block that the stream stands before.
 
-    It trains in stock form, norm and all (docs/method.md, "Refinement").
+    It trains in stock form, norm and all (docs/method.md, "Refinement"). Processes that share the stream divide every
+    step's windows.
     """
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # they can do all that norms could
-    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads)
+    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads, shares=stream.shares)
     for rows in stream.batches(steps, seed):
-        descent.step(attention_loss(block, rope, *stream.attention(rows)))
+        x_BTD, target_BTD = stream.attention(stream.shares.own(rows))
+        loss = attention_loss(block, rope, x_BTD, target_BTD) if len(x_BTD) else None
+        descent.step(loss, target_BTD.square().sum())  # the loss is over this energy
     descent.end()
     scale_latents(block, LATENT_RMS)
 
@@ -105,8 +108,12 @@ def attention_loss(block: MultiheadLatentAttention, rope: Rope, x_BTD: Tensor, t
 def attention_error(block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream) -> float:
     """Returns E|converted - dense|² / E|dense|² of an attention block's output, over the stream's probe."""
     x_BTD, target_BTD = stream.probed_attention()
-    error = (block(x_BTD, rope) - target_BTD).square().sum()
-    return float(error / target_BTD.square().sum().clamp(min=1e-30))
+
+    def error() -> float:
+        total = (block(x_BTD, rope) - target_BTD).square().sum()
+        return float(total / target_BTD.square().sum().clamp(min=1e-30))
+
+    return stream.shares.by_leader(error)
 
 
 def _refine_attention(
@@ -125,15 +132,23 @@ def _refine_attention(
 
 def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStream, index: int) -> dict[str, float]:
     """Carve and refine one dense MLP into `block`; returns its error relative to the dense output, before and after."""
-    chosen, steps = job.target["num_experts_per_tok"], job.refine_steps
+    chosen, steps, shares = job.target["num_experts_per_tok"], job.refine_steps, job.shares
     weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
     probe_ND, inputs_ND = stream.mlp_inputs()
     generator = torch.Generator().manual_seed(job.settings.seed + index)
-    carving = carve(weights, inputs_ND[:: max(1, len(inputs_ND) // _CARVE_TOKENS)], job.target)
-    facts = {"mlp_error": relative_error(carving, weights, probe_ND, chosen)}
+
+    def closed_form() -> list[Tensor]:
+        sample_ND = inputs_ND[:: max(1, len(inputs_ND) // _CARVE_TOKENS)]
+        return [tensor.cpu() for tensor in carve(weights, sample_ND, job.target)]
+
+    def error(carving: Carving) -> float:
+        return shares.by_leader(lambda: relative_error(carving, weights, probe_ND, chosen))
+
+    carving = Carving(*(tensor.to(inputs_ND.device) for tensor in shares.by_leader(closed_form)))
+    facts = {"mlp_error": error(carving)}
     if steps:
-        refined = refine_carving(carving, weights, inputs_ND, chosen, steps=steps, generator=generator)
-        after = relative_error(refined, weights, probe_ND, chosen)
+        refined = refine_carving(carving, weights, inputs_ND, chosen, steps=steps, generator=generator, shares=shares)
+        after = error(refined)
         better = after < facts["mlp_error"]
         carving = refined if better else carving
         facts["mlp_error_refined"] = after if better else facts["mlp_error"]

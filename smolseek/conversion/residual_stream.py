@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
 from smolseek.numerics.precision import autocast
+from smolseek.numerics.shares import ALONE, Shares
 
 _PROBE_TOKENS = 2048
 Block = Callable[[Tensor], Tensor]
@@ -24,11 +25,12 @@ class ResidualStream:
     The converted stream has passed converted blocks only, so that a block learns from inputs such as it will meet. No
     other activations are kept. Errors are told on new text: the first `probe` windows are not trained on, where
     there are others. `model` is the body of a transformers Llama-like model with SDPA attention, causal where no mask
-    is given; the stream lies where the model lies.
+    is given; the stream lies where the model lies. Several processes divide every pass through a block, and all have
+    the whole stream: what they train on changes from step to step.
     """
 
-    def __init__(self, model: Any, windows_BT: Tensor) -> None:
-        self.model = model
+    def __init__(self, model: Any, windows_BT: Tensor, shares: Shares = ALONE) -> None:
+        self.model, self.shares = model, shares
         self.batch = max(1, REFINE_BATCH_TOKENS // windows_BT.shape[1])
         probe = max(1, _PROBE_TOKENS // windows_BT.shape[1])
         self.probe = probe if len(windows_BT) > probe else 0
@@ -44,11 +46,13 @@ class ResidualStream:
     def enter(self, index: int) -> None:
         """Stand before the attention block of that layer."""
         self.layer = self.model.layers[index]
-        for part_BTD, out_BTD in zip(*(x.split(self.batch) for x in (self.hidden_BTD, self.attended_BTD)), strict=True):
+        parts, outputs = (x_BTD.split(self.batch) for x_BTD in (self.hidden_BTD, self.attended_BTD))
+        for part_BTD, out_BTD in zip(self.shares.own(parts), self.shares.own(outputs), strict=True):
             x_BTD = self.layer.input_layernorm(part_BTD)
             with autocast(x_BTD.device, "auto"):
                 attended_BTD = self.layer.self_attn(x_BTD, position_embeddings=self.rope, attention_mask=None)[0]
             out_BTD.copy_(attended_BTD)
+        self.shares.complete_(outputs)
 
     @torch.no_grad()
     def attention(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,9 +96,11 @@ class ResidualStream:
         return torch.cat([self.model.norm(part_BTD) for part_BTD in self.hidden_BTD.split(self.batch)])
 
     def _pass(self, stream_BTD: Tensor, norm: Block, block: Block) -> None:
-        for part_BTD in stream_BTD.split(self.batch):
+        parts = stream_BTD.split(self.batch)
+        for part_BTD in self.shares.own(parts):
             with autocast(part_BTD.device, "auto"):
                 part_BTD += block(norm(part_BTD))
+        self.shares.complete_(parts)
 
     def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
         """Returns `steps` batches of window numbers, every window once before any comes again."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from smolseek.numerics.precision import has_float64
+from smolseek.numerics.shares import ALONE, Shares
 
 _STRIP = 256  # rows of a sum that one product adds to
 
@@ -45,9 +46,13 @@ class OuterSum:
                 part_OA.add_((rows_ON @ columns_NA).to(part_OA.device))
         self.tokens += len(left_NO)
 
-    def end(self) -> None:
-        """Turn the sum into the mean, in place: a second one might not fit into memory."""
-        total_OA = self.read().div_(self.tokens)
+    def end(self, shares: Shares = ALONE) -> None:
+        """Turn the sum, over the tokens of all processes, into the mean, in place: a second one might not fit."""
+        self.shape, self.strip, kind = shares.by_leader(lambda: (self.shape, self.strip, self.read().device.type))
+        total_OA, tokens = self._total(torch.device(kind)), torch.tensor(self.tokens)
+        shares.sum_(total_OA)
+        shares.sum_(tokens)
+        total_OA.div_(int(tokens))
         for start in range(self.strip, len(total_OA), self.strip):
             total_OA[start : start + self.strip, :start] = total_OA[:start, start : start + self.strip].T
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import LOCK, exclusive
+from smolseek.numerics.shares import ALONE, Shares
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +31,33 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
     removed. After any error it stays if a part is finished, and the next conversion with an equal fingerprint finds the
     parts again; conversions with another one leave it alone.
 
+    Of several processes the leading one alone writes and reads parts, and tells the others; the fingerprint is its own.
+
     Raises:
-        ValueError: another process is at work in the folder.
+        ValueError: another conversion is at work in the folder.
     """
 
-    def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, out: Path, fingerprint: dict[str, Any], shares: Shares = ALONE) -> None:
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        self.path = out.parent / f".{out.name}.unfinished-{digest}"
+        self.shares = shares
+        self.path = shares.by_leader(lambda: out.parent / f".{out.name}.unfinished-{digest}")
 
     def __enter__(self) -> WorkFolder:
+        self.shares.by_leader(self._open)
+        return self
+
+    def _open(self) -> None:
         self._lock = exclusive(self.path)
         self._lock.__enter__()
         for other in self.path.parent.glob(f"{self.path.name.rpartition('-')[0]}*"):
             if other != self.path:
                 log.warning("%s: holds finished work of other settings; remove it if you do not want it", other)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self.shares.leads:
+            return
         files = [path.name for path in self.path.iterdir() if path.is_file()]
         finished = any(name != LOCK and not name.endswith(_PARTIAL) for name in files)
         if kind is None or not finished:
@@ -57,15 +66,30 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
             log.warning("%s: holds what is finished; the same command goes on from there", self.path)
         self._lock.__exit__(kind, error, trace)
 
+    def check_seen(self) -> None:
+        """Raises ValueError if a process does not see the folder: they read each other's files in it."""
+        self.shares.each(self._check_seen, range(self.shares.size))
+
+    def _check_seen(self, process: int) -> None:
+        if not self.path.is_dir():
+            raise ValueError(
+                f"{self.path.parent}: process {process} does not see it; name a folder that all processes see"
+            )
+
     def put(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
         """Write a part."""
+        if not self.shares.leads:
+            return
         partial = self.path / f"{part}{_PARTIAL}"
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         save_file(whole, partial, metadata={"facts": json.dumps(facts)})
         os.replace(partial, self.path / part)
 
     def get(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
-        """Returns a part's tensors and facts, or None if it is not finished."""
+        """Returns a part's tensors and facts, or None if it is not finished; in every process the same."""
+        return self.shares.by_leader(lambda: self._read(part))
+
+    def _read(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
         path = self.path / part
         if not path.is_file():
             return None

@@ -79,7 +79,7 @@ def measure_divergence(model: Model, teacher: Model, ids_T: Tensor, *, window_to
     check_vocabulary(ids_T, model.config.vocab_size)
     size = _common_window_size(model, teacher, window_tokens)
     total_4 = torch.zeros(4, dtype=torch.float64)
-    with evaluating(model), evaluating(teacher), torch.inference_mode():
+    with evaluating(model), evaluating(teacher):
         for window_T in ids_T.split(size):
             total_4 += _measure_positions(model, teacher, window_T, slice(None)).sum(0)
     kl, agreement = (total_4[:2] / len(ids_T)).tolist()
@@ -120,7 +120,7 @@ def compare(
         check_counted(name, sum(int(counts_N.sum()) for _, _, counts_N in text_windows))
         windows += text_windows
     measured, keys = [], []
-    with evaluating(model), evaluating(teacher), torch.inference_mode():
+    with evaluating(model), evaluating(teacher):
         for number, (text, window, counts_N) in enumerate(windows, start=1):
             measured.append(_measure_positions(model, teacher, window.ids_T, window.positions)[counts_N])
             contexts_N = torch.arange(window.first, len(window.ids_T))

@@ -114,7 +114,7 @@ def measure_retrieval(
     if limit is not None and limit > most:
         raise ValueError(f"a context of {limit} tokens: the model reads {most}; lower it")
     results, wanted = [], distances(limit or most)
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model):
         for number, distance in enumerate(wanted):
             generator, scores = torch.Generator().manual_seed(seed), []
             for trial in range(trials):

@@ -17,6 +17,7 @@ from torch import Tensor
 from smolseek.data.encoding import check_vocabulary
 from smolseek.generation import evaluating
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.numerics.shares import ALONE, Shares
 
 WINDOW_TOKENS = 512
 _CHUNK_LOGITS = 2**22
@@ -118,6 +119,7 @@ def measure_quality(
     window_tokens: int | None = None,
     stride: int | None = None,
     on_window: OnWindow = lambda done, count: None,
+    shares: Shares = ALONE,
 ) -> Quality:
     """Returns the held-out quality of a model.
 
@@ -127,6 +129,7 @@ def measure_quality(
         ids_T: one stream of packed documents.
         text_bytes: UTF-8 size of the tokens that count.
         counts_T: True for the tokens that count in the loss; None: all tokens count.
+        shares: the processes that share the windows; each of them returns the quality on all.
 
     Raises:
         ValueError: no predicted token counts, a token is not the model's, the loss is not finite, or as `window_size`
@@ -135,13 +138,16 @@ def measure_quality(
     check_vocabulary(ids_T, model.config.vocab_size)
     counts_T = torch.ones_like(ids_T, dtype=torch.bool) if counts_T is None else counts_T
     size = window_size([model], window_tokens)
-    windows, counted = cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride)
-    total, count = 0.0, 0
-    with evaluating(model), torch.inference_mode():
-        for number, (window, counting) in enumerate(zip(windows, counted, strict=True), start=1):
-            total += _window_loss(model, window, counting.predicted_N)
-            count += int(counting.predicted_N.sum())
-            on_window(number, len(windows))
+    windows = list(zip(cut_windows(ids_T, size, stride), cut_windows(counts_T, size, stride), strict=True))
+    total_2 = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model):
+        for number, ((window, counting), counts) in enumerate(shares.in_step(windows), start=1):
+            loss = _window_loss(model, window, counting.predicted_N)
+            if counts:
+                total_2 += torch.tensor([loss, int(counting.predicted_N.sum())], dtype=torch.float64)
+            on_window(min(number * shares.size, len(windows)), len(windows))
+    shares.sum_(total_2)
+    total, count = total_2[0].item(), int(total_2[1])
     check_counted("held-out text", count)
     return Quality.from_loss(total / count, count, int(counts_T.sum()), text_bytes)
 

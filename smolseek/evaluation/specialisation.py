@@ -21,9 +21,13 @@ from smolseek.generation import evaluating
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import expert_layers, routers, take_expert_counts
 from smolseek.model.experts import TopkRouter
+from smolseek.numerics.shards import whole
+from smolseek.numerics.shares import ALONE, Shares
 
 
-def measure_specialisation(model: DeepseekV3 | StockModel, ids_T: Tensor) -> dict[str, dict[str, float]]:
+def measure_specialisation(
+    model: DeepseekV3 | StockModel, ids_T: Tensor, *, shares: Shares = ALONE
+) -> dict[str, dict[str, float]]:
     """Returns, per layer, `weights` (see `weight_distance`) and `routing` (see `routing_information`).
 
     The routing is that of `ids_T`, in the windows that `measure_quality` reads. A model without expert layers gives an
@@ -32,17 +36,19 @@ def measure_specialisation(model: DeepseekV3 | StockModel, ids_T: Tensor) -> dic
     weights = layer_weight_distances(model)
     if not weights:
         return {}
-    size, device = window_size([model]), next(model.parameters()).device
-    with recorded_choices(model) as choices, evaluating(model), torch.inference_mode():
-        for window_T in ids_T.split(size):
+    device, windows = next(model.parameters()).device, shares.in_step(ids_T.split(window_size([model])))
+    with recorded_choices(model) as choices, evaluating(model):
+        for window_T, _ in windows:
             model.hidden_states(window_T[None].to(device))
     take_expert_counts(model)
-    tokens_T, routing = ids_T.to(device), {}
+    counted_T = torch.cat([torch.full_like(window_T, counts, dtype=torch.bool) for window_T, counts in windows])
+    tokens_T, routing = torch.cat([window_T for window_T, _ in windows])[counted_T].to(device), {}
     for layer, forwards in choices.items():
-        chosen_TZ = torch.cat(forwards)
+        chosen_TZ = torch.cat(forwards)[counted_T.to(device)]
         table_VE = torch.zeros(model.config.vocab_size, model.config.n_routed_experts, device=device)
         ones_TZ = torch.ones_like(chosen_TZ, dtype=table_VE.dtype)
         table_VE.index_put_((tokens_T[:, None].expand_as(chosen_TZ), chosen_TZ), ones_TZ, accumulate=True)
+        shares.sum_(table_VE)
         routing[layer] = routing_information(table_VE)
     measures = {"weights": weights, "routing": routing}
     return {name: {str(layer): round(value, 4) for layer, value in values.items()} for name, values in measures.items()}
@@ -53,9 +59,19 @@ def weight_distance(parts_PZ: Tensor) -> float:
 
     Equal parts give 0, unrelated ones √2.
     """
-    parts_PZ = parts_PZ.float()
-    spread = (parts_PZ - parts_PZ.mean(dim=0)).square().sum() / (len(parts_PZ) - 1)  # half the mean over pairs
-    return float((2 * spread / parts_PZ.square().sum(dim=1).mean()).sqrt())
+    return _distance(_spread_and_size(parts_PZ))
+
+
+def _distance(spread_and_size_2: Tensor) -> float:
+    spread, size = spread_and_size_2
+    return float((2 * spread / size).sqrt())
+
+
+def _spread_and_size(parts_PZ: Tensor) -> Tensor:
+    """Returns half the mean |W_a - W_b|² over all pairs, and the mean |W|², (2,)."""
+    parts_PZ, count = parts_PZ.float(), len(parts_PZ)
+    spread = torch.linalg.vector_norm(parts_PZ - parts_PZ.mean(dim=0)).square() / (count - 1)
+    return torch.stack([spread, torch.linalg.vector_norm(parts_PZ).square() / count])
 
 
 def routing_information(counts_VP: Tensor) -> float:
@@ -86,7 +102,8 @@ def layer_weight_distances(model: nn.Module) -> dict[int, float]:
     for layer, mixture in expert_layers(model).items():
         parts = compared_parts(mixture.gate)
         stacks = (mixture.experts.gate_up_proj, mixture.experts.down_proj)
-        distances[layer] = weight_distance(torch.cat([stack.reshape(parts, -1) for stack in stacks], dim=1))
+        of_each = [_spread_and_size(whole(stack).reshape(parts, -1)) for stack in stacks]
+        distances[layer] = _distance(torch.stack(of_each).sum(0))
     return distances
 
 

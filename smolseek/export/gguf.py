@@ -149,7 +149,7 @@ class _Plan:
     @classmethod
     def of(cls, tensor: ExportTensor, type: GgufType, config: dict[str, Any]) -> _Plan:
         wanted = _wanted_encoding(tensor, type, config)
-        return cls(tensor, wanted, _fitting_encoding(wanted, tensor.shape[-1]))
+        return cls(tensor, wanted, fitting_encoding(wanted, tensor.shape[-1]))
 
 
 def _wanted_encoding(tensor: ExportTensor, type: GgufType, config: dict[str, Any]) -> GGMLQuantizationType:
@@ -161,7 +161,7 @@ def _wanted_encoding(tensor: ExportTensor, type: GgufType, config: dict[str, Any
     return GGMLQuantizationType[type.upper()]
 
 
-def _fitting_encoding(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
+def fitting_encoding(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
     """Returns the wanted encoding, or, if its block size does not divide `columns`, blocks of 32; or else f16."""
     for encoding in (wanted, SUBSTITUTES.get(wanted, _FALLBACK)):
         if columns % GGML_QUANT_SIZES[encoding][0] == 0:

@@ -71,6 +71,9 @@ def _convert(
     elif kind == "kv_b_proj":
         yield ExportTensor(f"{prefix}.k_b_proj.weight", (heads, shape[1], nope), partial(_split_kv_b, read, config, 0))
         yield ExportTensor(f"{prefix}.v_b_proj.weight", (heads, value, shape[1]), partial(_split_kv_b, read, config, 1))
+    elif kind == "kv_a_layernorm":
+        read_kv_b = partial(_read, tensors, f"{prefix}.kv_b_proj.weight")
+        yield ExportTensor(name, shape, lambda: read() * _latent_scales(read_kv_b(), config))
     elif kind in ("q_proj", "q_b_proj"):
         yield ExportTensor(name, shape, partial(_scaled_queries, read, config))
     else:
@@ -95,9 +98,30 @@ def _split_kv_b(read: Callable[[], Tensor], config: dict[str, Any], half: int) -
 
     Half 0 makes keys and is transposed, (H, C, U), as the absorbed query needs it; half 1 makes values, (H, v, C).
     """
-    up_HOC = read().unflatten(0, (config["num_attention_heads"], -1))
-    up_k_HUC, up_v_HvC = up_HOC.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+    weight_OC = read()
+    up_k_HUC, up_v_HvC = _up_projections(weight_OC / _latent_scales(weight_OC, config), config)
     return up_v_HvC if half else up_k_HUC.transpose(1, 2)
+
+
+def _up_projections(weight_OC: Tensor, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Returns what makes keys, (H, U, C), and what makes values, (H, v, C)."""
+    up_HOC = weight_OC.unflatten(0, (config["num_attention_heads"], -1))
+    up_k_HUC, up_v_HvC = up_HOC.split([config["qk_nope_head_dim"], config["v_head_dim"]], dim=1)
+    return up_k_HUC, up_v_HvC
+
+
+def _latent_scales(weight_OC: Tensor, config: dict[str, Any]) -> Tensor:
+    """Returns a power of two (C,) for each channel of the latent: about its column's size in the value weights.
+
+    The norm of the latent takes it as a factor and `kv_b_proj` is divided by it, which changes no product. Packed types
+    round 32 or 256 neighbours of a row in steps of the largest. A conversion can leave one channel that is large, in
+    columns that are small: they would be lost among the others.
+    """
+    size_C = _up_projections(weight_OC, config)[1].flatten(0, 1).norm(dim=0)
+    if not (size_C > 0).any():
+        return torch.ones_like(size_C)
+    relative_C = size_C / size_C[size_C > 0].median()
+    return torch.where(size_C > 0, relative_C.clamp(2.0**-8, 2.0**8).log2().round().exp2(), 1.0)
 
 
 def _scaled_queries(read: Callable[[], Tensor], config: dict[str, Any]) -> Tensor:

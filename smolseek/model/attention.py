@@ -5,14 +5,22 @@ H num_attention_heads, U qk_nope_head_dim, R qk_rope_head_dim, s = R / 2 rope sl
 C kv_lora_rank, W = C + R, a cache entry; P parts of the cache, O outputs and A inputs of a linear map.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_apply_mscale
 
-from smolseek.model.cache import LatentCache
+from smolseek.model.cache import FixedCache, LatentCache
 from smolseek.model.layers import RMSNorm
+from smolseek.model.packed import attend_blocks
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 _SPLIT_TOKENS = 1024
 """A CPU reads the cache of one sequence in parts when it holds at least this many tokens."""
@@ -65,20 +73,22 @@ class MultiheadLatentAttention(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask_B1TS: Tensor | None = None,
-        cache: LatentCache | None = None,
+        mask: Tensor | BlockMask | None = None,
+        cache: LatentCache | FixedCache | None = None,
     ) -> Tensor:
         """Returns the attention output, (B, T, D).
 
-        `rope` holds cos and sin, (B or 1, T, 1, s). Without a mask attention is causal over the given tokens; if the
-        cache holds a prefix, only one token may be given without a mask, and it sees the whole prefix.
+        `rope` holds cos and sin, (B or 1, T, 1, s). The mask is (B or 1, 1, T, S), or has the blocks of
+        `packed.document_blocks`. Without a mask attention is causal over the given tokens; if the cache holds a prefix,
+        only one token may be given without a mask, and it sees the whole prefix.
         """
         q_nope_BTHU, q_rope_BTHR, latent_BTC, k_rope_BTR = self._project(x_BTD, rope)
         entries_BSW = None if cache is None else cache.write(self.layer_index, latent_BTC, k_rope_BTR)
-        if cache is None or entries_BSW is None or cache.length == 0:
-            out_BTHv = self._attend_expanded(q_nope_BTHU, q_rope_BTHR, latent_BTC, k_rope_BTR, mask_B1TS)
+        if cache is None or entries_BSW is None or cache.is_empty:
+            out_BTHv = self._attend_expanded(q_nope_BTHU, q_rope_BTHR, latent_BTC, k_rope_BTR, mask)
         else:
-            out_BTHv = self._attend_absorbed(q_nope_BTHU, q_rope_BTHR, entries_BSW, mask_B1TS)
+            assert mask is None or isinstance(mask, Tensor), "packed windows have no cache"
+            out_BTHv = self._attend_absorbed(q_nope_BTHU, q_rope_BTHR, entries_BSW, mask)
         return self.o_proj(out_BTHv.flatten(2))
 
     def _project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +112,7 @@ class MultiheadLatentAttention(nn.Module):
         q_rope_BTHR: Tensor,
         latent_BTC: Tensor,
         k_rope_BTR: Tensor,
-        mask_B1TS: Tensor | None,
+        mask: Tensor | BlockMask | None,
     ) -> Tensor:
         """Returns attention within a window, (B, T, H, v); keys and values of every head are expanded from latents."""
         kv = self.kv_b_proj(latent_BTC).unflatten(-1, (self.num_heads, -1))
@@ -110,14 +120,17 @@ class MultiheadLatentAttention(nn.Module):
         k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand_as(q_rope_BTHR)
         q_BTHQ = torch.cat((q_nope_BTHU, q_rope_BTHR), dim=-1)
         k_BTHQ = torch.cat((k_nope_BTHU, k_rope_BTHR), dim=-1)
+        if mask is not None and not isinstance(mask, Tensor):
+            q_BHTQ, k_BHTQ, v_BHTv = (x.transpose(1, 2) for x in (q_BTHQ, k_BTHQ, v_BTHv))
+            return attend_blocks(q_BHTQ, k_BHTQ, v_BHTv, mask, self.scaling).transpose(1, 2)
         # The fused CPU and CUDA kernels need equal head sizes; adding zero columns is cheaper than the unfused kernel.
         v_BTHQ = F.pad(v_BTHv, (0, max(0, q_BTHQ.shape[-1] - self.v_head_dim)))
         out_BHTQ = F.scaled_dot_product_attention(
             q_BTHQ.transpose(1, 2),
             k_BTHQ.transpose(1, 2),
             v_BTHQ.transpose(1, 2),
-            attn_mask=mask_B1TS,
-            is_causal=mask_B1TS is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scaling,
         )

@@ -6,6 +6,9 @@ i moe_intermediate_size, J = 2 i gate and up rows stacked, O outputs and A input
 Z other numbers, flattened.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -143,16 +146,20 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config)
         self.gate = TopkRouter(config)
         self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+        self.has_every_expert = True
+        """Whether this process has all experts of the layer, or can gather them."""
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         weights_NK, indices_NK = self.gate(x_ND, sequences=x_BTD.shape[0])
-        if len(x_ND) == 1 and x_ND.device.type == "cpu" and not torch.is_grad_enabled():
+        one_token = len(x_ND) == 1 and x_ND.device.type == "cpu" and not torch.is_grad_enabled()
+        if one_token and self.has_every_expert:
             return self._one_token(x_ND, weights_NK[0], indices_NK[0]).view_as(x_BTD) + self.shared_experts(x_BTD)
         counts_E = count_experts(indices_NK, self.gate.num_experts)
         self.gate.expert_counts += counts_E
         x_ND = x_ND.to(autocast_dtype(x_ND))  # once for all experts
-        rows_NK, token_M, ends_E = place_rows(indices_NK, counts_E, row_unit(x_ND, indices_NK, counts_E))
+        unit = row_unit(x_ND, indices_NK, counts_E)
+        rows_NK, token_M, ends_E = place_rows(indices_NK, counts_E, unit, least_rows(x_ND.device))
         weights_M = weights_NK.new_zeros(len(token_M)).index_copy(0, rows_NK.flatten(), weights_NK.flatten())
         row_MD = self.experts(Dispatch.apply(x_ND, token_M, rows_NK), ends_E, weights_M.unsqueeze(-1))
         routed_ND = Combine.apply(row_MD, token_M, rows_NK).to(x_ND.dtype)
@@ -168,27 +175,39 @@ class MixtureOfExperts(nn.Module):
         return (weights_K.unsqueeze(0) @ out_KD.float()).to(x_1D.dtype)
 
 
+@contextlib.contextmanager
+def counts_kept(module: nn.Module) -> Iterator[None]:
+    """A block that leaves the expert counts below `module` as they were."""
+    counts = [buffer_E for name, buffer_E in module.named_buffers() if name.endswith("expert_counts")]
+    kept = [counts_E.clone() for counts_E in counts]
+    try:
+        yield
+    finally:
+        for counts_E, kept_E in zip(counts, kept, strict=True):
+            counts_E.copy_(kept_E)
+
+
 def count_experts(indices_NK: Tensor, experts: int) -> Tensor:
     """Returns the number of tokens sent to each expert, (E,) int64."""
     chosen_Z = indices_NK.flatten()
     return chosen_Z.new_zeros(experts).scatter_add_(0, chosen_Z, torch.ones_like(chosen_Z))
 
 
-def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int) -> tuple[Tensor, Tensor, Tensor]:
+def place_rows(indices_NK: Tensor, counts_E: Tensor, unit: int, least: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the N × K choices by expert.
 
     Returns each choice's row (N, K), each row's token (M,) and the end of each expert's rows (E,), int32. Every expert
-    gets a multiple of `unit` rows; the last expert gets all that are left of M, which depends on no count. Padding rows
-    repeat token 0 and must have weight 0.
+    gets at least `least` rows and a multiple of `unit`; the last expert gets all that are left of M, which depends on
+    no count. Padding rows repeat token 0 and must have weight 0.
     """
     (choices, experts), chosen_Z = (indices_NK.shape[1], len(counts_E)), indices_NK.flatten()
     order_Z = chosen_Z.argsort(stable=True)
-    padded_E = (counts_E + unit - 1) // unit * unit
+    padded_E = (counts_E.clamp(min=least) + unit - 1) // unit * unit
     ends_E = padded_E.cumsum(0)
     shift_E = ends_E - padded_E - (counts_E.cumsum(0) - counts_E)
     every_Z = torch.arange(len(order_Z), device=order_Z.device)
     rows_Z = torch.empty_like(order_Z).index_copy_(0, order_Z, every_Z) + shift_E[chosen_Z]
-    total = (len(order_Z) + experts * (unit - 1)) // unit * unit  # the most that the padded counts can sum to
+    total = (len(order_Z) + experts * (least + unit - 1)) // unit * unit  # at least what the padded counts sum to
     token_M = order_Z.new_zeros(total).index_copy_(0, rows_Z, every_Z // choices)
     ends_E[-1] = total
     return rows_Z.view_as(indices_NK), token_M, ends_E.int()
@@ -204,3 +223,12 @@ def row_unit(x_ND: Tensor, indices_NK: Tensor, counts_E: Tensor) -> int:
     if x_ND.dtype != torch.bfloat16 or x_ND.device.type != "cpu" or mean < 64:
         return 1
     return max(16, 1 << (mean // 16).bit_length() - 1)
+
+
+def least_rows(device: torch.device) -> int:
+    """Returns the fewest rows that an expert must get.
+
+    On Blackwell GPUs grouped_mm gives the weights of an expert without rows a gradient (PyTorch #172439). A padding row
+    makes it zero. Elsewhere an expert may have no row.
+    """
+    return int(device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 10)

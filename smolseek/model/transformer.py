@@ -4,9 +4,11 @@ Shapes: B sequences, T new tokens in each, S tokens attended to (cached and new)
 R qk_rope_head_dim, s = R / 2 rope slots, E n_routed_experts; input_ids and segment_ids are (B, T).
 """
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Rotar
 
 from smolseek.formats.deepseek_v3 import SCORING_FUNCS, group_problem
 from smolseek.model.attention import MultiheadLatentAttention
-from smolseek.model.cache import LatentCache
-from smolseek.model.experts import MixtureOfExperts
+from smolseek.model.cache import FixedCache, LatentCache
+from smolseek.model.experts import MixtureOfExperts, counts_kept
 from smolseek.model.layers import MLP, RMSNorm
+from smolseek.model.packed import document_blocks, has_kernel
+from smolseek.numerics.precision import autocast_dtype
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Cache = LatentCache | FixedCache
+Mask = Union[Tensor, "BlockMask", None]
 
 
 class DecoderLayer(nn.Module):
@@ -33,10 +43,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, h_BTD: Tensor, rope: tuple[Tensor, Tensor], mask_B1TS: Tensor | None, cache: LatentCache | None
-    ) -> Tensor:
-        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), rope, mask_B1TS, cache)
+    def forward(self, h_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: Cache | None) -> Tensor:
+        h_BTD = h_BTD + self.self_attn(self.input_layernorm(h_BTD), rope, mask, cache)
         return h_BTD + self.mlp(self.post_attention_layernorm(h_BTD))
 
 
@@ -45,6 +53,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -54,20 +63,20 @@ class Transformer(nn.Module):
         self.compiled_layers: list[Any] = []
         """Compiled layers for forwards with gradients; empty until `compile_for_training` is called."""
 
-    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         tokens = input_ids.shape[1]
         if cache is not None:
             cache.reserve(tokens)
         h_BTD = self.embed_tokens(input_ids)
         rope = self.rope(tokens, cache)
-        mask_B1TS = attention_mask(tokens, segment_ids, cache, h_BTD.device)
+        mask = self.mask(h_BTD, segment_ids, cache)
         for layer in self.compiled_layers if torch.is_grad_enabled() and self.compiled_layers else self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                h_BTD = _checkpointed(layer, h_BTD, rope, mask_B1TS)
+                h_BTD = _checkpointed(layer, h_BTD, rope, mask)
             else:
-                h_BTD = layer(h_BTD, rope, mask_B1TS, cache)
+                h_BTD = layer(h_BTD, rope, mask, cache)
         if cache is not None:
-            cache.length += tokens
+            cache.advance(tokens)
         return self.norm(h_BTD)
 
     def compile_for_training(self) -> None:
@@ -75,10 +84,20 @@ class Transformer(nn.Module):
         torch._dynamo.config.suppress_errors = True  # without a compiler, for example: warn and run the plain layer
         self.compiled_layers = [torch.compile(layer, dynamic=False) for layer in self.layers]
 
-    def rope(self, tokens: int, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
+    def mask(self, h_BTD: Tensor, segment_ids: Tensor | None, cache: Cache | None) -> Mask:
+        """Returns what every layer attends with; packed windows get blocks in training where there is a kernel."""
+        if segment_ids is not None and cache is None and torch.is_grad_enabled():
+            widths = self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.config.v_head_dim
+            dropped = self.training and self.config.attention_dropout
+            if not dropped and has_kernel(h_BTD.device, autocast_dtype(h_BTD), *widths):
+                return document_blocks(segment_ids)
+        return attention_mask(h_BTD.shape[1], segment_ids, cache)
+
+    def rope(self, tokens: int, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
         """Returns cos and sin in fp32, (B or 1, T, 1, s); positions count from each row's first token after padding."""
-        start, device = 0 if cache is None else cache.length, self.embed_tokens.weight.device
-        positions_BT = torch.arange(start, start + tokens, device=device).unsqueeze(0)
+        device = self.embed_tokens.weight.device
+        positions_T = torch.arange(tokens, device=device) if cache is None else cache.new_columns(tokens)
+        positions_BT = positions_T.unsqueeze(0)
         if cache is not None and cache.padding_B is not None:
             positions_BT = positions_BT - cache.padding_B.unsqueeze(1)  # padding gets negative ones, which are masked
         like = torch.empty((), dtype=torch.float32, device=device)
@@ -90,29 +109,17 @@ class Transformer(nn.Module):
 def _checkpointed(layer: nn.Module, *inputs: Any) -> Tensor:
     """Returns the layer's output; the backward pass recomputes its activations and leaves the expert counts alone."""
 
-    @contextlib.contextmanager
-    def counts_kept() -> Iterator[None]:
-        counts = [b for name, b in layer.named_buffers() if name.endswith("expert_counts")]
-        kept = [count_E.clone() for count_E in counts]
-        try:
-            yield
-        finally:
-            for count_E, kept_E in zip(counts, kept, strict=True):
-                count_E.copy_(kept_E)
-
     return checkpoint(
         layer,
         *inputs,
         None,
         use_reentrant=False,
         preserve_rng_state=bool(layer.get_submodule("self_attn").attention_dropout),  # nothing else is drawn at random
-        context_fn=lambda: (contextlib.nullcontext(), counts_kept()),
+        context_fn=lambda: (contextlib.nullcontext(), counts_kept(layer)),
     )
 
 
-def attention_mask(
-    tokens: int, segment_ids: Tensor | None, cache: LatentCache | None, device: torch.device
-) -> Tensor | None:
+def attention_mask(tokens: int, segment_ids: Tensor | None, cache: Cache | None) -> Tensor | None:
     """Returns a mask (B or 1, 1, T, S), True where a token may attend; None if it equals attention's default.
 
     Raises ValueError when both segments and a cache are given.
@@ -121,15 +128,7 @@ def attention_mask(
         if cache is not None:
             raise ValueError("segment_ids with a cache: packed windows have no cache, give one or the other")
         return (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]).tril()
-    if cache is None or (cache.padding_B is None and (cache.length == 0 or tokens == 1)):
-        return None
-    columns_S = torch.arange(cache.length + tokens, device=device)
-    rows_T1 = columns_S[cache.length :, None]
-    mask_B1TS = (columns_S <= rows_T1)[None, None]
-    if cache.padding_B is not None:
-        # A padding token sees itself, because a row that sees nothing gives NaN in some kernels.
-        mask_B1TS = mask_B1TS & (columns_S >= cache.padding_B[:, None, None, None]) | (columns_S == rows_T1)
-    return mask_B1TS
+    return None if cache is None else cache.mask(tokens)
 
 
 class DeepseekV3(nn.Module):
@@ -153,7 +152,7 @@ class DeepseekV3(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden_states(
-        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
+        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """Returns the hidden states after the final norm, (B, T, D).
 
@@ -162,9 +161,7 @@ class DeepseekV3(nn.Module):
         """
         return self.model(input_ids, segment_ids, cache)
 
-    def forward(
-        self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: LatentCache | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *, segment_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Returns logits (B, T, V); arguments as in `hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
 

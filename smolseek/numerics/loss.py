@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from smolseek.numerics.memory import sent
 from smolseek.numerics.precision import autocast_dtype
 from smolseek.numerics.slices import even_slices
 
 _MAX_CHUNK_BYTES = 2**28
 """Most bytes of logits held at once, in the dtype of the product that makes them."""
+_COUNTS_SURE = {"cpu"}
+"""Devices on which only the rows of sure labels are summed. The CPU would have to wait for another device's count."""
 _BLOCK_LOGITS = {"cpu": 2**18}
 """Number of logits whose KL is computed at once, in fp32: few enough for a core's cache. Elsewhere: a whole chunk."""
 IGNORED = -100
@@ -38,13 +41,18 @@ def next_token_loss(
     Both are in nats per token, over the tokens whose label is not `IGNORED`; without any they are 0. Both distributions
     of the KL are at temperature τ (Hinton et al. 2015, section 2). The gradients are computed together with the loss,
     so that never more logits exist than those of one chunk. The loss can therefore be differentiated only once.
+
+    Labels on the CPU are best, wherever the states are: they are counted, and nothing then waits for another device.
     """
-    kept_N = labels_N != IGNORED
+    kept_N, device = labels_N != IGNORED, hidden_ND.device
     if not kept_N.all():
-        hidden_ND, labels_N = hidden_ND[kept_N], labels_N[kept_N]
-        teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[kept_N]
+        kept_t = kept_N.nonzero().squeeze(1)
+        labels_N, kept_t = labels_N[kept_t], sent(kept_t, device)
+        hidden_ND = hidden_ND[kept_t]
+        teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[kept_t]
     if not len(labels_N):
         return hidden_ND.sum(), hidden_ND.sum().detach()
+    labels_N = sent(labels_N, device)
     teacher = (teacher_hidden_ND, teacher_head_VD) if distill_weight else (None, None)
     return _HeadLoss.apply(hidden_ND, head_VD, labels_N, *teacher, distill_weight, temperature, torch.is_grad_enabled())
 
@@ -114,12 +122,18 @@ def _entropy_gradient(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     every_N = torch.arange(len(labels_N), device=labels_N.device)
     torch.softmax(logits_NV, -1, out=logits_NV)
     label_N = logits_NV[every_N, labels_N].float()
-    gradient_N, entropy_N = label_N - 1, -label_N.clamp_min(torch.finfo(torch.float32).tiny).log()
-    sure_t = (label_N > 0.5).nonzero().squeeze(1)
-    sure_tV = logits_NV[sure_t]
-    sure_tV[every_N[: len(sure_t)], labels_N[sure_t]] = 0
-    others_t = sure_tV.sum(-1, dtype=torch.float32)
-    gradient_N[sure_t], entropy_N[sure_t] = -others_t, -torch.log1p(-others_t)
+    sure_N = label_N > 0.5
+    if logits_NV.device.type in _COUNTS_SURE:
+        sure_t = sure_N.nonzero().squeeze(1)
+        sure_tV = logits_NV[sure_t]
+        sure_tV[every_N[: len(sure_t)], labels_N[sure_t]] = 0
+        others_N = torch.zeros_like(label_N).index_copy_(0, sure_t, sure_tV.sum(-1, dtype=torch.float32))
+    else:
+        logits_NV[every_N, labels_N] = 0
+        others_N = logits_NV.sum(-1, dtype=torch.float32)
+    entropy_N = -label_N.clamp_min(torch.finfo(torch.float32).tiny).log()
+    entropy_N = torch.where(sure_N, -torch.log1p(-others_N), entropy_N)
+    gradient_N = torch.where(sure_N, -others_N, label_N - 1)
     logits_NV[every_N, labels_N] = gradient_N.to(logits_NV.dtype)  # scatter_ takes as long as the softmax
     return entropy_N.sum()
 

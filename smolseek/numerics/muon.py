@@ -1,11 +1,10 @@
 """Muon on named matrices and stacks of them, each matrix updated as if it were the only one.
 
-Shapes: P parts (the matrices of one parameter), O outputs and A inputs of a linear map.
+Shapes: P parts (the matrices of one batch), O outputs and A inputs of a linear map, o of the outputs in one process.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -14,61 +13,105 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.numerics.precision import has_bfloat16
-from smolseek.numerics.slices import even_slices
+from smolseek.numerics.whole_matrices import gather_own, row_group, scatter_rows
+
+_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+"""Coefficients of a Newton-Schulz step (Jordan 2024)."""
+Named = tuple[str, nn.Parameter]
 
 
-class Muon(torch.optim.Muon):
+class Muon(torch.optim.Optimizer):
     """Muon (Jordan 2024) on named matrices and stacks of them, each matrix updated as if it were the only one.
 
     A step has the root mean square of an AdamW step (Liu et al. 2025, section 2.2), so that both can share a learning
-    rate. torch's own Muon takes 2-D parameters only, so it gets views, which share the weights' memory. This class
-    steps all matrices of a parameter together, in fp32 where the device has no units for bf16. With `heads` above 1,
-    each head's part of an attention projection counts as a matrix of its own.
+    rate. The step is computed in fp32 where the device has no units for bf16. With `heads` above 1, each head's part of
+    an attention projection counts as a matrix of its own.
+
+    A sharded parameter's momentum is sharded as the parameter is. Only the Newton-Schulz iteration needs whole
+    matrices: one process gathers a matrix, iterates and scatters the update.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float = 1e-3, heads: int = 1) -> None:
-        self.origins: dict[Tensor, tuple[nn.Parameter, tuple[Any, ...]]] = {}
-        """For each view: its parameter, and its index in the parameter."""
-        for group in (groups := [dict(group) for group in groups]):
-            parts = [(p, index) for name, p in group["params"] for index in matrix_indices(name, p, heads)]
-            views = [nn.Parameter(p.detach()[index]) for p, index in parts]
-            self.origins |= dict(zip(views, parts, strict=True))
-            group["params"] = views
-        super().__init__(groups, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.heads = heads
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "momentum": 0.95})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step with the gradients of the parameters that the views belong to."""
+        """Take one step with the gradients of the parameters."""
         assert closure is None
         for group in self.param_groups:
-            for _, views in itertools.groupby(group["params"], lambda view: id(self.origins[view][0])):
-                self._step(group, list(views))
+            named = zip(group["param_names"], group["params"], strict=True)
+            for batch in self._batches([(name, p) for name, p in named if p.grad is not None]):
+                self._step(group, batch)
 
-    def _step(self, group: dict[str, Any], views: list[Tensor]) -> None:
-        """Take one step of the matrices of one parameter, which have one shape."""
-        grad = self.origins[views[0]][0].grad
-        if grad is None:
-            return
-        grads = [grad[self.origins[view][1]] for view in views]
-        for view in views:
-            if not self.state[view]:
-                self.state[view]["momentum_buffer"] = torch.zeros_like(view)
-        momenta = [self.state[view]["momentum_buffer"] for view in views]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates_POA = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # Nesterov's
-        exact = not has_bfloat16(grad.device)
-        made_POA = orthogonal(updates_POA if exact else updates_POA.bfloat16(), group["ns_coefficients"], group["eps"])
-        torch._foreach_mul_(views, 1 - group["lr"] * group["weight_decay"])
-        rate = group["lr"] * 0.2 * math.sqrt(max(views[0].shape))
-        torch._foreach_add_(views, made_POA.to(grad.dtype).unbind(), alpha=-rate)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a saved state.
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of the parameters that the views belong to."""
-        for parameter, _ in self.origins.values():
-            parameter.grad = None
+        Raises:
+            ValueError: it has a momentum for each matrix, as the first version of smolseek saved it.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        momenta = {index: state["momentum_buffer"] for index, state in state_dict["state"].items()}
+        if any(index >= len(parameters) or m.shape != parameters[index].shape for index, m in momenta.items()):
+            raise ValueError(
+                "training state: Muon's momentum lies there matrix by matrix, as an earlier version saved it; go on "
+                "with that version, or start over with --force"
+            )
+        super().load_state_dict(state_dict)
+
+    def _batches(self, named: list[Named]) -> Iterator[list[Named]]:
+        """Yields parameters to step together: one, or as many of one kind as give every process a matrix to iterate."""
+        kinds: dict[Any, list[Named]] = {}
+        for name, p in named:
+            group = row_group(p)
+            kind = (group.group_name, p.shape, matrix_parts(name, self.heads)) if group else id(p)
+            kinds.setdefault(kind, []).append((name, p))
+        for alike in kinds.values():
+            group, matrices = row_group(alike[0][1]), math.prod(_local(alike[0][1]).shape[:-2])
+            count = max(1, group.size() // matrices) if group else 1
+            yield from (alike[start : start + count] for start in range(0, len(alike), count))
+
+    def _step(self, group: dict[str, Any], batch: list[Named]) -> None:
+        """Take one step of parameters of one kind."""
+        updates = []
+        for _, p in batch:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            grad, momentum = _local(p.grad), _local(self.state[p]["momentum_buffer"])
+            momentum.lerp_(grad, 1 - group["momentum"])
+            updates.append(grad.lerp(momentum, group["momentum"]))  # Nesterov's
+        name, first = batch[0]
+        for (_, p), made in zip(batch, self._made(name, first, updates), strict=True):
+            sizes = (size // parts for size, parts in zip(p.shape[-2:], matrix_parts(name, self.heads), strict=True))
+            rate = group["lr"] * 0.2 * math.sqrt(max(sizes))
+            _local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(made.to(p.dtype), alpha=-rate)
+
+    def _made(self, name: str, like: nn.Parameter, updates: list[Tensor]) -> Iterable[Tensor]:
+        """Returns this process's part of the updates, with the matrices made orthogonal."""
+        exact = not has_bfloat16(updates[0].device)
+        if not exact:
+            updates = [update.bfloat16() for update in updates]
+        processes = row_group(like)
+        if processes is None:
+            return [self._orthogonal(name, update) for update in updates]
+        shards_PoA = torch.cat([update if update.dim() == 3 else update.unsqueeze(0) for update in updates])
+        own_POA = self._orthogonal(name, gather_own(shards_PoA, like.shape[-2], processes))
+        made_PoA = scatter_rows(own_POA, shards_PoA.shape, processes)
+        return [made.view_as(update) for made, update in zip(made_PoA.chunk(len(updates)), updates, strict=True)]
+
+    def _orthogonal(self, name: str, update: Tensor) -> Tensor:
+        """Returns a matrix or stack whose matrices, as `matrix_parts` cuts them, are made orthogonal."""
+        if not update.numel():
+            return update
+        (rows, columns), (down, across) = update.shape[-2:], matrix_parts(name, self.heads)
+        cut = update.reshape(-1, down, rows // down, across, columns // across).transpose(2, 3)
+        made_POA = orthogonal(cut.flatten(0, 2))
+        return made_POA.view(cut.shape).transpose(2, 3).reshape(update.shape)
 
 
-def orthogonal(update_POA: Tensor, coefficients: tuple[float, float, float], eps: float) -> Tensor:
+def orthogonal(
+    update_POA: Tensor, coefficients: tuple[float, float, float] = _NEWTON_SCHULZ, eps: float = 1e-7
+) -> Tensor:
     """Returns each of P matrices with its singular values moved near 1, by five Newton-Schulz steps (Jordan 2024)."""
     a, b, c = coefficients
     tall = update_POA.shape[1] > update_POA.shape[2]
@@ -80,18 +123,17 @@ def orthogonal(update_POA: Tensor, coefficients: tuple[float, float, float], eps
     return x_POA.mT if tall else x_POA
 
 
-def matrix_indices(name: str, parameter: Tensor, heads: int = 1) -> Iterator[tuple[Any, ...]]:
-    """Yields the index of each matrix in a parameter.
+def matrix_parts(name: str, heads: int = 1) -> tuple[int, int]:
+    """Returns into how many matrices a parameter's rows and columns are cut, in a stack those of each expert.
 
-    A stack has a matrix per expert; stacked gate and up projections are two; an attention projection has one per head.
+    Stacked gate and up projections are two; an attention projection has one per head.
     """
-    *stack, rows, columns = parameter.shape
     words = set(name.split("."))
     if "o_proj" in words:
-        parts: list[tuple[slice, ...]] = [(slice(None), part) for part in even_slices(columns, heads)]
-    else:
-        count = 2 if "gate_up_proj" in words else heads if words & {"q_proj", "q_b_proj", "kv_b_proj"} else 1
-        parts = [(part,) for part in even_slices(rows, count)]
-    for expert in range(stack[0]) if stack else [None]:
-        for part in parts:
-            yield part if expert is None else (expert, *part)
+        return 1, heads
+    return 2 if "gate_up_proj" in words else heads if words & {"q_proj", "q_b_proj", "kv_b_proj"} else 1, 1
+
+
+def _local(tensor: Any) -> Any:
+    """Returns this process's shard of a sharded tensor, and any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -19,23 +19,20 @@ def distribute_experts(model: nn.Module, mesh: Any) -> None:
     """Divide each layer's experts among the processes of the mesh's "expert" axis; FSDP2 shards along its "data" axis.
 
     Raises:
-        ValueError: the model has no experts, or the sizes do not divide.
+        ValueError: the sizes do not divide.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
     parts, holders = mesh["expert"].size(), mesh["data"].size()
-    mixtures = expert_layers(model).values()
-    if not mixtures:
-        raise ValueError(f"parallel.expert {parts}: the model has no experts; leave it at 1")
-    for mixture in mixtures:
+    for mixture in expert_layers(model).values():
         experts, out_width, in_width = mixture.experts.gate_up_proj.shape
         if experts % parts or out_width % holders or in_width % holders:
             raise ValueError(
                 f"parallel.expert {parts} with {mesh.size()} processes: {experts} experts, each "
                 f"{out_width} × {in_width}, must divide by {parts}, their sizes by {holders}"
             )
-        mixture.experts = DistributedExperts(mixture.experts, mesh["expert"])
+        mixture.experts, mixture.has_every_expert = DistributedExperts(mixture.experts, mesh["expert"]), False
         fully_shard(mixture.experts, mesh=mesh["data"], shard_placement_fn=lambda parameter: Shard(1))
         # The experts of one process see the tokens of p processes, and the loss is a mean over all processes.
         if holders > 1:  # gloo cannot scale while it sums; with one holder, FSDP would divide twice

@@ -12,6 +12,7 @@ from smolseek.config import TrainSettings
 from smolseek.data.encoding import read_marks
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.loss import IGNORED, next_token_loss
+from smolseek.numerics.memory import sent
 
 
 def window_loss(
@@ -24,11 +25,13 @@ def window_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss of windows with marks (see `data.encoding.read_marks`), and its cross-entropy alone.
 
-    Both are means over the tokens marked to be learnt, in nats. At `distill_weight` 0 the teacher does not run.
+    Both are means over the tokens marked to be learnt, in nats. At `distill_weight` 0 the teacher does not run. Windows
+    on the CPU are best, wherever the model is: their labels are counted, which then waits for no other device.
     """
     ids_BT, learnt_BT, segments_BT = read_marks(windows_BT)
-    inputs_BT, labels_BT = ids_BT[:, :-1], ids_BT[:, 1:].where(learnt_BT[:, 1:], IGNORED)
-    segment_ids = segments_BT[:, :-1] if settings.mask_documents else None
+    labels_BT, device = ids_BT[:, 1:].where(learnt_BT[:, 1:], IGNORED), model.lm_head.weight.device
+    inputs_BT = sent(ids_BT[:, :-1], device)
+    segment_ids = sent(segments_BT[:, :-1], device) if settings.mask_documents else None
     teacher_hidden_ND = teacher_head_VD = None
     if teacher is not None and distill_weight:
         with torch.no_grad():

@@ -7,11 +7,10 @@ Shapes: B windows, T tokens in each, E n_routed_experts, L num_hidden_layers (th
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -21,11 +20,14 @@ from torch import Tensor, nn
 
 from smolseek.checkpoint.state import load_plain, load_state, new_state, newest_whole_state, save_state
 from smolseek.config import ParallelSettings, TrainSettings
+from smolseek.model.skeleton import keep_whole
+from smolseek.numerics.shares import ALONE, GroupShares, Shares
 from smolseek.training.expert_parallel import distribute_experts
-from smolseek.training.sharded_state import distribute_like, has_shards, read_shards, write_shards
+from smolseek.training.sharded_state import has_shards, read_parts, read_shards, write_shards
 
 TIMEOUT = timedelta(hours=2)
-"""How long processes wait for the leading one, which evaluates, samples and writes alone."""
+"""How long a step that all processes take may wait for one of them. For what the leading one does alone the others wait
+without an end (`GroupShares`)."""
 
 Value = TypeVar("Value")
 
@@ -34,18 +36,23 @@ class Processes(Protocol):
     """What a run asks of the processes that share its work."""
 
     leads: bool
-    """Whether this process logs, evaluates and writes."""
+    """Whether this process logs and writes."""
     size: int
     """How many processes there are."""
+    shares: Shares
+    """How they divide a conversion, and the windows of a text that they measure."""
 
     def check_settings(self, settings: TrainSettings) -> None:
         """Refuse settings that cannot be divided among the processes (ValueError)."""
 
     def shard(self, model: Any) -> Any:
-        """Returns the model as this process trains it."""
+        """Divide a model without memory (on the meta device) among them, and return it; of one process: `keep_whole`.
+
+        All processes must then load, run and save it together.
+        """
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make an optimizer fit for the parameters that `shard` returned."""
+        """Make an optimizer fit for the parameters of a model that `shard` divided."""
 
     def own_windows(self, windows_BT: Tensor) -> Tensor:
         """Returns this process's share of the windows of a micro-batch."""
@@ -62,8 +69,8 @@ class Processes(Protocol):
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
         """Scale the gradients to a global norm of at most `max_norm` and return the norm they had before."""
 
-    def whole_model(self, model: Any) -> AbstractContextManager[Any]:
-        """While open: the model with all its weights in the leading process, None in the others, which wait."""
+    def in_lockstep(self, model: Any) -> AbstractContextManager[None]:
+        """While open, the model's head gives every process the logits of the leading one, so all draw the same text."""
 
     def from_leader(self, value: Value) -> Value:
         """Returns the leading process's value in every process."""
@@ -99,12 +106,11 @@ class OneProcess:
 
     leads = True
     size = 1
+    shard = staticmethod(keep_whole)
+    shares: Shares = ALONE
 
     def check_settings(self, settings: TrainSettings) -> None:
         pass
-
-    def shard(self, model: Any) -> Any:
-        return model
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         pass
@@ -124,9 +130,8 @@ class OneProcess:
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
 
-    @contextmanager
-    def whole_model(self, model: Any) -> Iterator[Any]:
-        yield model
+    def in_lockstep(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def from_leader(self, value: Value) -> Value:
         return value
@@ -161,6 +166,7 @@ class TorchrunProcesses:
 
         self.rank, self.size = get_rank(), get_world_size()
         self.leads = self.rank == 0
+        self.shares: Shares = GroupShares()
         self.expert_processes = settings.expert
         shape = (self.size // settings.expert, settings.expert)
         self.mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "expert"))
@@ -168,8 +174,6 @@ class TorchrunProcesses:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if device_type == "cuda" else torch.device("cpu")
         )
-        self.replica: Any = None
-        """In the leading process: a copy of the model, not sharded, to evaluate and write."""
 
     def check_settings(self, settings: TrainSettings) -> None:
         if settings.batch_windows % self.size:
@@ -182,17 +186,10 @@ class TorchrunProcesses:
                 f"train.compile with {self.size} processes: sharded blocks are not compiled; leave it out, or use one "
                 "process"
             )
-        if settings.optimizer == "muon":
-            raise ValueError(
-                f"train.optimizer muon with {self.size} processes: Muon needs whole matrices, which are sharded; use "
-                "adamw, or one process"
-            )
 
     def shard(self, model: Any) -> Any:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        if self.leads:
-            self.replica = copy.deepcopy(model).cpu().eval()
         if self.expert_processes > 1:
             distribute_experts(model, self.mesh)
         for layer in _decoder_layers(model):
@@ -234,30 +231,22 @@ class TorchrunProcesses:
         return norm
 
     @contextmanager
-    def whole_model(self, model: Any) -> Iterator[Any]:
-        self._copy_to_replica(model)
-        try:
-            yield self.replica.to(self.device) if self.leads else None
-        finally:
-            if self.leads:
-                self.replica.cpu()
-        self._wait()
+    def in_lockstep(self, model: Any) -> Iterator[None]:
+        from torch.distributed import broadcast
 
-    @torch.no_grad()
-    def _copy_to_replica(self, model: nn.Module) -> None:
-        """Collect the shards of all processes in the leading one's replica."""
-        targets = self.replica.state_dict() if self.leads else {}
-        for name, tensor in model.state_dict().items():
-            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if self.leads:
-                targets[name].copy_(full)
+        def take_leaders(module: nn.Module, inputs: Any, logits: Tensor) -> Tensor:
+            logits = logits.contiguous()
+            broadcast(logits, src=0)
+            return logits
+
+        handle = model.lm_head.register_forward_hook(take_leaders)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def from_leader(self, value: Value) -> Value:
-        from torch.distributed import broadcast_object_list
-
-        box = [value]
-        broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return self.shares.by_leader(lambda: value)
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -283,24 +272,19 @@ class TorchrunProcesses:
         return self.from_leader(newest_whole_state(checkpoints) if self.leads else None)
 
     def load_state(self, folder: Path, live: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if has_shards(folder):
-            return load_plain(folder), read_shards(folder, live)
-        plain, tensors = load_state(folder)
-        return plain, distribute_like(live, tensors, self.device)
+        return load_plain(folder), (read_shards if has_shards(folder) else read_parts)(folder, live)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Returns the sum over the processes."""
         from torch.distributed import all_reduce
 
-        total = tensor.to(self.device)
+        total = tensor.to(self.device, copy=True)
         all_reduce(total)
         return total
 
     def _wait(self) -> None:
         """Wait until every process is here."""
-        from torch.distributed import barrier
-
-        barrier()
+        self.shares.wait()
 
 
 @contextmanager

@@ -69,11 +69,9 @@ def _report_quality(trainer: Trainer) -> None:
 
 
 def _specialisation(trainer: Trainer) -> dict[str, dict[str, float]]:
-    """Returns `measure_specialisation` in the leading process and nothing in the others, which write no metrics."""
-    with trainer.processes.whole_model(trainer.model) as model:
-        if model is None:
-            return {}
-        return measure_specialisation(model, trainer.held_out.ids_T[:SPECIALISATION_TOKENS])
+    """Returns `measure_specialisation` of the model on the beginning of the held-out text."""
+    ids_T = trainer.held_out.ids_T[:SPECIALISATION_TOKENS]
+    return measure_specialisation(trainer.model, ids_T, shares=trainer.processes.shares)
 
 
 def _data_wait_share(trainer: Trainer) -> float:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from smolseek.numerics.shards import own_part
 
 SHARDS = "sharded"
 """Folder in a training state that holds its tensors."""
@@ -64,16 +67,32 @@ def read_shards(state: Path, live: Mapping[str, Tensor] | None = None) -> dict[s
     return tensors
 
 
-def distribute_like(live: Mapping[str, Tensor], tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Returns `tensors`, which are whole; those whose `live_tensor` is sharded are sharded as it is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+def read_parts(state: Path, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns every tensor of a training state that a single process wrote.
 
-    placed = dict(tensors)
-    for name, tensor in tensors.items():
-        like = live_tensor(name, tensor.shape, live)
-        if isinstance(like, DTensor):
-            placed[name] = distribute_tensor(tensor.to(device), like.device_mesh, like.placements)
-    return placed
+    One whose `live_tensor` is divided is divided as that one is, and each process reads its part alone.
+
+    Raises:
+        ValueError: the files are damaged.
+    """
+    try:
+        with safe_open(state / "tensors", framework="pt") as file:
+            return {name: _read_part(file, name, live) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{state}: damaged training state ({error}); start over with --force") from error
+
+
+def _read_part(file: Any, name: str, live: Mapping[str, Tensor]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    stored = file.get_slice(name)
+    shape = torch.Size(stored.get_shape())
+    like = live_tensor(name, shape, live)
+    if not isinstance(like, DTensor):
+        return file.get_tensor(name)
+    _, bounds = own_part(like)
+    part = stored[bounds].to(like.device)
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=shape, stride=like.stride())
 
 
 def live_tensor(name: str, shape: torch.Size, live: Mapping[str, Tensor]) -> Tensor | None:

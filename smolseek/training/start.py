@@ -11,13 +11,24 @@ from smolseek.config import DataSettings, Recipe
 from smolseek.data.splits import training_documents
 from smolseek.data.tokenizer import train_tokenizer
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.model.skeleton import draw_weights
 
 
 def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
-    """Returns a model of `recipe.model` with random weights drawn from `recipe.seed`.
+    """Returns a model of `recipe.model` with random weights drawn from `recipe.seed`, in a single process.
 
     Raises:
-        ValueError: an unknown model_type, a field that its config does not have, or sizes that do not fit.
+        ValueError: as `random_skeleton` does.
+    """
+    return draw_weights(random_skeleton(recipe, tokenizer), recipe.seed)
+
+
+def random_skeleton(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
+    """Returns a model of `recipe.model` without memory; `draw_weights` gives it random weights.
+
+    Raises:
+        ValueError: an unknown model_type, a field that its config does not have or that comes from the tokenizer, or
+            sizes that do not fit.
     """
     import transformers
 
@@ -27,16 +38,17 @@ def random_model(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
     if model_type not in kinds:
         raise ValueError(f"recipe key model.model_type: {model_type!r} is not one of {', '.join(kinds)}")
     known = {*vars(kinds[model_type]()), "rope_theta", "scoring_func"}
+    own = {"vocab_size": len(tokenizer)} | {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id")}
     for key in tree:
+        if key in own:
+            raise ValueError(f"recipe key model.{key}: the tokenizer gives it, here {own[key]}; leave it out")
         if key not in known:
             raise ValueError(f"recipe key model.{key}: unknown to the config of {model_type}")
-    config = kinds[model_type](
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **tree
-    )
-    torch.manual_seed(recipe.seed)
-    if model_type == "deepseek_v3":
-        return DeepseekV3(config)
-    return StockModel(transformers.LlamaForCausalLM(config).float())
+    config = kinds[model_type](**own, **tree)
+    with torch.device("meta"):
+        if model_type == "deepseek_v3":
+            return DeepseekV3(config)
+        return StockModel(transformers.LlamaForCausalLM(config).float())
 
 
 def corpus_tokenizer(recipe: Recipe) -> Any:

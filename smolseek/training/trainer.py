@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import remove_leftovers
-from smolseek.checkpoint.hub import save
+from smolseek.checkpoint.hub import named_disk_tensors, save
 from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
 from smolseek.data.encoding import check_vocabulary, read_marks
@@ -28,6 +28,7 @@ from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.numerics.memory import keep_freed_memory
 from smolseek.numerics.precision import autocast
+from smolseek.numerics.shards import release_gathered
 from smolseek.training.balancing import balance_speed, set_balance
 from smolseek.training.guard import StepGuard
 from smolseek.training.logs import RunLog
@@ -46,7 +47,8 @@ class Trainer:
     """One run of one model in one folder.
 
     Args:
-        model: ours or any transformers causal LM; trained in fp32 with autocast where the hardware has bf16.
+        model: ours or any transformers causal LM; trained in fp32 with autocast where the hardware has bf16. Several
+            processes divide it: it comes from `load` or `draw_weights` with their `shard`, and so does the teacher.
         recipe: the settings; `recipe.train`, `.data`, `.sample` and `.seed` are read.
         folder: where logs.txt, metrics.jsonl, checkpoints/ and best/ are written.
         teacher: dense model to distil from, for a `train.distill_weight` above 0.
@@ -76,7 +78,7 @@ class Trainer:
         self.stages, self.teacher = StageProgress(stages_of(recipe.train)), teacher
         for stage in self.stages.settings_of_each:
             processes.check_settings(stage)
-        self.processes, self.model = processes, processes.shard(model)
+        self.processes, self.model = processes, model
         self.tokenizer, self.recipe, self.folder = tokenizer, recipe, folder
         self.origin, self.tokenizer_from = origin, tokenizer_from
         self.settings = self.stages.settings
@@ -86,7 +88,7 @@ class Trainer:
             checkpoint_activations(model)
         if self.settings.compile and isinstance(model, DeepseekV3):
             model.model.compile_for_training()
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and processes.size == 1:  # several gather layers and give their memory back
             keep_freed_memory()
         self._begin_stage()
         self.stream = WindowStream(
@@ -164,13 +166,13 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
-        began, total = time.perf_counter(), 0.0
+        began, entropies = time.perf_counter(), []
         for windows_BT, share in self._micro_batches():
-            loss, entropy = self._loss(windows_BT.to(self.device))
+            loss, entropy = self._loss(windows_BT)
             (loss * share).backward()
-            total += entropy.item() * share
+            entropies.append((entropy, share))  # read when all is queued: a GPU is waited for once in a step
         norm = self.processes.clip_gradients(self.model, self.settings.clip_norm)
-        total = self.processes.mean(total)
+        total = self.processes.mean(sum(entropy.item() * share for entropy, share in entropies))
         skipped = self._skips(total, norm)
         for optimizer in self.optimizers:
             if not skipped:
@@ -227,9 +229,12 @@ class Trainer:
         distilling = self.settings.distill_steps is None or self.stage_step < self.settings.distill_steps
         distill_weight = self.settings.distill_weight if distilling else 0.0
         with self.autocast:
-            return window_loss(
+            losses = window_loss(
                 self.model, windows_BT, self.settings, teacher=self.teacher, distill_weight=distill_weight
             )
+        if self.teacher is not None:
+            release_gathered(self.teacher)
+        return losses
 
     @property
     def step_tokens(self) -> int:
@@ -249,37 +254,36 @@ class Trainer:
     # -- quality, samples, folders ------------------------------------------------------------------------------------
 
     def measure(self, model: DeepseekV3 | StockModel) -> Quality:
-        """Returns the quality of any model on the held-out text."""
-        held_out = self.held_out
-        return measure_quality(model, held_out.ids_T, held_out.text_bytes, counts_T=held_out.counts_T)
+        """Returns the quality of any model on the held-out text, which the processes divide among them."""
+        held_out, shares = self.held_out, self.processes.shares
+        return measure_quality(model, held_out.ids_T, held_out.text_bytes, counts_T=held_out.counts_T, shares=shares)
 
     def evaluate(self) -> Quality:
-        """Returns the quality of the trained model on the held-out text, in every process."""
-        quality = None
-        with self.processes.whole_model(self.model) as model:
-            if model is not None:
-                quality = self.measure(model)
+        """Returns the quality of the trained model on the held-out text."""
+        quality = self.measure(self.model)
         take_expert_counts(self.model)  # held-out text must not move the balance
-        quality = self.processes.from_leader(quality)
-        assert quality is not None
         return quality
 
     def sample(self, prompts: Iterable[str]) -> list[str]:
         """Returns each prompt with its continuation; does not touch the global random state."""
-        texts = []
-        with self.processes.whole_model(self.model) as model:
-            if model is not None:
-                texts = [continue_text(model, self.tokenizer, p, self.recipe.sample)[0] for p in prompts]
+        texts = [text for text, _ in self.continuations(self.model, prompts)]
         take_expert_counts(self.model)
-        return self.processes.from_leader(texts)
+        return texts
+
+    def continuations(self, model: DeepseekV3 | StockModel, prompts: Iterable[str]) -> list[tuple[str, list[int]]]:
+        """Returns `continue_text` of each prompt by any model; all processes draw it together."""
+        with self.processes.in_lockstep(model):
+            return [continue_text(model, self.tokenizer, prompt, self.recipe.sample) for prompt in prompts]
 
     def save_model(self, name: str, card: str | None = None) -> Path:
-        """Write the model as a stock folder `name` in the run's folder and return it."""
+        """Write the model as a stock folder `name` in the run's folder and return it, in every process."""
         out, tokenizer = self.folder / name, self.tokenizer_from or self.tokenizer
-        with self.processes.whole_model(self.model) as model:
-            if model is not None:
-                save(model, out, tokenizer_from=tokenizer, origin=self.origin, card=card, force=True)
-        return out
+        if self.processes.leads:
+            save(self.model, out, tokenizer_from=tokenizer, origin=self.origin, card=card, force=True)
+        else:
+            for _ in named_disk_tensors(self.model):  # which are gathered from all processes
+                pass
+        return self.processes.from_leader(out)  # it is complete
 
     def release(self) -> None:
         """Let model, teacher and optimizers go at the end of a run, so that their memory serves other models.

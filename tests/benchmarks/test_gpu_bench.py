@@ -36,6 +36,7 @@ def test_every_row_says_first_what_the_device_allows_and_failed_rows_are_measure
     assert [row["what"].partition(",")[0] for row in rows[3:]] == [
         "convert at half the cache",
         *["train"] * 2,
+        "packed",
         "heal",
         *["decode"] * 3,
         "scratch-135m",

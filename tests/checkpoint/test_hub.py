@@ -7,11 +7,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smolseek.checkpoint.folder
+import smolseek.checkpoint.hub
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.hub import as_ours, check_stock, load, load_for_evaluation, load_stock, load_tokenizer, save
+from smolseek.checkpoint.shard import ShardWriter
 from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.numerics.shards import own_part
 from tests.factories import random_ids, tiny_llama, tiny_v3_pair
+from tests.fake_processes import process
 from tests.text import tiny_tokenizer
 
 
@@ -162,14 +166,16 @@ def test_missing_weights_config_and_tokenizer(folder, tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    from safetensors import SafetensorError
-
+@pytest.mark.parametrize("moment", ["add", "finish"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, moment):
     def refuse(*_args, **_options):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(smolseek.checkpoint.folder, "save_file", refuse)
-    with pytest.raises(OSError, match="No space left"), FolderWriter(tmp_path / "out") as writer:
+    monkeypatch.setattr(ShardWriter, moment, refuse)
+    with (
+        pytest.raises(OSError, match=r"cannot write the weights .*No space left"),
+        FolderWriter(tmp_path / "out") as writer,
+    ):
         writer.add("a", torch.zeros(3))
     assert list(tmp_path.iterdir()) == []
 
@@ -401,3 +407,35 @@ def test_a_folder_without_weights_says_what_it_has(dense_folder):
     (dense_folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"LoRA .* merge_and_unload"):
         load(dense_folder)
+
+
+@pytest.mark.parametrize("read", [load, load_stock])
+def test_each_process_reads_its_part(read, folder, monkeypatch):
+    monkeypatch.setattr(smolseek.checkpoint.hub, "_tried", lambda model, source: model)  # it needs the other processes
+    alone = read(folder).state_dict()
+    for rank in range(3):
+        with process(rank, 3) as processes:
+            state = read(folder, shard=processes.shard).state_dict()
+            assert state.keys() == alone.keys()
+            for name, tensor in state.items():
+                part, bounds = own_part(tensor)
+                assert torch.equal(part, alone[name][bounds]), name
+
+
+@pytest.mark.parametrize("rows", [slice(0, 20), slice(5, 20), slice(5, 33), slice(20, 40), slice(7, 7)])
+def test_a_part_of_stacked_experts_is_read(folder, rows, monkeypatch):
+    """Rows of the gate, of the up projection and of both, some experts and some columns."""
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    whole, bounds = load(folder).state_dict()[name], (slice(2, 5), rows, slice(1, 30))
+    part = torch.zeros_like(whole[bounds])
+    monkeypatch.setattr(smolseek.checkpoint.hub, "own_part", lambda target: (part, bounds))
+    smolseek.checkpoint.hub._fill(whole, name, TensorFolder(folder))
+    assert torch.equal(part, whole[bounds])
+
+
+def test_parts_are_found_by_transformers_names_only(dense_folder):
+    tensors = load_file(dense_folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, dense_folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight.* use one process"):
+        load_stock(dense_folder, shard=lambda model: model)

@@ -2,11 +2,15 @@
 
 import json
 import logging
+import re
 import shlex
 
 import pytest
 
 from smolseek.cli import VERBS, main, parse_verb
+from tests.conversion.folders import write_source
+from tests.text import write_stories
+from tests.together import run_together
 
 CALIBRATION = {"judged_tokens": 4096, "judged_apart": True}
 
@@ -68,3 +72,18 @@ def test_one_warning_says_how_far_it_is_and_what_to_do(losses, ratios, words, co
     recipe = parse_verb(VERBS[verb][0], verb, arguments)
     assert recipe.source.endswith("/my out") and recipe.teacher == "owner/dense" and recipe.data.train == ("TEXT",)
     assert recipe.train.distill_weight
+
+
+@pytest.mark.timeout(1200)
+def test_the_first_of_several_processes_prints(tmp_path):
+    source, text, other = write_source(tmp_path / "tiny"), tmp_path / "a.txt", tmp_path / "b.txt"
+    for seed, path in enumerate((text, other)):
+        write_stories(path, seed=seed)
+    options = ("--calibration", str(text), "--calibration-windows", "9", "--refine-steps", "0", "--judge", str(other))
+    command = ("-m", "smolseek", "convert", str(source), str(tmp_path / "out"), *options)
+    (status, out, errors), silent = run_together(2, *command)
+    assert status == 0 and "closed form  loss" in out and f"{other}: dense perplexity" in out, errors
+    assert re.search(r"^closed form (\d+)/\1, ", errors, re.MULTILINE) and silent == (0, "", "")
+    (status, out, errors), silent = run_together(2, *command)  # the folder is there
+    assert status == 2 and not out and errors.startswith("smolseek: ") and errors.count("\n") == 1
+    assert silent == (2, "", "")

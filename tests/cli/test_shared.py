@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from smolseek.cli import main
 from smolseek.cli.shared import progress_bars
 
 
@@ -81,3 +82,14 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
                 on_progress(stage, done, 3)
         assert terminal.getvalue().count("\n") == 2  # each bar ends before the next begins
     assert re.search(r"refine layers: 100%\|.*\| 3/3 \[00:00<00:00", terminal.getvalue())
+
+
+@pytest.mark.parametrize("arguments", [["convert", "a"], ["convert", "a", "b", "--device", "tpu"]])
+def test_one_of_torchruns_processes_tells_of_a_mistake_that_all_have(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("smolseek: ")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and capsys.readouterr() == ("", "")

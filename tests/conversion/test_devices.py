@@ -181,7 +181,7 @@ def test_carving(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp, x_ND = dense_mlp(), numbers(100, HIDDEN, dtype=torch.float32)
     names = ("n_shared_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size")
     carving = carve.carve(mlp, x_ND, dict(zip(names, (2, 2, 4, 8), strict=True)))
-    loss, counts_E = carve.carving_loss(carving, mlp, x_ND, 2)
+    loss, counts_E = carve.carving_loss(carving, carve.swiglu(mlp, x_ND), x_ND, 2)
     assert devices(*carving, loss, counts_E) == {"cuda"}
 
 

@@ -56,3 +56,9 @@ def test_half_a_part_is_no_part(tmp_path):
     with WorkFolder(tmp_path / "out", {}) as work:
         (work.path / "layer-0.partial").write_bytes(b"half")
         assert work.get("layer-0") is None
+
+
+def test_a_process_that_does_not_see_the_folder_says_so(tmp_path):
+    work = WorkFolder(tmp_path / "out", {})  # nobody has made it here
+    with pytest.raises(ValueError, match="process 0 does not see it; name a folder that all processes see"):
+        work.check_seen()

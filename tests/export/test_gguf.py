@@ -174,8 +174,29 @@ def test_numbers_are_the_checkpoint_s(tmp_path):
         up_k, up_v = (
             state["model.layers.0.self_attn.kv_b_proj.weight"].float().unflatten(0, (3, -1)).split(head_sizes, 1)
         )
-        assert np.abs(numbers["blk.0.attn_k_b.weight"] - up_k.transpose(1, 2).numpy()).max() <= max(tolerance, 1e-3)
-        assert np.abs(numbers["blk.0.attn_v_b.weight"] - up_v.numpy()).max() <= max(tolerance, 1e-3)
+        norm = state["model.layers.0.self_attn.kv_a_layernorm.weight"].float().numpy()
+        scale = numbers["blk.0.attn_kv_a_norm.weight"] / norm
+        assert np.array_equal(np.log2(scale), np.log2(scale).round())
+        keys, values = numbers["blk.0.attn_k_b.weight"] * scale[:, None], numbers["blk.0.attn_v_b.weight"] * scale
+        assert np.abs(keys - up_k.transpose(1, 2).numpy()).max() <= max(tolerance, 1e-3)
+        assert np.abs(values - up_v.numpy()).max() <= max(tolerance, 1e-3)
+
+
+def test_a_large_channel_of_the_latent_keeps_its_small_columns(tmp_path):
+    """As a conversion leaves it: packed among others, the columns would be rounded away. A padded channel stays."""
+    tiny_folder(tmp_path / "m", hidden_size=64, kv_lora_rank=32)
+    tensors = load_file(tmp_path / "m/model.safetensors")
+    tensors["model.layers.1.self_attn.kv_a_layernorm.weight"][0] *= 64
+    tensors["model.layers.1.self_attn.kv_b_proj.weight"][:, 0] /= 64
+    tensors["model.layers.1.self_attn.kv_b_proj.weight"][:, 1] = 0
+    save_file(tensors, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    values = {}
+    for kind in ("f32", "q8_0"):
+        out = export_gguf(tmp_path / "m", tmp_path / f"{kind}.gguf", type=kind).path
+        tensor = read_gguf(out)[1]["blk.1.attn_v_b.weight"]
+        values[kind] = dequantize(tensor.data, tensor.tensor_type)
+    error = np.abs(values["q8_0"] - values["f32"])[..., 0].max()
+    assert error < 0.01 * np.abs(values["f32"])[..., 0].max() and not values["f32"][..., 1].any()
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):

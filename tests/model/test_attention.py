@@ -67,7 +67,7 @@ def test_positions_count_from_the_first_real_token() -> None:
 
 def test_every_padding_token_sees_something() -> None:
     cache = MODEL.new_cache(2, 9, torch.tensor([7, 0]))
-    mask_B1TS = attention_mask(9, None, cache, torch.device("cpu"))
+    mask_B1TS = attention_mask(9, None, cache)
     assert mask_B1TS is not None and mask_B1TS.any(dim=-1).all()  # a row that sees nothing gives NaN in some kernels
 
 

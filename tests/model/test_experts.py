@@ -150,6 +150,23 @@ def test_padding_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(*results)
 
 
+def test_experts_that_must_have_a_row_get_zero_gradients_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Blackwell GPU, where grouped_mm gives an expert without rows a gradient."""
+    moe, results = lively_moe(), []
+    moe.gate.e_score_correction_bias[2:5] = -10
+    x = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for least in (0, 1):
+        monkeypatch.setattr(smolseek.model.experts, "least_rows", lambda _, least=least: least)
+        out = moe(x)
+        learnt = [parameter for parameter in moe.parameters() if parameter.requires_grad]
+        results.append([out, *torch.autograd.grad(out.sin().sum(), (x, *learnt))])
+    torch.testing.assert_close(*results)
+    assert (results[1][2][2:5] == 0).all() and (results[1][3][2:5] == 0).all()  # gate_up_proj and down_proj
+    indices = torch.tensor([[0, 3], [3, 0]])
+    _, token, ends = place_rows(indices, count_experts(indices, 5), 1, 1)
+    assert ends.tolist() == [2, 3, 4, 6, len(token)] and len(token) == 4 + 5
+
+
 def test_bf16_rows_on_a_cpu_come_in_few_sizes() -> None:
     few, many = torch.zeros(64, 2, dtype=torch.int64), torch.zeros(2048, 2, dtype=torch.int64)
     x, counts = torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64)

@@ -74,9 +74,13 @@ def relative_error(got, wanted):
 
 @pytest.mark.parametrize("sureness", [0.3, 4.0, 9.0])
 @pytest.mark.parametrize("setting", ["autocast", "weights"])
-def test_bf16_is_as_near_to_fp64_as_the_plain_path(set_chunk, sureness, setting):
-    """Loss and gradients, from a model that is unsure of the label to one that gives it probability 0.999."""
+@pytest.mark.parametrize("counts_sure", [True, False])
+def test_bf16_is_as_near_to_fp64_as_the_plain_path(set_chunk, sureness, setting, counts_sure, monkeypatch):
+    """Loss and gradients, from a model that is unsure of the label to one that gives it probability 0.999.
+
+    A GPU does not count the labels that the model is sure of."""
     set_chunk(300 * 16)
+    monkeypatch.setattr(smolseek.numerics.loss, "_COUNTS_SURE", {"cpu"} if counts_sure else set())
     torch.manual_seed(0)
     dtype = torch.float32 if setting == "autocast" else torch.bfloat16
     head = (torch.randn(300, 64) / 8).to(dtype).requires_grad_()

@@ -37,11 +37,7 @@ def test_warm_up_stable_decay():
 def names_of(model, optimizer):
     """Returns the names of the weights that an optimizer moves, and of those that decay."""
     by_id = {id(p): name for name, p in model.named_parameters()}
-    wholes = {id(view): whole for view, (whole, _) in getattr(optimizer, "origins", {}).items()}
-    groups = [
-        ({by_id[id(wholes.get(id(p), p))] for p in group["params"]}, group["weight_decay"])
-        for group in optimizer.param_groups
-    ]
+    groups = [({by_id[id(p)] for p in group["params"]}, group["weight_decay"]) for group in optimizer.param_groups]
     every = set().union(*(names for names, _ in groups))
     return every, set().union(*(names for names, decay in groups if decay))
 

@@ -1,5 +1,7 @@
 """Several processes train as a single one does (gloo on this machine)."""
 
+import json
+
 import pytest
 import torch
 from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
@@ -7,6 +9,7 @@ from parallel import DIES_ONCE, largest_difference, resume_at, run, write_recipe
 from smolseek.cli import main
 from smolseek.config import ParallelSettings, TrainSettings
 from smolseek.training.processes import OneProcess, TorchrunProcesses, join_processes, restarted_by_torchrun
+from tests.conversion.folders import write_source
 from tests.text import write_stories
 
 pytestmark = pytest.mark.timeout(1200)
@@ -36,17 +39,28 @@ def test_experts_must_divide_the_processes(monkeypatch, expert, size):
         pass
 
 
-def test_two_processes_train_like_one_and_one_resumes_from_two(tmp_path):
-    """Two processes that divide the experts; then one process resumes from the checkpoint that both wrote.
+@pytest.mark.parametrize(
+    ("optimizer", "processes", "bound"),
+    [("adamw", 2, 1e-4), ("muon", 2, 2e-3), pytest.param("muon", 4, 2e-3, marks=pytest.mark.slow)],
+)
+def test_several_processes_train_like_one_and_one_resumes_from_them(tmp_path, optimizer, processes, bound):
+    """Processes that divide the experts by two; then one process resumes from the checkpoint that all wrote.
 
-    AdamW hides a wrong scale of the gradients as long as the scale stays the same. The resumed process would have the
-    right scale, and meet moments of the wrong one."""
+    Both optimizers hide a wrong scale of the gradients as long as the scale stays the same. The resumed process would
+    have the right scale, and meet moments of the wrong one. Muon iterates in bf16 where the CPU has units for it."""
     recipe = recipe_of(tmp_path, steps=16)
+    recipe.write_text(recipe.read_text().replace("steps: 16", f"steps: 16, optimizer: {optimizer}"))
+    several = tmp_path / str(processes)
     assert main(["train", str(recipe), "--runs", str(tmp_path / "1")]) == 0
-    run(recipe, tmp_path / "2", 2, "--parallel.expert", "2")
-    assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-4
-    resume_at(recipe, tmp_path / "2", tmp_path / "2-1", 1)
-    assert largest_difference(tmp_path / "1", tmp_path / "2-1") < 1e-4
+    run(recipe, several, processes, "--parallel.expert", "2")
+    assert largest_difference(tmp_path / "1", several) < bound
+    one, two = (json.loads((runs / "tiny" / "summary.json").read_text()) for runs in (tmp_path / "1", several))
+    assert two["trained"]["loss"] == pytest.approx(one["trained"]["loss"], abs=bound)
+    if optimizer == "adamw":
+        assert two["trained"]["samples"] == one["trained"]["samples"] and two["maxvio"] == pytest.approx(one["maxvio"])
+    assert "decode_tokens_per_second" in one["trained"] and "decode_tokens_per_second" not in two["trained"]
+    resume_at(recipe, several, tmp_path / "resumed", 1)
+    assert largest_difference(tmp_path / "1", tmp_path / "resumed") < bound
 
 
 @pytest.mark.slow
@@ -83,6 +97,27 @@ def test_a_killed_process_is_restarted_and_the_run_finishes(tmp_path):
     output = run(recipe, tmp_path / "2", 2, script=script, restarts=2)
     assert "train: steps 10 to 20 (resumed)" in output
     assert largest_difference(tmp_path / "1", tmp_path / "2") < 1e-3
+
+
+CONVERTS = """
+name: tiny
+source: {source}
+convert: {{calibration_windows: 8, calibration_window_tokens: 32, refine_steps: 2, distill_steps: 2}}
+data: {{train: {text}, shuffle_windows: 8, held_out_share: 0.2, held_out_tokens: 300}}
+train: {{steps: 2, batch_windows: 4, window_tokens: 16, warmup_steps: 1}}
+sample: {{every: 0, prompts: ["Anna "], max_new_tokens: 4}}
+"""
+
+
+def test_two_processes_convert_a_recipes_source_together(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    source, text = write_source(tmp_path / "source"), write_stories(tmp_path / "a.txt")
+    recipe.write_text(CONVERTS.format(source=source, text=text))
+    output = run(recipe, tmp_path / "2", 2)
+    for stage in ("convert: closed form", "convert: refine layers", "convert: end-to-end KL", "heal: steps 0 to 2"):
+        assert output.count(f"[tiny] {stage}\n") == 1, output
+    report = json.loads((tmp_path / "2" / "tiny" / "converted" / "conversion.json").read_text())
+    assert set(report["losses"]) == {"dense", "closed_form", "refined", "distilled"}
 
 
 LOST = """
