@@ -1,4 +1,4 @@
-"""The end-to-end stage: the whole converted model learns the dense model's next-token distribution.
+"""The end-to-end stage: the whole converted model learns the dense model's next-token distribution and its states.
 
 Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, V vocab_size.
 """
@@ -6,7 +6,8 @@ Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, V vocab
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +18,15 @@ from smolseek.conversion.collect import batches
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
-from smolseek.conversion.residual_stream import shuffled
-from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS, is_small
+from smolseek.conversion.residual_stream import DenseStates, shuffled
+from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS, is_small, matched_layers
 from smolseek.conversion.student import layers_of, mean_divergence, mean_loss, own_weights
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.loss import divergence
-from smolseek.numerics.precision import autocast
+from smolseek.numerics.precision import autocast, compute_dtype
 from smolseek.numerics.shares import ALONE, Shares
 
 log = logging.getLogger(__name__)
@@ -37,16 +38,19 @@ _RATE_PER_ROOT = 0.0127
 """The same for the few steps of other sources, times the root of the KL that they begin with: weights then have a way
 to go that is about as long as this root, for KL is of second order in them (LOG.md)."""
 _BALANCE_SPEED = 1e-3
+_BEGINNING_TOKENS = 4
+_BEGINNINGS = 64
+"""Beginnings in a step, in place of a window of as many tokens."""
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
 
 
 def distill_model(
-    job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, dense_BTD: Tensor | None
+    job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, states: DenseStates | None
 ) -> float | None:
     """Train the student in place and return its loss on the judged windows.
 
-    `dense_BTD` are the dense model's final states on the refinement windows, if they are known.
+    `states` are the dense model's on the refinement windows, if they are known.
 
     Returns None where the judged windows moved away from the dense model by it: then the training is undone.
     """
@@ -55,11 +59,16 @@ def distill_model(
     parts = (MixtureOfExperts,) if job.settings.exact else () if is_small(job.source) else _LARGE_PARTS
     trained = own_weights(student, parts)
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    layers = matched_layers(job.source)
+    states = states or dense_states(dense, calibration.refined_BT, layers)
+    texts = [(states, max(1, DISTILL_BATCH_TOKENS // calibration.refined_BT.shape[1] - bool(layers)))]
+    if layers:
+        beginnings_BT = cut_beginnings(calibration.refined_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)
+        texts.append((dense_states(dense, beginnings_BT, layers), _BEGINNINGS))
     distill(
         student,
         dense.get_output_embeddings().weight,
-        calibration.refined_BT,
-        final_states(dense, calibration.refined_BT) if dense_BTD is None else dense_BTD,
+        texts,
         trained,
         steps=job.distill_steps,
         seed=job.settings.seed,
@@ -79,8 +88,7 @@ def distill_model(
 def distill(
     student: DeepseekV3,
     dense_head_VD: Tensor,
-    windows_BT: Tensor,
-    dense_BTD: Tensor,
+    texts: Sequence[tuple[DenseStates, int]],
     parameters: dict[str, nn.Parameter],
     *,
     steps: int,
@@ -89,21 +97,25 @@ def distill(
     on_step: Callable[[int], None],
     shares: Shares = ALONE,
 ) -> None:
-    """Train `parameters` in place by KL(dense ‖ converted) of the next token; routing biases balance all along.
+    """Train `parameters` in place by `distillation_loss`; routing biases balance all along.
 
-    `dense_BTD` are the dense model's final states on the windows; `rate` is a step's share of a parameter's size, times
-    the root of the number of layers; `on_step(done)` reports progress (docs/method.md, "End-to-end KL"). Several
-    processes divide every step's windows.
+    A step takes the given number of windows of each text, and its loss is the mean over their tokens. `rate` is a
+    step's share of a parameter's size, times the root of the number of layers; `on_step(done)` reports progress
+    (docs/method.md, "End-to-end KL"). Several processes divide every step's windows.
     """
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
     descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps, shares=shares)
-    batch, device = max(1, DISTILL_BATCH_TOKENS // windows_BT.shape[1]), dense_BTD.device
-    for step, rows in enumerate(map(shares.own, shuffled(len(windows_BT), batch, steps, seed))):
-        ids_BT, states_BTD = windows_BT[rows].to(device), dense_BTD[rows.to(device)]
-        loss = distillation_loss(student, dense_head_VD, ids_BT, states_BTD) if len(rows) else None
-        descent.step(loss, len(rows))
+    tokens = sum(count * text.ids_BT.shape[1] for text, count in texts)
+    chosen = [shuffled(len(text.ids_BT), count, steps, seed) for text, count in texts]
+    for step, rows_of_each in enumerate(zip(*chosen, strict=True)):
+        losses = []
+        for (text, count), rows in zip(texts, rows_of_each, strict=True):
+            if len(own := shares.own(rows)):
+                share = count * text.ids_BT.shape[1] / tokens * len(own) / len(rows) * shares.size
+                losses.append(share * distillation_loss(student, dense_head_VD, text.of(own)))
+        descent.step(torch.stack(losses).sum() if losses else None)
         counts = take_expert_counts(student)
         for _, counts_E in counts:
             shares.sum_(counts_E)
@@ -114,19 +126,64 @@ def distill(
         scale_latents(layer.self_attn, LATENT_RMS)
 
 
-def distillation_loss(student: DeepseekV3, dense_head_VD: Tensor, ids_BT: Tensor, dense_BTD: Tensor) -> Tensor:
-    """Returns the mean KL(dense ‖ converted) of the next token over a batch, in nats."""
-    with autocast(ids_BT.device, "auto"):
-        hidden_ND = student.hidden_states(ids_BT).flatten(0, 1)
-        return divergence(hidden_ND, student.lm_head.weight, dense_BTD.flatten(0, 1), dense_head_VD)
+def cut_beginnings(windows_BT: Tensor, count: int, seed: int) -> Tensor:
+    """Returns short windows, cut out of others at random.
+
+    The first token of a window becomes the sink of all attention, whatever it is, and no other token may. One token in
+    256 is too few to learn that from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    whole = windows_BT.shape[1] // _BEGINNING_TOKENS * _BEGINNING_TOKENS
+    pieces_BT = windows_BT[:, :whole].reshape(-1, _BEGINNING_TOKENS)
+    return pieces_BT[torch.randperm(len(pieces_BT), generator=generator)[:count]]
+
+
+def distillation_loss(student: DeepseekV3, dense_head_VD: Tensor, states: DenseStates) -> Tensor:
+    """Returns the mean KL(dense ‖ converted) of the next token over windows, in nats, and how far streams are apart.
+
+    The latter, added, is the mean of log(1 + |converted - dense|² / |dense|²) over tokens and the layers of `states`.
+    It notices a token that wrongly becomes an attention sink, or does not, which the KL hardly does. The logarithm
+    keeps such a token from outweighing all others (docs/method.md, "End-to-end KL").
+    """
+    behind_BTD: dict[int, Tensor] = {}
+    with autocast(states.ids_BT.device, "auto"), _outputs(student, behind_BTD, states.behind_BTD):
+        hidden_ND = student.hidden_states(states.ids_BT).flatten(0, 1)
+        loss = divergence(hidden_ND, student.lm_head.weight, states.final_BTD.flatten(0, 1), dense_head_VD)
+    apart = [_apart(behind_BTD[index], dense_BTD.float()) for index, dense_BTD in states.behind_BTD.items()]
+    return loss + torch.stack(apart).mean() if apart else loss
+
+
+def _apart(converted_BTD: Tensor, dense_BTD: Tensor) -> Tensor:
+    errors_BT = (converted_BTD - dense_BTD).square().sum(-1) / dense_BTD.square().sum(-1)
+    return errors_BT.log1p().mean()
+
+
+@contextmanager
+def _outputs(model: DeepseekV3, kept: dict[int, Tensor], layers: Iterable[int]) -> Iterator[None]:
+    """While open, `kept` gets the output of some layers whenever the model runs."""
+    hooks = [
+        layers_of(model)[index].register_forward_hook(lambda _, __, out, index=index: kept.update({index: out}))
+        for index in layers
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
-def final_states(dense: Any, windows_BT: Tensor) -> Tensor:
-    """Returns a transformers model's final hidden states (B, T, D)."""
+def dense_states(dense: Any, windows_BT: Tensor, layers: Iterable[int] = ()) -> DenseStates:
+    """Returns a transformers model's final hidden states, and its residual stream behind some layers."""
+    final: list[Tensor] = []
+    behind: dict[int, list[Tensor]] = {index: [] for index in layers}
+    dtype = compute_dtype(dense.device, "auto")
     with autocast(dense.device, "auto"):
-        parts = [
-            dense.base_model(input_ids=ids_BT.to(dense.device), use_cache=False).last_hidden_state
-            for ids_BT in batches(windows_BT, DISTILL_BATCH_TOKENS)
-        ]
-    return torch.cat(parts)
+        for ids_BT in batches(windows_BT, DISTILL_BATCH_TOKENS):
+            out = dense.base_model(
+                input_ids=ids_BT.to(dense.device), use_cache=False, output_hidden_states=bool(behind)
+            )
+            final.append(out.last_hidden_state)
+            for index, parts in behind.items():
+                parts.append(out.hidden_states[index + 1].to(dtype))
+    return DenseStates(windows_BT, torch.cat(final), {index: torch.cat(parts) for index, parts in behind.items()})

@@ -119,14 +119,14 @@ def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple
     student = assemble(dense, job.target, blocks)
     losses["closed_form"] = judged_loss(student)
     keep_freed_memory()
-    dense_BTD = None
+    states = None
     if job.carves or job.refines_attention:
-        errors, dense_BTD = refine_layers(job, student, dense, calibration, work)
+        errors, states = refine_layers(job, student, dense, calibration, work)
         _extend(layers, errors)
         release_memory()  # the residual stream's, kept for it until here
         losses["refined"] = judged_loss(student)
     if job.distill_steps and (job.carves or not job.settings.exact):
-        loss = distill_model(job, student, dense, calibration, dense_BTD)
+        loss = distill_model(job, student, dense, calibration, states)
         losses |= {} if loss is None else {"distilled": loss}
     return job, student, Facts(calibration.facts, losses, layers, folds)
 

@@ -18,14 +18,14 @@ from smolseek.conversion.carve import Carving, carve, load_carving, refine_carvi
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
-from smolseek.conversion.residual_stream import ResidualStream
-from smolseek.conversion.sizes import is_small
+from smolseek.conversion.residual_stream import DenseStates, ResidualStream
+from smolseek.conversion.sizes import is_small, matched_layers
 from smolseek.conversion.student import layers_of
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.numerics.precision import autocast
+from smolseek.numerics.precision import autocast, compute_dtype
 
 _RATE = {True: 0.015, False: 0.003}
 """Of each matrix's own size: for the many steps of a small source, and for the few of others (LOG.md)."""
@@ -37,16 +37,17 @@ Rope = tuple[Tensor, Tensor]
 
 def refine_layers(
     job: Job, student: DeepseekV3, dense: Any, calibration: Calibration, work: WorkFolder
-) -> tuple[list[dict[str, float]], Tensor]:
+) -> tuple[list[dict[str, float]], DenseStates]:
     """Refine the student in place, layer by layer, and carve its MLPs if the job says so.
 
-    Returns errors by layer, and the dense model's final states (B, T, D) on the refinement windows. Layers that the
-    work folder holds are loaded from it.
+    Returns errors by layer, and the dense model's states on the refinement windows. Layers that the work folder holds
+    are loaded from it.
     """
     stream = ResidualStream(dense.model, calibration.refined_BT, job.shares)
     rope = student.model.rope(calibration.refined_BT.shape[1])
     student.config = DeepseekV3Config(**job.target)
     errors, layers = [], layers_of(student)
+    behind_BTD: dict[int, Tensor] = {}
     for index, layer in enumerate(layers):
         job.on_progress("refine layers", index, len(layers))
         kept = work.get(f"layer-{index}")
@@ -65,11 +66,13 @@ def refine_layers(
         if kept is None and carves:
             facts |= _carve_mlp(job, layer.mlp, dense.model.layers[index].mlp, stream, index)
         stream.pass_mlp(layer.mlp)
+        if index in matched_layers(job.source):
+            behind_BTD[index] = stream.hidden_BTD.to(compute_dtype(dense.device, "auto"))
         if kept is None:
             work.put(f"layer-{index}", block.state_dict(), facts)
         errors.append(facts)
     job.on_progress("refine layers", len(layers), len(layers))
-    return errors, stream.final_states()
+    return errors, DenseStates(calibration.refined_BT, stream.final_states(), behind_BTD)
 
 
 def refine_attention(

@@ -6,6 +6,7 @@ Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,24 @@ from smolseek.numerics.shares import ALONE, Shares
 
 _PROBE_TOKENS = 2048
 Block = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DenseStates:
+    """Windows, and what the dense model makes of them: all that the end-to-end stage learns from."""
+
+    ids_BT: Tensor
+    final_BTD: Tensor
+    """The final hidden states, behind the last norm."""
+    behind_BTD: dict[int, Tensor]
+    """The residual stream behind some layers, in the dtype of products."""
+
+    def of(self, rows: Tensor) -> DenseStates:
+        """Returns those of some windows, all where the states lie."""
+        device = self.final_BTD.device
+        ids_BT, rows = self.ids_BT[rows].to(device), rows.to(device)
+        behind_BTD = {index: states_BTD[rows] for index, states_BTD in self.behind_BTD.items()}
+        return DenseStates(ids_BT, self.final_BTD[rows], behind_BTD)
 
 
 class ResidualStream:

@@ -1,7 +1,7 @@
-"""Calibration text that the dense model writes itself, sampled at temperature 1 from all that it may say.
+"""Calibration text that the dense model writes itself, sampled from all that it may say.
 
-Shapes: B windows, T tokens in each, S tokens attended to, V vocab_size, L num_hidden_layers, H num_attention_heads, G
-num_key_value_heads, r = H / G, d head_dim, Z ordinary tokens.
+Shapes: B windows, R rows written side by side, T tokens in each, S tokens attended to, V vocab_size, L
+num_hidden_layers, H num_attention_heads, G num_key_value_heads, r = H / G, d head_dim, Z ordinary tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from smolseek.data.encoding import added_start
 
 _IMPLEMENTATION = "smolseek_cached"
 _BATCH_BYTES = 2**31
-"""Most memory for the keys, values and probabilities of windows that are written side by side."""
+"""Most memory for the keys, values and probabilities of rows that are written side by side."""
+_COLDEST = 0.6
+"""Lowest temperature of a row: what the model finds likely is nearer to what people write (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ def sample_windows(
     seed: int,
     on_progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> tuple[Tensor, int]:
-    """Returns windows (B, T) of text that the model writes, and the number of documents that begin in them.
+    """Returns windows (B, T) of text that the model writes, and the number of documents that begin in it.
 
     Behind its opening a document is drawn from the model's full distribution. After one of `end_tokens` the next
-    document begins in the same window; it sees what stands before it, as packed text does in the calibration.
+    document begins behind it and sees what stands before it, as packed text does in the calibration. Half of the text
+    has temperature 1, the rest all temperatures from there down to 0.6. Where the model reads two windows at once, they
+    are written as one row and cut: half of all windows then begin inside a text, as windows of people's text do.
 
     `model` is a transformers Llama-like model, which computes in its own dtype. `on_progress(done, count)` tells how
     many tokens are written.
@@ -81,30 +85,43 @@ def sample_windows(
         ValueError: the model gives NaN or infinity.
     """
     generator = torch.Generator().manual_seed(seed)
-    windows_BT, documents, done = torch.empty(windows, window_tokens, dtype=torch.long), 0, 0
-    for part_BT in windows_BT.chunk(-(-windows // _windows_at_once(model.config, window_tokens))):
-        for new_documents in _write(model, openings, part_BT, torch.tensor(end_tokens, dtype=torch.long), generator):
+    in_row = 2 if 2 * window_tokens <= model.config.max_position_embeddings else 1
+    rows_RT = torch.empty(-(-windows // in_row), in_row * window_tokens, dtype=torch.long)
+    temperature_R = torch.linspace(_COLDEST, 2 - _COLDEST, len(rows_RT)).clamp(max=1)
+    temperature_R = temperature_R[torch.randperm(len(rows_RT), generator=generator)].to(model.device)
+    parts, ends = (
+        -(-len(rows_RT) // _rows_at_once(model.config, rows_RT.shape[1])),
+        torch.tensor(end_tokens, dtype=torch.long),
+    )
+    documents, done = 0, 0
+    for part_RT, part_R in zip(rows_RT.chunk(parts), temperature_R.chunk(parts), strict=True):
+        for new_documents in _write(model, openings, part_RT, part_R, ends, generator):
             documents += new_documents
-            done += len(part_BT)
-            on_progress(done, windows_BT.numel())
-    return windows_BT, documents
+            done += len(part_RT)
+            on_progress(done, rows_RT.numel())
+    return rows_RT.view(-1, window_tokens)[:windows], documents
 
 
 def _write(
-    model: Any, openings: Openings, windows_BT: Tensor, ends: Tensor, generator: torch.Generator
+    model: Any,
+    openings: Openings,
+    rows_RT: Tensor,
+    temperature_R: Tensor,
+    ends: Tensor,
+    generator: torch.Generator,
 ) -> Iterator[int]:
-    """Fills windows token by token; yields after each how many documents begin with it."""
+    """Fills rows token by token; yields after each how many documents begin with it."""
     opening = len(openings.start) + 1
-    index_B = torch.zeros(len(windows_BT), dtype=torch.long)  # of the next token in its document's opening
-    with cached_attention(model, *windows_BT.shape) as next_probabilities:
-        for position in range(windows_BT.shape[1]):
-            token_B, free_B = openings.draw(index_B, generator), index_B == opening
+    index_R = torch.zeros(len(rows_RT), dtype=torch.long)  # of the next token in its document's opening
+    with cached_attention(model, *rows_RT.shape) as next_probabilities:
+        for position in range(rows_RT.shape[1]):
+            token_R, free_R = openings.draw(index_R, generator), index_R == opening
             if position:
-                p_BV = next_probabilities(windows_BT[:, position - 1])
-                token_B = torch.where(free_B, sample_labels(p_BV, generator)[:, 0].cpu(), token_B)
-            windows_BT[:, position] = token_B
-            yield int((index_B == 0).sum())
-            index_B = (index_B + 1).clamp_(max=opening).masked_fill_(free_B & torch.isin(token_B, ends), 0)
+                p_RV = next_probabilities(rows_RT[:, position - 1]).pow_(1 / temperature_R[:, None])
+                token_R = torch.where(free_R, sample_labels(p_RV, generator)[:, 0].cpu(), token_R)
+            rows_RT[:, position] = token_R
+            yield int((index_R == 0).sum())
+            index_R = (index_R + 1).clamp_(max=opening).masked_fill_(free_R & torch.isin(token_R, ends), 0)
 
 
 @contextmanager
@@ -155,8 +172,8 @@ def _key_shape(config: Any) -> tuple[int, int]:
     return config.num_key_value_heads, head_dim
 
 
-def _windows_at_once(config: Any, window_tokens: int) -> int:
-    """Returns how many windows are written side by side, the same on every machine: each has draws of its own."""
+def _rows_at_once(config: Any, tokens: int) -> int:
+    """Returns how many rows are written side by side, the same on every machine: each has draws of its own."""
     heads, head_dim = _key_shape(config)
-    cached = 2 * 4 * config.num_hidden_layers * heads * head_dim * window_tokens
+    cached = 2 * 4 * config.num_hidden_layers * heads * head_dim * tokens
     return max(1, _BATCH_BYTES // (cached + 3 * 4 * config.vocab_size))

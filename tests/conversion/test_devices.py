@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from smolseek.conversion import carve, collect, upcycle
-from smolseek.conversion.distill import distillation_loss, final_states
+from smolseek.conversion.distill import dense_states, distillation_loss
 from smolseek.conversion.mla.exact import exact_tensors
 from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import fit_heads, query_encoder
@@ -170,9 +170,15 @@ def test_refinement_and_the_end_to_end_stage() -> None:
     stream.pass_attention(partial(block, rope=rope))
     probe_ND, inputs_ND = stream.mlp_inputs()
     stream.pass_mlp(layers_of(student)[0].mlp)
-    head_VD, states_BTD = dense.get_output_embeddings().weight, stream.final_states()
-    divergence = distillation_loss(student, head_VD, no_ids(2, CUDA), states_BTD[:2])
-    streams = (stream.hidden_BTD, stream.converted_BTD, states_BTD, final_states(dense, no_ids(2)))
+    head_VD, states = dense.get_output_embeddings().weight, dense_states(dense, no_ids(2), [0])
+    divergence = distillation_loss(student, head_VD, states.of(torch.tensor([1])))
+    streams = (
+        stream.hidden_BTD,
+        stream.converted_BTD,
+        stream.final_states(),
+        states.final_BTD,
+        *states.behind_BTD.values(),
+    )
     assert devices(loss, probe_ND, inputs_ND, *streams, divergence) == {"cuda"}
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolseek.conversion.distill import final_states
+from smolseek.conversion.distill import dense_states
 from smolseek.conversion.residual_stream import ResidualStream, shuffled
 from tests.factories import random_ids
 
@@ -26,7 +26,7 @@ def test_the_stream_is_the_dense_models_own(teacher):
             torch.testing.assert_close(inputs, norm(stream.hidden_BTD).flatten(0, 1))
         stream.pass_mlp(stream.layer.mlp)
     torch.testing.assert_close(stream.final_states(), states[-1])
-    torch.testing.assert_close(final_states(teacher, ids), states[-1])
+    torch.testing.assert_close(dense_states(teacher, ids).final_BTD, states[-1])
     assert torch.equal(stream.converted_BTD, stream.hidden_BTD), "the dense blocks stood in for the converted ones"
 
 

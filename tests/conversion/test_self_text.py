@@ -36,16 +36,37 @@ def test_chances_are_those_of_a_pass_over_the_whole_window(family):
     torch.testing.assert_close(model(ids).logits.softmax(-1), whole)  # its own attention is back
 
 
-def test_tokens_come_as_often_as_the_model_says():
+def test_tokens_come_as_often_as_the_model_says(monkeypatch):
+    monkeypatch.setattr(self_text, "_COLDEST", 1.0)
     model, only = tiny_dense("llama"), Openings([7], torch.tensor([9]))
     model.lm_head.weight.data *= 6  # so that some tokens are likely
-    windows_BT, _ = write(model, only, windows=4000, window_tokens=3)
+    windows_BT = write(model, only, windows=8000, window_tokens=3)[0][::2]
     assert set(windows_BT[:, 0].tolist()) == {7} and set(windows_BT[:, 1].tolist()) == {9}
     shares = torch.bincount(windows_BT[:, 2], minlength=VOCAB) / len(windows_BT)
     with torch.no_grad():
         chances = model(torch.tensor([[7, 9]])).logits[0, -1].softmax(-1)
     assert chances.max() > 0.1
     torch.testing.assert_close(shares, chances, rtol=0, atol=0.03)
+
+
+def test_half_of_the_rows_are_colder():
+    """Their tokens are those of chances to the power 1 / temperature; the mean of both kinds is met."""
+    model, only = tiny_dense("llama"), Openings([7], torch.tensor([9]))
+    model.lm_head.weight.data *= 6
+    windows_BT = write(model, only, windows=8000, window_tokens=3)[0][::2]
+    shares = torch.bincount(windows_BT[:, 2], minlength=VOCAB) / len(windows_BT)
+    with torch.no_grad():
+        logits = model(torch.tensor([[7, 9]])).logits[0, -1]
+    colder = torch.stack([(logits / temperature).softmax(-1) for temperature in torch.linspace(0.6, 1, 101)]).mean(0)
+    torch.testing.assert_close(shares, (logits.softmax(-1) + colder) / 2, rtol=0, atol=0.03)
+
+
+def test_half_of_the_windows_begin_inside_a_text(dense):
+    windows_BT, documents = write(dense, Openings([7], torch.tensor([9])), windows=9, ends=(7, 9))
+    assert windows_BT.shape == (9, 20) and (windows_BT[::2, :2] == torch.tensor([7, 9])).all()
+    assert documents >= 5 and not (windows_BT[1::2, :2] == torch.tensor([7, 9])).all()
+    too_long = write(dense, Openings([7], torch.tensor([9])), windows=3, window_tokens=40)[0]
+    assert (too_long[:, :2] == torch.tensor([7, 9])).all()
 
 
 def test_windows_are_drawn_by_the_seed_and_no_two_are_alike(dense):
@@ -55,10 +76,10 @@ def test_windows_are_drawn_by_the_seed_and_no_two_are_alike(dense):
 
 
 def test_windows_that_do_not_fit_into_memory_together_are_written_in_turn(dense, monkeypatch):
-    monkeypatch.setattr(self_text, "_BATCH_BYTES", 2 * (2 * 4 * 2 * 2 * 8 * 20 + 12 * VOCAB))
+    monkeypatch.setattr(self_text, "_BATCH_BYTES", 2 * (2 * 4 * 2 * 2 * 8 * 40 + 12 * VOCAB))
     seen = []
-    windows_BT, documents = write(dense, windows=5, on_progress=lambda *told: seen.append(told))
-    assert seen[-1] == (100, 100) and len(seen) == 3 * 20 and documents == 5
+    windows_BT, documents = write(dense, windows=5, window_tokens=40, on_progress=lambda *told: seen.append(told))
+    assert seen[-1] == (200, 200) and len(seen) == 3 * 40 and documents == 5
     assert len({tuple(row) for row in windows_BT.tolist()}) == 5
     assert int(windows_BT.max()) < VOCAB and int(windows_BT.min()) >= 0
 
@@ -82,7 +103,7 @@ def test_every_end_token_ends_and_text_goes_on_where_there_is_none(dense):
     windows_BT, documents = write(dense, openings, windows=20, window_tokens=40, ends=range(50, VOCAB))
     ends_BT = windows_BT[:, :-1] >= 50
     assert ends_BT.any() and (windows_BT[:, 1:][ends_BT] == 3).all() and documents == 20 + int(ends_BT.sum())
-    assert write(dense, windows=20)[1] == 20
+    assert write(dense, windows=20)[1] == 10  # of two windows each
 
 
 @pytest.mark.parametrize("kind", ["adds", "has", "none", "sentencepiece"])
