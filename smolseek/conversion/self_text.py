@@ -89,10 +89,8 @@ def sample_windows(
     rows_RT = torch.empty(-(-windows // in_row), in_row * window_tokens, dtype=torch.long)
     temperature_R = torch.linspace(_COLDEST, 2 - _COLDEST, len(rows_RT)).clamp(max=1)
     temperature_R = temperature_R[torch.randperm(len(rows_RT), generator=generator)].to(model.device)
-    parts, ends = (
-        -(-len(rows_RT) // _rows_at_once(model.config, rows_RT.shape[1])),
-        torch.tensor(end_tokens, dtype=torch.long),
-    )
+    ends = torch.tensor(end_tokens, dtype=torch.long)
+    parts = -(-len(rows_RT) // _rows_at_once(model.config, rows_RT.shape[1]))
     documents, done = 0, 0
     for part_RT, part_R in zip(rows_RT.chunk(parts), temperature_R.chunk(parts), strict=True):
         for new_documents in _write(model, openings, part_RT, part_R, ends, generator):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.numerics.precision import has_bfloat16
+from smolseek.numerics.shards import local
 from smolseek.numerics.whole_matrices import gather_own, row_group, scatter_rows
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
             kind = (group.group_name, p.shape, matrix_parts(name, self.heads)) if group else id(p)
             kinds.setdefault(kind, []).append((name, p))
         for alike in kinds.values():
-            group, matrices = row_group(alike[0][1]), math.prod(_local(alike[0][1]).shape[:-2])
+            group, matrices = row_group(alike[0][1]), math.prod(local(alike[0][1]).shape[:-2])
             count = max(1, group.size() // matrices) if group else 1
             yield from (alike[start : start + count] for start in range(0, len(alike), count))
 
@@ -77,14 +78,14 @@ class Muon(torch.optim.Optimizer):
         for _, p in batch:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            grad, momentum = _local(p.grad), _local(self.state[p]["momentum_buffer"])
+            grad, momentum = local(p.grad), local(self.state[p]["momentum_buffer"])
             momentum.lerp_(grad, 1 - group["momentum"])
             updates.append(grad.lerp(momentum, group["momentum"]))  # Nesterov's
         name, first = batch[0]
         for (_, p), made in zip(batch, self._made(name, first, updates), strict=True):
             sizes = (size // parts for size, parts in zip(p.shape[-2:], matrix_parts(name, self.heads), strict=True))
             rate = group["lr"] * 0.2 * math.sqrt(max(sizes))
-            _local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(made.to(p.dtype), alpha=-rate)
+            local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(made.to(p.dtype), alpha=-rate)
 
     def _made(self, name: str, like: nn.Parameter, updates: list[Tensor]) -> Iterable[Tensor]:
         """Returns this process's part of the updates, with the matrices made orthogonal."""
@@ -132,8 +133,3 @@ def matrix_parts(name: str, heads: int = 1) -> tuple[int, int]:
     if "o_proj" in words:
         return 1, heads
     return 2 if "gate_up_proj" in words else heads if words & {"q_proj", "q_b_proj", "kv_b_proj"} else 1, 1
-
-
-def _local(tensor: Any) -> Any:
-    """Returns this process's shard of a sharded tensor, and any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

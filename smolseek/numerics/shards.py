@@ -12,6 +12,11 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: Any) -> Any:
+    """Returns this process's part of a divided tensor, and a whole tensor itself."""
+    return tensor.to_local() if is_divided(tensor) else tensor
+
+
 def own_part(tensor: Any) -> tuple[Tensor, tuple[slice, ...]]:
     """Returns the part of a tensor that lies in this process, and where in the tensor it lies: a slice per dimension.
 

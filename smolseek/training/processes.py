@@ -251,10 +251,10 @@ class TorchrunProcesses:
     @contextmanager
     def leader_first(self) -> Iterator[None]:
         if not self.leads:
-            self._wait()
+            self.shares.wait()
         yield
         if self.leads:
-            self._wait()
+            self.shares.wait()
 
     def save_state(
         self, checkpoints: Path, step: int, plain: dict[str, Any], tensors: dict[str, Tensor], *, keep_last: int
@@ -265,7 +265,7 @@ class TorchrunProcesses:
                 (folder / "state.json").write_text(json.dumps(plain), encoding="utf-8")
         else:
             write_shards(self.from_leader(checkpoints), tensors)
-        self._wait()
+        self.shares.wait()
         return checkpoints / f"step-{step:08d}"
 
     def newest_state(self, checkpoints: Path) -> Path | None:
@@ -281,10 +281,6 @@ class TorchrunProcesses:
         total = tensor.to(self.device, copy=True)
         all_reduce(total)
         return total
-
-    def _wait(self) -> None:
-        """Wait until every process is here."""
-        self.shares.wait()
 
 
 @contextmanager
