@@ -43,7 +43,7 @@ from smolseek.model import DeepseekV3
 from smolseek.model.decoding import DecodeStep, has_fixed_steps
 from smolseek.model.inference import prepare_for_generation
 
-OURS, INT8, V3, DENSE, COMPILED = "ours", "ours, int8", "V3, transformers", "dense, transformers", "dense, compiled"
+OURS, V3, DENSE, COMPILED = "ours", "V3, transformers", "dense, transformers", "dense, compiled"
 Step = Callable[[Tensor], Tensor]
 
 
@@ -55,7 +55,7 @@ class Comparison:
     """Tokens in the cache before the first step."""
     batches: tuple[int, ...] = (1,)
     """Sequences at once."""
-    competitors: tuple[str, ...] = (OURS, INT8, V3, DENSE)
+    competitors: tuple[str, ...] = (OURS, V3, DENSE)
     """Competitors; "dense, compiled" is transformers' static cache with torch.compile, which compiles for minutes."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and caches."""
@@ -122,22 +122,22 @@ class Models:
         ours = DeepseekV3(v3_config).eval().to(mine.device, self.dtype)
         self.by_name: dict[str, Any] = {}
         for name in mine.competitors:
-            if name in (OURS, INT8):
+            if name == OURS:
                 self.by_name[name] = copy.deepcopy(ours)
-                prepare_for_generation(self.by_name[name], int8=name == INT8)
+                prepare_for_generation(self.by_name[name])
             elif name == V3:
                 self.by_name[name] = DeepseekV3ForCausalLM(v3_config).eval().to(mine.device, self.dtype)
                 self.by_name[name].load_state_dict(ours.state_dict())
             elif name in (DENSE, COMPILED):
                 self.by_name[name] = LlamaForCausalLM(llama_config).eval().to(mine.device, self.dtype)
             else:
-                raise ValueError(f"competitors {name}: is none of {', '.join((OURS, INT8, V3, DENSE, COMPILED))}")
+                raise ValueError(f"competitors {name}: is none of {', '.join((OURS, V3, DENSE, COMPILED))}")
         self.active_bytes = _active_bytes(ours)
 
     def start(self, name: str, batch: int, prompt: int) -> Step:
         """Returns one competitor's step, (B, 1) ids to (B, 1) ids, with `prompt` random tokens in its cache."""
         model, room = self.by_name[name], prompt + self.mine.steps + 2
-        if name in (OURS, INT8):
+        if name == OURS:
             cache = model.new_cache(batch, room)
             cache.entries_LBSW.normal_()
             cache.length = prompt
@@ -256,7 +256,6 @@ def bytes_read(mine: Comparison, models: Models, name: str, batch: int, prompt: 
     weights = (
         sum(p.nbytes for p in models.by_name[name].parameters()) if name in (DENSE, COMPILED) else models.active_bytes
     )
-    weights = weights // size if name == INT8 else weights
     return weights + batch * prompt * mine.layers * numbers * size
 
 
@@ -270,11 +269,11 @@ def report(mine: Comparison, rows: list[Row], command: str) -> str:
     about = (
         f"SmolLM2-135M's shape, {mine.layers} layers, {shape}; {mine.dtype}; medians of {mine.rounds} turns of "
         f"{mine.steps} steps ± half the range. Memory bandwidth {bandwidth:.1f} GB/s. Cache per token: V3 160 numbers "
-        "a layer, dense 384. The limit of a row is its own, int8's with a byte a weight."
+        "a layer, dense 384. The limit of a row is its own."
     )
     lines = [
-        "| batch | prompt | | ms per step | tokens/s | of the limit | ours is faster by | int8 by |",
-        "|" + "---|" * 8,
+        "| batch | prompt | | ms per step | tokens/s | of the limit | ours is faster by |",
+        "|" + "---|" * 7,
     ]
     for batch, prompt in dict.fromkeys((row["batch"], row["prompt"]) for row in rows):
         cell = {row["competitor"]: row for row in rows if (row["batch"], row["prompt"]) == (batch, prompt)}
@@ -283,7 +282,7 @@ def report(mine: Comparison, rows: list[Row], command: str) -> str:
             spread = (max(row["seconds"]) - min(row["seconds"])) / 2
             cells = [f"{batch}", f"{prompt:,}", name, f"{medians[name] * 1e3:.1f} ± {spread * 1e3:.1f}"]
             cells += [f"{batch / medians[name]:,.0f}", f"{row['limit'] / medians[name]:.0%}"]
-            cells += [f"{medians[name] / medians[ours]:.2f}" if ours in medians else "" for ours in (OURS, INT8)]
+            cells.append(f"{medians[name] / medians[OURS]:.2f}" if OURS in medians else "")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n\n".join([f"# Decoding: {mine.out}", f"`{command}`", circumstances(), about, "\n".join(lines)]) + "\n"
 

@@ -41,8 +41,6 @@ from smolseek.model.inference import prepare_for_generation
 
 DENSE, CONVERTED, OURS = "dense, llama.cpp", "converted, llama.cpp", "converted, smolseek"
 Kind = Literal["f16", "bf16", "q8_0"]
-_OUR_DTYPES = {"f16": "bf16", "bf16": "bf16", "q8_0": "int8"}
-"""Ours at equal bytes per weight."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Speed:
     converted: str
     """Folder of the DeepSeek-V3 made of it."""
     types: tuple[Kind, ...] = ("f16", "q8_0")
-    """Types of the GGUF files; smolseek has bfloat16 beside f16 and bf16, int8 beside q8_0."""
+    """Types of the GGUF files; smolseek runs beside f16 and bf16, in bfloat16."""
     cached: tuple[int, ...] = (512, 4096, 8192)
     """Tokens in each sequence's cache before the first step."""
     batches: tuple[int, ...] = (1, 8)
@@ -119,11 +117,11 @@ def compare(mine: Speed) -> Rows:
 class Ours:
     """smolseek's own decoding of the converted model, its cache filled with random numbers."""
 
-    def __init__(self, folder: str, kind: Kind) -> None:
+    def __init__(self, folder: str) -> None:
         model = load(folder)
         assert isinstance(model, DeepseekV3)
         self._model = model.eval().to(torch.bfloat16)
-        prepare_for_generation(self._model, int8=_OUR_DTYPES[kind] == "int8")
+        prepare_for_generation(self._model)
 
     def start(self, batch: int, cached: int, room: int) -> Step:
         """Returns a step, (B, 1) ids to (B, 1) ids."""
@@ -139,7 +137,7 @@ class Ours:
 
 @contextlib.contextmanager
 def _competitors(mine: Speed, scratch: Path, cells: list[Cell]) -> Iterator[dict[str, Any]]:
-    """Gives the two models in llama.cpp, and ours where flash attention is on, for it does not know the difference."""
+    """Gives the two models in llama.cpp, and ours at equal bytes a weight, once for flash attention on and off."""
     kind, flash = cells[0].kind, cells[0].flash
     room = {"tokens": max(cell.cached for cell in cells) + mine.steps + 2, "threads": mine.threads, "flash": flash}
     with contextlib.ExitStack() as opened:
@@ -148,8 +146,8 @@ def _competitors(mine: Speed, scratch: Path, cells: list[Cell]) -> Iterator[dict
             model = opened.enter_context(LlamaCpp(_file(mine, scratch, name, kind)))
             sequences = max(cell.batch for cell in cells)
             competitors[name] = opened.enter_context(Decoder(model, sequences=sequences, **room))
-        if flash:
-            competitors[OURS] = Ours(mine.converted, kind)
+        if flash and kind != "q8_0":
+            competitors[OURS] = Ours(mine.converted)
         yield competitors
 
 
@@ -197,8 +195,8 @@ def report(mine: Speed, rows: list[Row], command: str) -> str:
     done = [cell for cell in wanted if any(vars(cell).items() <= row.items() for row in rows)]
     about = (
         f"llama.cpp (xllamacpp {version('xllamacpp')}, f16 caches), {mine.threads} threads each; medians of "
-        f"{mine.rounds} turns of {mine.steps} steps ± half the range. {OURS} has bfloat16 beside f16 and bf16, int8 "
-        f"beside q8_0. {len(done)} of {len(wanted)} combinations are measured; the same command goes on."
+        f"{mine.rounds} turns of {mine.steps} steps ± half the range. {OURS} has bfloat16. "
+        f"{len(done)} of {len(wanted)} combinations are measured; the same command goes on."
     )
     lines = [
         "| type | flash attention | cached | batch | | ms per step | tokens/s | over dense |",

@@ -22,6 +22,7 @@ from smolseek.conversion.sizes import (
     WRITTEN_TOKENS,
     distill_steps,
     is_small,
+    matched_layers,
     refine_steps,
     wanted_windows,
     window_lengths,
@@ -90,7 +91,8 @@ class TrainingMemory:
     gathered: int
     """What FSDP2 gathers of the others' weights, and gradients of whole layers on their way to them."""
     casts: int
-    """bf16 copies of all weights, from the forward pass to the backward pass; whole in every process."""
+    """bf16 copies of all weights from the forward pass to the backward pass, whole in every process; with activation
+    checkpointing, of two layers and the tables."""
     activations: int
     """Of its share of a micro-batch."""
     logits: int
@@ -433,22 +435,41 @@ def _convert_bytes(
 ) -> int:
     """Returns the peak memory of a conversion.
 
-    It holds the dense model in fp32 and the moments of every layer (those of the gradients, (2 Y)², on disk where they
-    are large). Beside them stands the calibration pass, with one batch's activations and logits and the weights in
-    bf16, which processors with units for it keep for the way back; or the fit of one block after all others, if that
-    is more. The exact form holds one matrix at a time.
+    It holds the dense model in fp32, and beside it the most of this: the closed form's moments of every layer (those of
+    the gradients, (2 Y)², on disk where they are large) with the calibration pass, one batch's activations and logits
+    and the weights in bf16, which processors with units for it keep for the way back, or with the fit of one block
+    after all others; the three streams of refinement; the end-to-end stage. The exact form holds one matrix at a time.
     """
     if settings.exact and settings.experts == "none":
         return 4 * source.hidden * (source.vocabulary + 2 * source.neurons)
-    window, _ = window_lengths(dense_source, settings)
+    window, length = window_lengths(dense_source, settings)
     batch = min(settings.calibration_windows * window, max(window, CALIBRATION_BATCH_TOKENS[machine.device]))
     layers = source.layers
     fisher = 8 * (2 * source.cache_numbers) ** 2
     spilled = layers * fisher > SPILL_BYTES
-    held = 4 * source.total + 8 * layers * source.hidden**2 + (not spilled) * layers * fisher
+    moments = 8 * layers * source.hidden**2 + (not spilled) * layers * fisher
     calibrating = 2 * source.weights + spilled * fisher + _activation_bytes(source, batch)
-    fitting = 4 * layers * target.attention + _FITTING_COPIES * fisher
-    return held + max(calibrating, fitting)
+    converted = 4 * layers * target.attention
+    fitting = converted + _FITTING_COPIES * fisher
+    stages = [moments + max(calibrating, fitting)]
+    streamed = wanted_windows(dense_source, settings) * length * source.hidden
+    trains = settings.experts == "carve" or not settings.exact
+    if trains and refine_steps(dense_source, settings):
+        stages.append(converted + 12 * streamed)
+    if trains and distill_steps(dense_source, settings):
+        states = streamed * (4 + 2 * len(matched_layers(dense_source)))  # the dense model's
+        stages.append(states + _distilling_bytes(dense_source, source, target, settings))
+    return 4 * source.total + max(stages)
+
+
+def _distilling_bytes(dense_source: DenseSource, source: _Shape, target: _Shape, settings: ConvertSettings) -> int:
+    """Returns what the end-to-end stage holds beside the dense model and its states.
+
+    Of the weights that are trained there are five copies: themselves, those of before, gradients and two moments.
+    """
+    whole = is_small(dense_source) or settings.experts == "carve"
+    trained = target.total if whole else target.layers * target.attention
+    return 20 * trained + _activation_bytes(source, DISTILL_BATCH_TOKENS)
 
 
 def _heal_seconds(target: _Shape, machine: Machine, tokens: int, window: int) -> float:
@@ -483,7 +504,7 @@ def _training_memory(
     return TrainingMemory(
         state=16 * target.total // processes,
         gathered=gathered,
-        casts=2 * target.stored if bf16 else 0,
+        casts=bf16 * 2 * (target.tables + 2 * layer if train.activation_checkpointing else target.stored),
         activations=activations,
         logits=copies * chunk,
         teacher=(2 if bf16 else 4) * (dense // processes + gathered_teacher) if distils else 0,

@@ -50,8 +50,8 @@ class Generate:
     """Print one line of JSON for each continuation, with its tokens per second."""
     device: Device = "cpu"
     """Where to run."""
-    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Dtype of the weights in memory; int8: 8 bits for each weight of a matrix, bfloat16 for all else."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the weights in memory."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,6 @@ def _load_for_generation(command: Generate) -> tuple[Any, Any]:
     from smolseek.numerics.precision import check_device
 
     check_device(command.device)
-    int8 = command.dtype == "int8"
-    model = load(command.folder, dtype=torch_dtype("bfloat16" if int8 else command.dtype), device=command.device)
-    prepare_for_generation(model, int8=int8)
+    model = load(command.folder, dtype=torch_dtype(command.dtype), device=command.device)
+    prepare_for_generation(model)
     return model, load_tokenizer(command.folder)

@@ -58,7 +58,8 @@ def distill_model(
     before = job.shares.by_leader(lambda: mean_divergence(student, dense, calibration.judged_BT))
     parts = (MixtureOfExperts,) if job.settings.exact else () if is_small(job.source) else _LARGE_PARTS
     trained = own_weights(student, parts)
-    kept = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    changing = {*trained, *dict(student.named_buffers())}  # routing biases among the latter
+    kept = {name: tensor.clone() for name, tensor in student.state_dict().items() if name in changing}
     layers = matched_layers(job.source)
     states = states or dense_states(dense, calibration.refined_BT, layers)
     texts = [(states, max(1, DISTILL_BATCH_TOKENS // calibration.refined_BT.shape[1] - bool(layers)))]
@@ -81,7 +82,7 @@ def distill_model(
         return job.shares.by_leader(lambda: mean_loss(student, calibration.judged_BT))
     if job.shares.leads:
         log.warning("end-to-end KL rose from %.4f to %.4f on other text and is undone; name more text", before, after)
-    student.load_state_dict(kept)
+    student.load_state_dict(kept, strict=False)
     return None
 
 

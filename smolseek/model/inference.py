@@ -1,8 +1,8 @@
 """A faster layout of a model's weights for generation. A prepared model can be neither trained nor saved.
 
 When one token is decoded at a time, reading the weights takes most of the time of a matrix product. So on a CPU bf16
-weights are reordered for oneDNN, which reads them 1.3 to 1.6 times as fast; int8 halves the bytes to read; and
-projections that share an input become one product.
+weights are reordered for oneDNN, which reads them 1.3 to 1.6 times as fast; and projections that share an input become
+one product.
 
 Shapes: A inputs and O outputs of a linear map, M rows sorted by expert, D hidden_size, E n_routed_experts,
 H num_attention_heads, U qk_nope_head_dim, C kv_lora_rank, v v_head_dim.
@@ -15,10 +15,6 @@ from torch import Tensor, nn
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.experts import Experts
 from smolseek.model.layers import MLP
-
-_INT8_ROWS = 4
-"""The int8 kernel is used up to this many rows; beyond it, casting the weights to bf16 first is faster (measured on a
-3,072 x 576 weight)."""
 
 
 class PackedLinear(nn.Module):
@@ -36,31 +32,6 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-class Int8Linear(nn.Module):
-    """A linear layer with int8 weights and one scale per output (symmetric, rounded to nearest)."""
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight_OA: Tensor, bias_O: Tensor | None) -> None:
-        super().__init__()
-        scale_O1 = weight_OA.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight_OA.float() / scale_O1).round().to(torch.int8))
-        self.register_buffer("scale", scale_O1[:, 0].to(weight_OA.dtype))
-        self.register_buffer("bias", bias_O)
-        # The kernel reads 16 columns at a time, and past the end of a weight whose columns are no multiple of 16.
-        self.has_kernel = weight_OA.device.type == "cpu" and weight_OA.shape[1] % 16 == 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if self.has_kernel and rows <= _INT8_ROWS and x.dtype == torch.bfloat16:
-            y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
-
-
 class PlainLinear(nn.Module):
     """A linear layer with unchanged weights."""
 
@@ -76,7 +47,7 @@ class PlainLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-LinearLayout = type[PackedLinear] | type[Int8Linear] | type[PlainLinear]
+LinearLayout = type[PackedLinear] | type[PlainLinear]
 """The class that every linear layer of a prepared model becomes."""
 
 
@@ -116,16 +87,15 @@ class LoopedExperts(nn.Module):
 
 
 @torch.no_grad()
-def prepare_for_generation(model: nn.Module, *, int8: bool = False) -> None:
+def prepare_for_generation(model: nn.Module) -> None:
     """Replaces the linear layers of `model` in place, and our own MLPs, experts and attentions as a whole.
 
     In fp32 and on a GPU products are fused and the weights keep their values and order. A head that is tied to the
-    embedding gets a weight of its own. With `int8` the outputs change: each weight is rounded to 8 bits; activations
-    keep the model's dtype.
+    embedding gets a weight of its own.
     """
     weight = next(model.parameters())
     packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    layout: LinearLayout = Int8Linear if int8 else PackedLinear if packs else PlainLinear
+    layout: LinearLayout = PackedLinear if packs else PlainLinear
     for module in model.modules():
         if isinstance(module, MultiheadLatentAttention):
             up_k_HUC, up_v_HCv = module.up_projections()

@@ -13,9 +13,15 @@ _FLOAT64_CAPABILITIES = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def autocast(device: torch.device, precision: str) -> Any:
-    """Returns bf16 autocast if `precision` asks for it, or is auto and the hardware multiplies bf16 itself."""
+    """Returns bf16 autocast if `precision` asks for it, or is auto and the hardware multiplies bf16 itself.
+
+    It keeps no bf16 copy of a weight, which a forward pass needs once: a layer with activation checkpointing can drop
+    its copies, and no process then holds all that several have divided.
+    """
     dtype = compute_dtype(device, precision)
-    return torch.autocast(device.type, dtype=dtype) if dtype == torch.bfloat16 else contextlib.nullcontext()
+    if dtype != torch.bfloat16:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:

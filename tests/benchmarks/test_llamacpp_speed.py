@@ -91,7 +91,7 @@ def test_every_competitor_has_a_row_and_a_run_goes_on(folders, tmp_path):
     assert nothing.rows == []
     mine = Speed(dense, converted, **settings)
     rows = compare(mine)
-    assert len(rows.rows) == 8 * 3 + 8 * 2
+    assert len(rows.rows) == 4 * 3 + 12 * 2
     assert {row["competitor"] for row in rows.rows} == {DENSE, CONVERTED, OURS}
     assert all(len(row["seconds"]) == 2 for row in rows.rows)
     assert compare(mine).rows == rows.rows  # nothing is measured twice

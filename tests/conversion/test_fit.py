@@ -202,7 +202,11 @@ def test_sizes_that_hold_everything_change_nothing(case, folders, text, quick, t
 
 def test_the_profile_vllm_pads_a_latent_that_is_asked_for(folders, text, held_out, quick, tmp_path):
     plain = convert(folders("llama"), tmp_path / "plain", settings=quick(kv_lora_rank=24, qk_rope_head_dim=8))
-    out = convert(folders("llama"), tmp_path / "out", settings=quick(profile="vllm", kv_lora_rank=256, refine_steps=3))
+    out = convert(
+        folders("llama"),
+        tmp_path / "out",
+        settings=quick(profile="vllm", kv_lora_rank=256, refine_steps=3, distill_steps=0),
+    )
     tensors = load_file(out / "model.safetensors")
     assert "lm_head.weight" in tensors
     down, up = (tensors[f"model.layers.1.self_attn.{name}.weight"] for name in ("kv_a_proj_with_mqa", "kv_b_proj"))

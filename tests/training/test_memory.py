@@ -43,12 +43,12 @@ def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-def peaks(size, processes):
+def peaks(size, processes, **precision):
     recipe = Recipe(
         name=size,
         data=DataSettings(train=(str(folder / "a.txt"),), held_out_share=0.2, held_out_tokens=300),
         train=TrainSettings(
-            steps=2, batch_windows=4, window_tokens=16, distill_weight=0.5, trains="attention", precision="float32"
+            steps=2, batch_windows=4, window_tokens=16, distill_weight=0.5, trains="attention", **precision
         ),
         sample=SampleSettings(prompts=("Anna ",), max_new_tokens=3),
     )
@@ -59,7 +59,8 @@ def peaks(size, processes):
     teacher = load_stock(folder / f"{size}-teacher", shard=processes.shard)
     found["loaded"] = memory("VmHWM") - before
     tokenizer = load_tokenizer(folder / f"{size}-model")
-    trainer = Trainer(model, tokenizer, recipe, folder / size, teacher=teacher, processes=processes)
+    run = folder / f"{size}-{precision['precision']}"
+    trainer = Trainer(model, tokenizer, recipe, run, teacher=teacher, processes=processes)
     del model, teacher
     trainer.fit(Watcher())
     found["trained"] = memory("VmHWM") - before
@@ -68,9 +69,13 @@ def peaks(size, processes):
     return found
 
 with join_processes(ParallelSettings(), "cpu") as (processes, _):
-    peaks("tiny", processes)  # whatever is imported and allocated once
-    found = peaks("big", processes)
-    (folder / f"peaks-{processes.rank}.json").write_text(json.dumps(found))
+    for name, precision in (
+        ("float32", {"precision": "float32"}),
+        ("bfloat16", {"precision": "bfloat16", "activation_checkpointing": True}),
+    ):
+        peaks("tiny", processes, **precision)  # whatever is imported and allocated once
+        found = peaks("big", processes, **precision)
+        (folder / f"peaks-{name}-{processes.rank}.json").write_text(json.dumps(found))
 """
 
 
@@ -104,7 +109,8 @@ def test_no_process_holds_a_whole_model(tmp_path):
     loading = (model + teacher) / PROCESSES + layer + CONSTANT
     # Gradients and two moments; a layer more is gathered ahead in the backward pass, and one has whole gradients.
     training = loading + 3 * trained / PROCESSES + 2 * layer
-    for rank in range(PROCESSES):
-        found = json.loads((tmp_path / f"peaks-{rank}.json").read_text())
-        assert found["loaded"] < loading, (rank, found)
-        assert found["written"] < training, (rank, found)
+    for precision in ("float32", "bfloat16"):
+        for rank in range(PROCESSES):
+            found = json.loads((tmp_path / f"peaks-{precision}-{rank}.json").read_text())
+            assert found["loaded"] < loading, (precision, rank, found)
+            assert found["written"] < training, (precision, rank, found)
