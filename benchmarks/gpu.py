@@ -6,7 +6,7 @@ python benchmarks/gpu.py [--parts convert train] [--minutes 8] [--compare-cpu] [
 python benchmarks/gpu.py --device cpu --small
 
 It needs the checkout and nothing else: weights are random, texts are Python's own. Every row says first what the
-device allows: its peak of products and its bandwidth, by smolseek/machine.py, and the counts of smolseek/planning.py.
+device allows: its peak of products and its bandwidth, by smolseek/machine.py, and the counts of smolseek/planning/.
 For a conversion that is what `smolseek plan` says, for decoding the time to read active weights and cache once, for a
 training step that of its products (causal attention counted half) and of AdamW's reads and writes. A row is kept when
 it ends. Rows that are missing or failed are measured when the same command runs again. No row begins after --minutes.

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from smolseek.checkpoint.atomic import atomic_folder
-from smolseek.checkpoint.licence import LICENCE_FILES, licence_files
+from smolseek.checkpoint.licence import licence_files
 from smolseek.checkpoint.shard import ShardWriter
-from smolseek.checkpoint.source import TOKENIZER_FILES
+from smolseek.formats.files import LICENCE_FILES, TOKENIZER_FILES
 from smolseek.formats.headers import FLOATS, Header, read_headers
 
 _MAX_SHARD_BYTES = 2 * 2**30

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+from smolseek.formats.files import LICENCE_FILES
+
 _FIELDS = ("license", "license_name", "license_link")
 
 

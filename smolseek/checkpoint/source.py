@@ -7,25 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smolseek.checkpoint.licence import LICENCE_FILES
+from smolseek.formats.files import LICENCE_FILES, TOKENIZER_FILES
 from smolseek.formats.foreign import describe_foreign, is_gguf
 
 BUILTIN_BASE = "builtin:base"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)
-"""Names, and patterns of names in a subfolder."""
 _TOKENIZERS = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),

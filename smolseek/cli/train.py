@@ -107,8 +107,9 @@ def run_train(command: Train) -> int | None:
 def run_data(command: Data) -> None:
     quiet_libraries()
     from smolseek.checkpoint.hub import load_tokenizer
-    from smolseek.checkpoint.source import TOKENIZER_FILES, resolve_folder
+    from smolseek.checkpoint.source import resolve_folder
     from smolseek.data.statistics import measure_data, render
+    from smolseek.formats.files import TOKENIZER_FILES
     from smolseek.training.start import corpus_tokenizer
 
     name = command.tokenizer or command.source

@@ -8,7 +8,6 @@ import huggingface_hub
 import pytest
 
 from smolseek.checkpoint.source import (
-    TOKENIZER_FILES,
     check_tokenizer,
     commit_of,
     fetch_config,
@@ -18,6 +17,7 @@ from smolseek.checkpoint.source import (
     read_json,
     resolve_folder,
 )
+from smolseek.formats.files import TOKENIZER_FILES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

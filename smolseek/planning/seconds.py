@@ -1,0 +1,85 @@
+"""The seconds of a conversion and of healing, by count of operations and of bytes that move.
+
+Symbols: D hidden_size, Y = 2 k (keys and values of a token).
+"""
+
+from __future__ import annotations
+
+from smolseek.config import SELF, ConvertSettings
+from smolseek.conversion.sizes import (
+    DISTILL_BATCH_TOKENS,
+    REFINE_BATCH_TOKENS,
+    WRITTEN_TOKENS,
+    distill_steps,
+    is_small,
+    refine_steps,
+    wanted_windows,
+    window_lengths,
+)
+from smolseek.formats.dense import DenseSource
+from smolseek.machine import Machine
+from smolseek.planning.shapes import Shape
+
+EFFICIENCY = 0.5
+"""Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
+_TRAFFIC = 20  # times that a training step moves an activation or a score through memory, measured on small models
+_WRITING_FLOPS = 4  # a weight and token that the model writes: twice the products', for draws and single rows, measured
+
+
+def convert_seconds(
+    dense_source: DenseSource, source: Shape, target: Shape, settings: ConvertSettings, machine: Machine
+) -> dict[str, float]:
+    """Returns the seconds of a conversion's parts, called as its progress bars are.
+
+    Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
+    (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
+    the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), and
+    both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head (2
+    flops). There each step takes 4 flops for every weight and 2 more for those that it trains. Then activations take
+    time to move, and fp32 weights to read and write. The exact form calibrates nothing unless experts do.
+    """
+    layers, hidden, width = source.layers, source.hidden, source.cache_numbers
+    window, length = window_lengths(dense_source, settings)
+    copied = {"copy weights": 4 * (source.total + target.total) / machine.bytes_per_second}
+    if settings.exact and settings.experts == "none":
+        return copied
+    tokens = settings.calibration_windows * window
+    moments = hidden**2 + (2 * width) ** 2
+    float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
+    refined = 0 if settings.exact else refine_steps(dense_source, settings) * REFINE_BATCH_TOKENS
+    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
+    read = wanted_windows(dense_source, settings) * length
+    written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
+    trained = source.weights if is_small(dense_source) else layers * target.attention
+
+    def seconds(flops: float, moved: float = 0) -> float:
+        return flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
+
+    parts = {
+        "sample text": seconds(written * _WRITING_FLOPS * source.weights),
+        "closed form": seconds(
+            tokens * 4 * source.weights + float64 / machine.float64_share, tokens * _moved_bytes(source, window)
+        ),
+        "refine layers": seconds(
+            refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0),
+            refined * _moved_bytes(source, length, mlp=False),
+        ),
+        "end-to-end KL": seconds(
+            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary),
+            distilled * _moved_bytes(source, length),
+        ),
+    }
+    return {name: part for name, part in (parts | copied).items() if part}
+
+
+def heal_seconds(target: Shape, machine: Machine, tokens: int, window: int) -> float:
+    """Returns the seconds of healing: 6 flops a weight and token, and the time that activations take to move."""
+    seconds = tokens * 6 * target.weights / (EFFICIENCY * machine.flops_per_second)
+    return seconds + tokens * _moved_bytes(target, window) / machine.bytes_per_second
+
+
+def _moved_bytes(shape: Shape, window: int, *, mlp: bool = True) -> int:
+    """Returns the bytes that a training step moves for a token: activations, and fp32 scores against a whole window."""
+    per_layer = 8 * shape.hidden + shape.heads * window
+    per_layer += 4 * (shape.hidden + shape.neurons) if mlp else 0
+    return 4 * _TRAFFIC * shape.layers * per_layer

@@ -1,0 +1,39 @@
+"""Times of a conversion and of healing, beside those that were measured."""
+
+from typing import Any
+
+import pytest
+
+from smolseek.config import ConvertSettings
+from smolseek.machine import Machine
+from smolseek.planning import plan, render
+from tests.configs import SMOLLM2_135M
+
+FAST_COMPUTE = Machine(flops_per_second=1e15, bytes_per_second=1e12)
+MEASURED_MACHINE = Machine(flops_per_second=385e9, bytes_per_second=36.26e9, float64_share=0.25)
+"""What `measure_machine` says of the two cores of the measurements below, with nothing beside."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "measured"), [("sample text", 91), ("closed form", 203), ("refine layers", 170), ("end-to-end KL", 420)]
+)
+def test_seconds_of_a_stage_are_near_those_that_were_measured(stage: str, measured: float) -> None:
+    """SmolLM2-135M-Instruct at half its cache, 912 s in all (LOG.md, and benchmarks/results/2026-11-28-smollm2.md)."""
+    told = plan(SMOLLM2_135M, ConvertSettings(cache=0.5), MEASURED_MACHINE)
+    assert 1 / 1.5 < told.stages[stage] / measured < 1.5
+    assert told.convert.seconds == sum(told.stages.values()) and 1 / 1.5 < told.convert.seconds / 912 < 1.5
+    assert f"{stage} " in render(told)
+
+
+def test_costs_grow_with_the_work() -> None:
+    def cost(heal_tokens: int = 1000, **fields: Any) -> tuple[float, float, int]:
+        result = plan(SMOLLM2_135M, ConvertSettings(**fields), FAST_COMPUTE, heal_tokens=heal_tokens)
+        return result.convert.seconds, result.heal.seconds, result.heal.memory_bytes
+
+    convert, heal, memory = cost()
+    assert cost(heal_tokens=3000)[1] == pytest.approx(3 * heal)
+    assert cost(calibration_windows=256)[0] > convert > cost(exact=True)[0] > 0
+    assert cost(experts="upcycle")[2] > memory > 16 * 134_515_008
+    # Six flops per weight and token, at half the peak; activations and scores are moved twenty times, in fp32.
+    moved = 20 * 4 * 30 * (12 * 576 + 4 * 1536 + 9 * 256)
+    assert heal == pytest.approx(1000 * (6 * 139_633_488 / 5e14 + moved / FAST_COMPUTE.bytes_per_second))
