@@ -14,7 +14,8 @@ from smolseek.machine import Machine
 from smolseek.planning.shapes import Shape, source_shape, target_shape
 
 FASTER = 1.25
-"""Least counted gain that a plan calls one: SmolLM2-135M in llama.cpp gained up to 0.1 more or less than counted."""
+"""Least counted gain that a plan calls one: SmolLM2-135M in a prebuilt llama.cpp gained up to 0.1 more or
+less than counted."""
 DECODED_SEQUENCES = (1, 8, 64)
 """Numbers of sequences side by side for which decoding is counted."""
 
