@@ -80,6 +80,8 @@ class Comparison:
     """End-to-end KL steps; none: the conversion's own number."""
     heal_steps: int = 0
     """Steps of recipes/heal.yaml on the calibration text after the last stage, and of the dense control; 0: neither."""
+    heal_learning_rate: float = 5e-4
+    """Peak learning rate of healing: for models of a few million parameters or less."""
     calibration_windows: int = 128
     """Windows of calibration text, for ours and the baselines alike."""
     calibration_window_tokens: int = 256
@@ -312,6 +314,7 @@ def _measure_healed(bench: Bench, start: Path, seed: int, **about: Any) -> None:
         train=dataclasses.replace(
             heal.train,
             steps=mine.heal_steps,
+            learning_rate=mine.heal_learning_rate,
             window_tokens=min(heal.train.window_tokens, bench.source.max_position_embeddings),
             warmup_steps=min(heal.train.warmup_steps, mine.heal_steps // 10),
             distill_weight=0.0 if control else heal.train.distill_weight,
