@@ -71,8 +71,8 @@ def test_every_stage_has_its_row_in_order(bench):
 
 
 def test_a_healed_folder_and_a_converted_one_stay_and_no_other_model(bench):
-    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-0.0005"}
-    assert (bench.work / "16+8-healed-0.0005" / "model" / "config.json").is_file()
+    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-0.0001"}
+    assert (bench.work / "16+8-healed-0.0001" / "model" / "config.json").is_file()
 
 
 def test_an_interrupted_measurement_goes_on(bench, monkeypatch):
