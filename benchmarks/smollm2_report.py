@@ -163,6 +163,9 @@ def _published_lines() -> Iterator[list[str]]:
 
 # -- plot -------------------------------------------------------------------------------------------------------------
 
+_HIGHEST = 10.0
+"""Perplexity over dense where a worse model is drawn: some baselines have ten thousand."""
+
 
 def plot(name: str, rows: Sequence[Row], path: Path) -> None:
     """Plot perplexity over dense, and below it the task mean's difference: against cache kept, and tokens trained."""
@@ -189,7 +192,7 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> None:
     axes[1, 0].set(xlabel="cache kept, %")
     axes[1, 1].set(xlabel="tokens trained")
     axes[1, 1].set_xscale("symlog", linthresh=1e5)  # a logarithm that has a place for 0
-    axes[0, 0].set(ylabel="perplexity over dense, mean over texts", yscale="log")
+    axes[0, 0].set(ylabel=f"perplexity over dense, mean over texts (at most {_HIGHEST:g} is drawn)", yscale="log")
     for set_formatter in (axes[0, 0].yaxis.set_major_formatter, axes[0, 0].yaxis.set_minor_formatter):
         set_formatter("{x:g}")
     axes[1, 0].set(ylabel="task mean − dense, points")
@@ -204,7 +207,7 @@ def plot(name: str, rows: Sequence[Row], path: Path) -> None:
 
 def _draw(axes: Sequence[Any], dense: Row, line: list[Row], places: list[float], label: str, style: str) -> None:
     """Draw one line in both panels of a column; bars are standard errors."""
-    means = [statistics.fmean(ratios(row)) for row in line]
+    means = [min(statistics.fmean(ratios(row)), _HIGHEST) for row in line]
     axes[0].plot(places, means, marker="o", linestyle=style, label=label)
     if dense["tasks"]:
         apart = [task_difference(dense, row) or Estimate(math.nan, None) for row in line]
