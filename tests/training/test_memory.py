@@ -43,12 +43,12 @@ def memory(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
-def peaks(size, processes, **precision):
+def peaks(size, processes, **train):
     recipe = Recipe(
         name=size,
         data=DataSettings(train=(str(folder / "a.txt"),), held_out_share=0.2, held_out_tokens=300),
         train=TrainSettings(
-            steps=2, batch_windows=4, window_tokens=16, distill_weight=0.5, trains="attention", **precision
+            steps=2, batch_windows=4, window_tokens=16, distill_weight=0.5, trains="attention", **train
         ),
         sample=SampleSettings(prompts=("Anna ",), max_new_tokens=3),
     )
@@ -59,7 +59,7 @@ def peaks(size, processes, **precision):
     teacher = load_stock(folder / f"{size}-teacher", shard=processes.shard)
     found["loaded"] = memory("VmHWM") - before
     tokenizer = load_tokenizer(folder / f"{size}-model")
-    run = folder / f"{size}-{precision['precision']}"
+    run = folder / f"{size}-{train['precision']}"
     trainer = Trainer(model, tokenizer, recipe, run, teacher=teacher, processes=processes)
     del model, teacher
     trainer.fit(Watcher())
@@ -69,13 +69,10 @@ def peaks(size, processes, **precision):
     return found
 
 with join_processes(ParallelSettings(), "cpu") as (processes, _):
-    for name, precision in (
-        ("float32", {"precision": "float32"}),
-        ("bfloat16", {"precision": "bfloat16", "activation_checkpointing": True}),
-    ):
-        peaks("tiny", processes, **precision)  # whatever is imported and allocated once
-        found = peaks("big", processes, **precision)
-        (folder / f"peaks-{name}-{processes.rank}.json").write_text(json.dumps(found))
+    for train in ({"precision": "float32"}, {"precision": "bfloat16", "activation_checkpointing": True}):
+        peaks("tiny", processes, **train)  # whatever is imported and allocated once
+        found = peaks("big", processes, **train)
+        (folder / f"peaks-{train['precision']}-{processes.rank}.json").write_text(json.dumps(found))
 """
 
 
