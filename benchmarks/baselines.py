@@ -29,6 +29,8 @@ from smolseek.model import DeepseekV3
 from smolseek.model.attention import LATENT_NORM_EPS, MultiheadLatentAttention
 
 _WINDOWS_AT_ONCE = 8
+FEW_WINDOWS = 32
+"""Windows that are enough for a gain of one number a layer, or to see which of some models is best."""
 
 
 class Weights(NamedTuple):
@@ -182,7 +184,7 @@ class TransMLA:
     """TransMLA of a dense transformers model and its config.json at one width of the rotated key.
 
     `fold` is head_dim / rope times 1, 2, 4 and so on: the factor whose partly rotated model (`partial_rope`: keys and
-    values whole, no latent norm) has the lowest loss on `windows_BT`. Only these windows calibrate it.
+    values whole, no latent norm) has the lowest loss on the first of `windows_BT`. Only these windows calibrate it.
     """
 
     def __init__(self, dense: Any, config: dict[str, Any], windows_BT: Tensor, rope: int) -> None:
@@ -196,7 +198,7 @@ class TransMLA:
         stride = self.head_dim // rope
         folds = [stride << i for i in range(self.head_dim) if self.head_dim // 2 % (stride << i) == 0]
         models = {fold: self._assemble(self._blocks(inputs, fold, whole)) for fold in folds}
-        self.fold = min(folds, key=lambda fold: mean_loss(models[fold], windows_BT))
+        self.fold = min(folds, key=lambda fold: mean_loss(models[fold], windows_BT[:FEW_WINDOWS]))
         self.partial_rope = models[self.fold]
         self.inputs = input_moments(self.partial_rope, windows_BT)
 
@@ -274,9 +276,9 @@ def input_moments(model: Any, windows_BT: Tensor) -> list[Tensor]:
 
 
 def latent_means(model: DeepseekV3, windows_BT: Tensor, of: Callable[[Tensor], Tensor]) -> list[float]:
-    """Returns for each layer the mean over tokens of `of`(latents and rotated keys, (N, W))."""
+    """Returns for each layer the mean, over the first windows, of `of`(latents and rotated keys, (N, W))."""
     down = "self_attn.kv_a_proj_with_mqa"
-    return [float(mean) for mean in _means(model, windows_BT, down, lambda out_NW: of(out_NW).sum())]
+    return [float(mean) for mean in _means(model, windows_BT[:FEW_WINDOWS], down, lambda out_NW: of(out_NW).sum())]
 
 
 @torch.no_grad()

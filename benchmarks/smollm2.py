@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from baselines import Sizes, TransMLA, mean_loss, supports, ways_to_split, x_ecomla
+from baselines import FEW_WINDOWS, Sizes, TransMLA, mean_loss, supports, ways_to_split, x_ecomla
 from chat import QUESTIONS
 from circumstances import command_line, without_folders
 from rows import Row, Rows, present
@@ -59,8 +59,6 @@ from smolseek.training.stages import step_tokens
 
 Stage = Literal["closed", "converted", "healed", "baselines"]
 WINDOWS = (512, 2048)
-SPLIT_WINDOWS = 32
-"""Windows of calibration text by which the baselines' split is chosen."""
 TRANSMLA, SVD = "TransMLA, gain repaired", "X-EcoMLA's initialisation"
 
 
@@ -339,7 +337,7 @@ def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:
         target = target_config(bench.source, bench.settings(**fields))
         total = target["kv_lora_rank"] + target["qk_rope_head_dim"]
         splits = ways_to_split(bench.source, total)
-        losses = {split: mean_loss(method(split), bench.windows_BT[:SPLIT_WINDOWS]) for split in splits}
+        losses = {split: mean_loss(method(split), bench.windows_BT[:FEW_WINDOWS]) for split in splits}
         best = min(splits, key=losses.__getitem__)
         folder = save(method(best), bench.work / "baseline", tokenizer_from=bench.folder, force=True)
         facts = bench.cache(best) | {"seconds": time.perf_counter() - began}

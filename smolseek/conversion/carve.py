@@ -22,9 +22,10 @@ from smolseek.numerics.schedule import warmed_cosine
 from smolseek.numerics.shares import ALONE, Shares
 
 _CLUSTER_ROUNDS = 8
+_MOVES = 3
 _ROUTER_DAMPING = 1e-3
 _ROUTER_SPREAD = 0.1  # small, so that the chosen experts' normalised weights start near equal
-_REFIT_DAMPING = 1e-3
+_REFIT_DAMPING = 0.1  # less fits the sample, and loses on other text
 _BALANCED_TOKENS = 4096
 _ROUTER_LEARNING_RATE = 3e-4
 _BALANCE_SPEED = 1e-3
@@ -43,24 +44,49 @@ class Carving(NamedTuple):
     bias_E: Tensor
 
 
-def carve(weights: dict[str, Tensor], inputs_ND: Tensor, config: dict[str, Any]) -> Carving:
+class MlpSample(NamedTuple):
+    """The dense MLP's normed inputs and its outputs (N, D) on calibration text, and how much each token counts (N,)."""
+
+    inputs_ND: Tensor
+    outputs_ND: Tensor
+    weight_N: Tensor
+
+    def at(self, tokens: Any) -> MlpSample:
+        """Returns the sample of some tokens only."""
+        return MlpSample(*(tensor[tokens] for tensor in self))
+
+
+def token_weights(behind_ND: Tensor) -> Tensor:
+    """Returns how much an MLP's error at each token counts (N,): 1 / |x|², with x the residual stream behind the MLP.
+
+    The next norm divides by |x|. The few tokens with huge activations, attention sinks, would else outweigh all others.
+    """
+    energy_N = behind_ND.square().sum(-1)
+    return 1 / energy_N.maximum(1e-6 * energy_N.mean() + 1e-30)
+
+
+def carve(weights: dict[str, Tensor], sample: MlpSample, config: dict[str, Any]) -> Carving:
     """Returns the closed form: split, fitted and balanced router, `down_proj` refitted (docs/method.md, "Carving").
 
-    `weights` are gate_proj (I, D), up_proj (I, D) and down_proj (D, I), `inputs_ND` the MLP's normed inputs on
-    calibration text, `config` the target's. The tokens should outnumber the neurons several times.
+    `weights` are gate_proj (I, D), up_proj (I, D) and down_proj (D, I), `config` is the target's. The tokens should
+    outnumber the neurons several times.
     """
     gate_ID, up_ID, down_DI = (weights[f"{name}_proj"].float() for name in ("gate", "up", "down"))
+    inputs_ND = sample.inputs_ND
     activations_NI = F.silu(inputs_ND @ gate_ID.T) * (inputs_ND @ up_ID.T)
-    shared, chosen, width = (
-        config[field] for field in ("n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+    shared, routed, chosen, width = (
+        config[field]
+        for field in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     )
-    parts = split(activations_NI, down_DI, shared, config["n_routed_experts"], width)
-    norms_NE = torch.stack([_output_norms(activations_NI, down_DI, part) for part in parts[shared:]], dim=1)
-    rows_ED = fit_router(inputs_ND, norms_NE, chosen)
+    parts = split(activations_NI, down_DI, shared, routed, width)
+    rows_ED, bias_E = _balanced_router(inputs_ND, activations_NI, down_DI, parts[shared:], chosen)
+    energy_NI = sample.weight_N[:, None] * (activations_NI * down_DI.norm(dim=0)).square()
+    for _ in range(_MOVES):
+        mask_NE = _choose(inputs_ND, rows_ED, bias_E, chosen)[1]
+        parts = parts[:shared] + move_neurons(parts[shared:], energy_NI, mask_NE)
+        rows_ED, bias_E = _balanced_router(inputs_ND, activations_NI, down_DI, parts[shared:], chosen)
     gate, up, down = (_take(neurons_ID, parts, width) for neurons_ID in (gate_ID, up_ID, down_DI.T))
-    sample_ND = inputs_ND[:: max(1, len(inputs_ND) // _BALANCED_TOKENS)]
-    carving = Carving(gate, up, down, rows_ED, balancing_bias(sample_ND, rows_ED, chosen))
-    return refit_down(carving, inputs_ND, activations_NI @ down_DI.T, chosen)
+    return refit_down(Carving(gate, up, down, rows_ED, bias_E), sample, chosen)
 
 
 def split(activations_NI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int, width: int) -> list[list[int]]:
@@ -75,10 +101,23 @@ def split(activations_NI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int,
     shared_I, routed_I = order_I.split([n_shared * width, len(order_I) - n_shared * width])
     points_IN = F.normalize(contributions_NI.index_select(1, routed_I).T, dim=1)
     parts: list[list[int]] = shared_I.view(n_shared, width).tolist()
-    routed: list[list[int]] = [[] for _ in range(n_routed)]
-    for neuron, cluster in zip(routed_I.tolist(), balanced_clusters(points_IN, n_routed).tolist(), strict=True):
-        routed[cluster].append(neuron)
-    return parts + routed
+    return parts + _members(routed_I, balanced_clusters(points_IN, n_routed), n_routed)
+
+
+def move_neurons(routed: list[list[int]], energy_NI: Tensor, mask_NE: Tensor) -> list[list[int]]:
+    """Returns the routed experts with every neuron where the router keeps most of its energy, the sizes alike.
+
+    `mask_NE` is 1 where a token meets the expert, `energy_NI` what a neuron contributes there, squared.
+    """
+    neurons_I = torch.tensor(sorted(neuron for part in routed for neuron in part), device=energy_NI.device)
+    kept_IE = energy_NI.index_select(1, neurons_I).T @ mask_NE
+    clusters_I = _fill_clusters(kept_IE - kept_IE.mean(1, keepdim=True))
+    return _members(neurons_I, clusters_I, len(routed))
+
+
+def _members(neurons_I: Tensor, clusters_I: Tensor, clusters: int) -> list[list[int]]:
+    """Returns the neurons of each cluster."""
+    return [neurons_I[clusters_I == cluster].tolist() for cluster in range(clusters)]
 
 
 def balanced_clusters(points_IN: Tensor, clusters: int) -> Tensor:
@@ -124,11 +163,23 @@ def fit_router(inputs_ND: Tensor, norms_NE: Tensor, chosen: int) -> Tensor:
     return rows_ED * (_ROUTER_SPREAD / (logits_NE - logits_NE.mean(0)).std().clamp(min=1e-12))
 
 
-def refit_down(carving: Carving, inputs_ND: Tensor, outputs_ND: Tensor, chosen: int) -> Carving:
-    """Returns the carving with every `down_proj` fitted at once, by least squares on the routed activations."""
-    hidden_NJ = _routed_activations(carving, inputs_ND, chosen)[0]
+def _balanced_router(
+    inputs_ND: Tensor, activations_NI: Tensor, down_DI: Tensor, routed: list[list[int]], chosen: int
+) -> tuple[Tensor, Tensor]:
+    """Returns router rows (E, D) for these experts, and a routing bias (E,) that balances them."""
+    norms_NE = torch.stack([_output_norms(activations_NI, down_DI, part) for part in routed], dim=1)
+    rows_ED = fit_router(inputs_ND, norms_NE, chosen)
+    few_ND = inputs_ND[:: max(1, len(inputs_ND) // _BALANCED_TOKENS)]
+    return rows_ED, balancing_bias(few_ND, rows_ED, chosen)
+
+
+def refit_down(carving: Carving, sample: MlpSample, chosen: int) -> Carving:
+    """Returns the carving with every `down_proj` fitted at once, by weighted least squares on routed activations."""
+    hidden_NJ = _routed_activations(carving, sample.inputs_ND, chosen)[0]
     down_JD = carving.down_PiD.flatten(0, 1)
-    down_JD = down_JD + _ridge(hidden_NJ, outputs_ND - hidden_NJ @ down_JD, _REFIT_DAMPING)
+    missing_ND = sample.outputs_ND - hidden_NJ @ down_JD
+    root_N1 = (sample.weight_N / sample.weight_N.mean()).sqrt()[:, None]
+    down_JD = down_JD + _ridge(root_N1 * hidden_NJ, root_N1 * missing_ND, _REFIT_DAMPING)
     return carving._replace(down_PiD=down_JD.view_as(carving.down_PiD))
 
 
@@ -143,8 +194,7 @@ def apply_carving(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, 
 
 def refine_carving(
     carving: Carving,
-    weights: dict[str, Tensor],
-    inputs_ND: Tensor,
+    sample: MlpSample,
     chosen: int,
     *,
     steps: int,
@@ -167,12 +217,11 @@ def refine_carving(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = warmed_cosine(optimizer, steps)
     for step in range(steps):
-        picked = torch.randint(len(inputs_ND), (batch_tokens,), generator=generator)
-        x_ND = inputs_ND.index_select(0, shares.own(picked).to(inputs_ND.device))
-        target_ND = swiglu(weights, x_ND)
-        loss, counts_E = carving_loss(carving, target_ND, x_ND, chosen)
+        picked = torch.randint(len(sample.inputs_ND), (batch_tokens,), generator=generator)
+        batch = sample.at(shares.own(picked).to(sample.inputs_ND.device))
+        loss, counts_E = carving_loss(carving, batch, chosen)
         loss.backward()
-        shares.mean_gradients_(parameters, target_ND.square().sum())  # the loss is over this energy
+        shares.mean_gradients_(parameters, energy(batch, batch.outputs_ND))  # the loss is over this energy
         shares.sum_(counts_E)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,25 +230,15 @@ def refine_carving(
     return Carving(*(tensor.detach() for tensor in carving))
 
 
-def carving_loss(carving: Carving, target_ND: Tensor, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
-    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² of a batch, and the tokens (E,) that each expert received.
-
-    `target_ND` is MLP(x).
-    """
-    output_ND, counts_E = apply_carving(carving, x_ND, chosen)
-    return (output_ND - target_ND).square().mean() / target_ND.square().mean(), counts_E
+def carving_loss(carving: Carving, sample: MlpSample, chosen: int) -> tuple[Tensor, Tensor]:
+    """Returns E w|MoE(x) - MLP(x)|² / E w|MLP(x)|² over a sample, and the tokens (E,) that each expert received."""
+    output_ND, counts_E = apply_carving(carving, sample.inputs_ND, chosen)
+    return energy(sample, output_ND - sample.outputs_ND) / energy(sample, sample.outputs_ND), counts_E
 
 
-def relative_error(carving: Carving, weights: dict[str, Tensor], inputs_ND: Tensor, chosen: int) -> float:
-    """Returns E|MoE(x) - MLP(x)|² / E|MLP(x)|² over a sample."""
-    target_ND = swiglu(weights, inputs_ND)
-    error_ND = apply_carving(carving, inputs_ND, chosen)[0] - target_ND
-    return float(error_ND.square().sum() / target_ND.square().sum().clamp(min=1e-30))
-
-
-def swiglu(weights: dict[str, Tensor], x_ND: Tensor) -> Tensor:
-    """Returns the dense MLP's output (N, D)."""
-    return (F.silu(x_ND @ weights["gate_proj"].T) * (x_ND @ weights["up_proj"].T)) @ weights["down_proj"].T
+def energy(sample: MlpSample, values_ND: Tensor) -> Tensor:
+    """Returns Σ w|v|² over the tokens of a sample."""
+    return (sample.weight_N * values_ND.square().sum(-1)).sum().clamp(min=1e-30)
 
 
 @torch.no_grad()
@@ -216,14 +255,19 @@ def load_carving(block: MixtureOfExperts, carving: Carving) -> None:
     block.gate.e_score_correction_bias.copy_(carving.bias_E)
 
 
+def _choose(x_ND: Tensor, rows_ED: Tensor, bias_E: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
+    """Returns the router's scores (N, E), and a mask (N, E) that is 1 where a token meets the expert."""
+    scores_NE = (x_ND @ rows_ED.T).sigmoid()
+    indices_NK = (scores_NE.detach() + bias_E).topk(chosen, dim=-1, sorted=False).indices
+    return scores_NE, torch.zeros_like(scores_NE).scatter_(1, indices_NK, 1.0)
+
+
 def _routed_activations(carving: Carving, x_ND: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
     """Returns activations (N, P * i) and the tokens (E,) of each expert.
 
     An activation is weighed as stock V3 weighs its expert: sigmoid scores, normalised over the chosen, scaling K.
     """
-    scores_NE = (x_ND @ carving.rows_ED.T).sigmoid()
-    indices_NK = (scores_NE.detach() + carving.bias_E).topk(chosen, dim=-1, sorted=False).indices
-    mask_NE = torch.zeros_like(scores_NE).scatter_(1, indices_NK, 1.0)
+    scores_NE, mask_NE = _choose(x_ND, carving.rows_ED, carving.bias_E, chosen)
     weights_NE = scores_NE * mask_NE
     weights_NE = chosen * weights_NE / weights_NE.sum(-1, keepdim=True)
     shared = len(carving.gate_PiD) - len(carving.rows_ED)

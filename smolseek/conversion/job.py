@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from smolseek.formats.deepseek_v3 import check_strides
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.numerics.precision import check_device
 from smolseek.numerics.shares import ALONE, Shares
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """Told (stage, done, count)."""
@@ -115,6 +118,8 @@ def read_job(
         dense = dataclasses.replace(dense, tie_word_embeddings=False)
     target = target_config(dense, settings)
     check_strides(target)
+    if shares.leads:
+        _warn_of_another_share(dense, settings, target)
     steps = distill_steps(dense, settings)
     job = Job(
         name=name,
@@ -152,6 +157,15 @@ def calibration_data(settings: ConvertSettings) -> DataSettings:
         separator=settings.separator,
         held_out_share=0.0,
     )
+
+
+def _warn_of_another_share(dense: DenseSource, settings: ConvertSettings, target: dict[str, Any]) -> None:
+    """Say so where the profile's sizes keep another share of the cache than was asked for."""
+    rank, rope_dim = target["kv_lora_rank"], target["qk_rope_head_dim"]
+    kept = (rank + rope_dim) / dense.cache_numbers
+    if settings.cache is not None and settings.profile == "vllm" and abs(kept - settings.cache) > 0.05:
+        told = "cache %g: of vLLM's sizes the nearest is %d + %d numbers, which keeps %.1f%% of the cache"
+        log.warning(told, settings.cache, rank, rope_dim, 100 * kept)
 
 
 def _check_out(out: Path, force: bool, inputs: list[str | Path]) -> None:

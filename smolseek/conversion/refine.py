@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 
 from smolseek.conversion.calibrate import Calibration
-from smolseek.conversion.carve import Carving, carve, load_carving, refine_carving, relative_error
+from smolseek.conversion.carve import Carving, carve, carving_loss, load_carving, refine_carving
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
@@ -137,20 +137,20 @@ def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStre
     """Carve and refine one dense MLP into `block`; returns its error relative to the dense output, before and after."""
     chosen, steps, shares = job.target["num_experts_per_tok"], job.refine_steps, job.shares
     weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
-    probe_ND, inputs_ND = stream.mlp_inputs()
+    probe, sample = stream.mlp_samples()
     generator = torch.Generator().manual_seed(job.settings.seed + index)
 
     def closed_form() -> list[Tensor]:
-        sample_ND = inputs_ND[:: max(1, len(inputs_ND) // _CARVE_TOKENS)]
-        return [tensor.cpu() for tensor in carve(weights, sample_ND, job.target)]
+        every = max(1, len(sample.weight_N) // _CARVE_TOKENS)
+        return [tensor.cpu() for tensor in carve(weights, sample.at(slice(None, None, every)), job.target)]
 
     def error(carving: Carving) -> float:
-        return shares.by_leader(lambda: relative_error(carving, weights, probe_ND, chosen))
+        return shares.by_leader(lambda: float(carving_loss(carving, probe, chosen)[0]))
 
-    carving = Carving(*(tensor.to(inputs_ND.device) for tensor in shares.by_leader(closed_form)))
+    carving = Carving(*(tensor.to(probe.weight_N.device) for tensor in shares.by_leader(closed_form)))
     facts = {"mlp_error": error(carving)}
     if steps:
-        refined = refine_carving(carving, weights, inputs_ND, chosen, steps=steps, generator=generator, shares=shares)
+        refined = refine_carving(carving, sample, chosen, steps=steps, generator=generator, shares=shares)
         after = error(refined)
         better = after < facts["mlp_error"]
         carving = refined if better else carving

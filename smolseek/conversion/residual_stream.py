@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolseek.conversion.carve import MlpSample, token_weights
 from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
 from smolseek.numerics.precision import autocast
 from smolseek.numerics.shares import ALONE, Shares
@@ -94,14 +95,21 @@ class ResidualStream:
         self._pass(self.converted_BTD, self.layer.input_layernorm, converted)
 
     @torch.no_grad()
-    def mlp_inputs(self) -> tuple[Tensor, Tensor]:
-        """Returns the dense MLP's inputs (N, D): of the probe (or all), and those to train on.
+    def mlp_samples(self) -> tuple[MlpSample, MlpSample]:
+        """Returns what the dense MLP makes of its inputs: over the probe (or all), and over the windows to train on.
 
         The stream must have passed the attention block before it.
         """
-        norm = self.layer.post_attention_layernorm
-        inputs_BTD = torch.cat([norm(part_BTD) for part_BTD in self.hidden_BTD.split(self.batch)])
-        return inputs_BTD[: self.probe or None].flatten(0, 1), inputs_BTD[self.probe :].flatten(0, 1)
+        norm, mlp = self.layer.post_attention_layernorm, self.layer.mlp
+        inputs, outputs, weights = [], [], []
+        for part_BTD in self.hidden_BTD.split(self.batch):
+            inputs.append(norm(part_BTD))
+            outputs.append(mlp(inputs[-1]))
+            weights.append(token_weights(part_BTD + outputs[-1]))
+        whole = MlpSample(*(torch.cat(parts) for parts in (inputs, outputs, weights)))
+        rows = slice(self.probe or None), slice(self.probe, None)
+        probed, trained = (MlpSample(*(tensor[some].flatten(0, 1) for tensor in whole)) for some in rows)
+        return probed, trained
 
     @torch.no_grad()
     def pass_mlp(self, converted: Block) -> None:

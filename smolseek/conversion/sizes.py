@@ -29,6 +29,8 @@ _SMALL = DISTILL_WORK // 100
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
 _LARGE_DISTILL_STEPS = 45
+"""The same of a source that is not small, at half its cache and above; at `_NEAR / 2` twice as many (`_way`)."""
+_NEAR = 0.5
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
@@ -61,7 +63,19 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
     parameters = _parameters(source)
     if not refine_steps(source, settings) or parameters > _LARGEST_DISTILLED:
         return 0
-    return min(DISTILL_STEPS, DISTILL_WORK // parameters) if is_small(source) else _LARGE_DISTILL_STEPS
+    if is_small(source):
+        return min(DISTILL_STEPS, DISTILL_WORK // parameters)
+    return round(_LARGE_DISTILL_STEPS * _way(source, settings))
+
+
+def _way(source: DenseSource, settings: ConvertSettings) -> float:
+    """Returns how many times the steps and the text of half the cache a conversion takes: more for a smaller cache.
+
+    A model that keeps less is farther from the dense one when the end-to-end stage begins (LOG.md).
+    """
+    if settings.exact:
+        return 1.0
+    return max(1.0, _NEAR * source.cache_numbers / sum(latent_sizes(source, settings)))
 
 
 def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:
@@ -114,7 +128,8 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
     tokens, length = window_lengths(source, settings)
     wanted = -(-settings.calibration_windows * tokens // length)
     if refine_steps(source, settings):
-        wanted = max(wanted, _STREAM_NUMBERS[is_small(source)] // source.hidden_size // length)
+        numbers = _STREAM_NUMBERS[is_small(source)] * (1 if is_small(source) else _way(source, settings))
+        wanted = max(wanted, int(numbers) // source.hidden_size // length)
     return wanted
 
 

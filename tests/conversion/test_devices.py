@@ -168,7 +168,7 @@ def test_refinement_and_the_end_to_end_stage() -> None:
     loss = attention_loss(block, rope, *stream.attention(torch.tensor([1, 2])))
     attention_error(block, rope, stream)
     stream.pass_attention(partial(block, rope=rope))
-    probe_ND, inputs_ND = stream.mlp_inputs()
+    samples = stream.mlp_samples()
     stream.pass_mlp(layers_of(student)[0].mlp)
     head_VD, states = dense.get_output_embeddings().weight, dense_states(dense, no_ids(2), [0])
     divergence = distillation_loss(student, head_VD, states.of(torch.tensor([1])))
@@ -179,15 +179,17 @@ def test_refinement_and_the_end_to_end_stage() -> None:
         states.final_BTD,
         *states.behind_BTD.values(),
     )
-    assert devices(loss, probe_ND, inputs_ND, *streams, divergence) == {"cuda"}
+    assert devices(loss, *samples[0], *samples[1], *streams, divergence) == {"cuda"}
 
 
 def test_carving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carve, "split", lambda *_: [list(range(8 * part, 8 * part + 8)) for part in range(6)])
-    mlp, x_ND = dense_mlp(), numbers(100, HIDDEN, dtype=torch.float32)
+    monkeypatch.setattr(carve, "move_neurons", lambda routed, *_: routed)
+    x_ND = numbers(100, HIDDEN, dtype=torch.float32)
+    sample = carve.MlpSample(x_ND, x_ND, carve.token_weights(x_ND))
     names = ("n_shared_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size")
-    carving = carve.carve(mlp, x_ND, dict(zip(names, (2, 2, 4, 8), strict=True)))
-    loss, counts_E = carve.carving_loss(carving, carve.swiglu(mlp, x_ND), x_ND, 2)
+    carving = carve.carve(dense_mlp(), sample, dict(zip(names, (2, 2, 4, 8), strict=True)))
+    loss, counts_E = carve.carving_loss(carving, sample, 2)
     assert devices(*carving, loss, counts_E) == {"cuda"}
 
 

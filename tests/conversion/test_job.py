@@ -201,3 +201,15 @@ def test_a_head_of_its_own_is_kept_by_the_fitted_form(source, quick, tmp_path):
 def test_experts_need_a_hidden_size_that_transformers_runs(quick, tmp_path):
     folder = write_source(tmp_path / "source", hidden_size=36, head_dim=8)
     refused(folder, tmp_path, quick(experts="upcycle"), "hidden_size 36: transformers runs experts only")
+
+
+def test_a_share_that_the_profile_has_not_is_said(tmp_path, caplog):
+    """vLLM takes caches of 320, 512 or 576 numbers; this source has 384."""
+    shape = {"hidden_size": 384, "num_key_value_heads": 3, "num_attention_heads": 6, "head_dim": 64}
+    source = write_source(tmp_path / "source", **shape)
+    for cache in (0.5, 0.83):
+        settings = ConvertSettings(cache=cache, profile="vllm")
+        read_job(source, tmp_path / "out", settings, device="cpu", force=False, on_progress=lambda *_: None)
+    assert caplog.messages == [
+        "cache 0.5: of vLLM's sizes the nearest is 256 + 64 numbers, which keeps 83.3% of the cache"
+    ]

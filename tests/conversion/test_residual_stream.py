@@ -22,9 +22,15 @@ def test_the_stream_is_the_dense_models_own(teacher):
         stream.pass_attention(dense_attention(stream))
         torch.testing.assert_close(stream.hidden_BTD, before + out)
         norm = teacher.model.layers[index].post_attention_layernorm
-        for inputs in stream.mlp_inputs():  # few windows serve as probe and as training text
-            torch.testing.assert_close(inputs, norm(stream.hidden_BTD).flatten(0, 1))
+        inputs, before = norm(stream.hidden_BTD).flatten(0, 1), stream.hidden_BTD.clone()
+        samples = stream.mlp_samples()
         stream.pass_mlp(stream.layer.mlp)
+        for sample in samples:  # few windows serve as probe and as training text
+            torch.testing.assert_close(sample.inputs_ND, inputs)
+            torch.testing.assert_close(
+                sample.outputs_ND, (stream.hidden_BTD - before).flatten(0, 1), rtol=1e-3, atol=1e-6
+            )
+            torch.testing.assert_close(sample.weight_N, 1 / stream.hidden_BTD.flatten(0, 1).square().sum(-1))
     torch.testing.assert_close(stream.final_states(), states[-1])
     torch.testing.assert_close(dense_states(teacher, ids).final_BTD, states[-1])
     assert torch.equal(stream.converted_BTD, stream.hidden_BTD), "the dense blocks stood in for the converted ones"
@@ -52,8 +58,9 @@ def test_the_probe_is_not_trained_on(teacher):
     stream = ResidualStream(teacher.model, random_ids(140, 16))
     assert (stream.probe, stream.batch) == (128, 64)
     stream.enter(0)
-    probe, rest = stream.mlp_inputs()
-    assert len(probe) == 128 * 16 and len(rest) == 12 * 16
+    stream.pass_attention(dense_attention(stream))
+    probe, rest = stream.mlp_samples()
+    assert len(probe.weight_N) == 128 * 16 and len(rest.weight_N) == 12 * 16
     assert {tuple(sorted(rows.tolist())) for rows in stream.batches(3, seed=0)} == {tuple(range(128, 140))}
 
 

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion.sizes import CACHE_SHARE, cache_sizes, distill_steps, refine_steps, window_lengths
+from smolseek.conversion.sizes import (
+    CACHE_SHARE,
+    cache_sizes,
+    distill_steps,
+    refine_steps,
+    wanted_windows,
+    window_lengths,
+)
 from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from tests.configs import SMOLLM2_135M, TINY
@@ -125,7 +132,10 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {}, 45),
+        (2000, {"cache": 0.5}, 45),
+        (2000, {"cache": 1.0}, 45),
+        (2000, {"cache": 0.25}, 90),
+        (2000, {"exact": True}, 45),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
@@ -134,6 +144,12 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
 )
 def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
     assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
+
+
+def test_a_smaller_cache_takes_as_many_times_the_text() -> None:
+    large = read_source(TINY | {"num_hidden_layers": 2000})
+    half, eighth = (wanted_windows(large, ConvertSettings(cache=share)) for share in (0.5, 0.125))
+    assert eighth == 4 * half
 
 
 def test_a_source_of_more_than_500_million_parameters_has_no_end_to_end_stage() -> None:
