@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.clusters import cluster_centres
+from smolseek.conversion.sizes import CARVE_BATCH_TOKENS
 from smolseek.conversion.upcycle import balancing_bias
 from smolseek.model.balance import next_bias
 from smolseek.model.experts import MixtureOfExperts
@@ -199,7 +200,7 @@ def refine_carving(
     *,
     steps: int,
     generator: torch.Generator,
-    batch_tokens: int = 2048,
+    batch_tokens: int = CARVE_BATCH_TOKENS,
     learning_rate: float = 3e-3,
     shares: Shares = ALONE,
 ) -> Carving:

@@ -19,7 +19,7 @@ from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import DenseStates, ResidualStream
-from smolseek.conversion.sizes import is_small, matched_layers
+from smolseek.conversion.sizes import CARVE_TOKENS, is_small, matched_layers
 from smolseek.conversion.student import layers_of
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
@@ -29,7 +29,6 @@ from smolseek.numerics.precision import autocast, compute_dtype
 
 _RATE = {True: 0.015, False: 0.003}
 """Of each matrix's own size: for the many steps of a small source, and for the few of others (LOG.md)."""
-_CARVE_TOKENS = 16384
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin of the target, as its attention takes them."""
@@ -141,7 +140,7 @@ def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStre
     generator = torch.Generator().manual_seed(job.settings.seed + index)
 
     def closed_form() -> list[Tensor]:
-        every = max(1, len(sample.weight_N) // _CARVE_TOKENS)
+        every = max(1, len(sample.weight_N) // CARVE_TOKENS)
         return [tensor.cpu() for tensor in carve(weights, sample.at(slice(None, None, every)), job.target)]
 
     def error(carving: Carving) -> float:

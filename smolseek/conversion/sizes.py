@@ -20,6 +20,10 @@ REFINE_BATCH_TOKENS = 1024
 (LOG.md)."""
 DISTILL_BATCH_TOKENS = 2048
 """Tokens in a step of the end-to-end stage."""
+CARVE_TOKENS = 16384
+"""Most tokens by which an MLP is carved in closed form."""
+CARVE_BATCH_TOKENS = 2048
+"""Tokens in a step of the refinement of a carved MLP."""
 DISTILL_STEPS = 600
 """Most steps of the end-to-end stage when their number is not given."""
 DISTILL_WORK = DISTILL_STEPS * 4_000_000

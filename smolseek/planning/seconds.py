@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from smolseek.config import SELF, ConvertSettings
 from smolseek.conversion.sizes import (
+    CARVE_BATCH_TOKENS,
+    CARVE_TOKENS,
     DISTILL_BATCH_TOKENS,
     REFINE_BATCH_TOKENS,
     WRITTEN_TOKENS,
@@ -36,21 +38,28 @@ def convert_seconds(
     the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), and
     both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head (2
     flops). There each step takes 4 flops for every weight and 2 more for those that it trains. Then activations take
-    time to move, and fp32 weights to read and write. The exact form calibrates nothing unless experts do.
+    time to move, and fp32 weights to read and write. The exact form calibrates nothing unless experts do, and has no
+    moments. Carving is in fp32 (on a CPU twice as fast as float64): 24 flops a weight and token in closed form (router,
+    moves, outputs), whose least squares are float64 (2 I² a token, I³), and 18 in each step of its refinement.
     """
     layers, hidden, width = source.layers, source.hidden, source.cache_numbers
     window, length = window_lengths(dense_source, settings)
     copied = {"copy weights": 4 * (source.total + target.total) / machine.bytes_per_second}
     if settings.exact and settings.experts == "none":
         return copied
-    tokens = settings.calibration_windows * window
+    calibrated = 0 if settings.exact else settings.calibration_windows * window
     moments = hidden**2 + (2 * width) ** 2
-    float64 = tokens * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
-    refined = 0 if settings.exact else refine_steps(dense_source, settings) * REFINE_BATCH_TOKENS
-    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS
+    float64 = 0 if settings.exact else calibrated * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
+    steps = refine_steps(dense_source, settings)
+    refined = 0 if settings.exact else steps * REFINE_BATCH_TOKENS
+    carves = settings.experts == "carve"
+    learns = carves or not settings.exact
+    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS * learns
     read = wanted_windows(dense_source, settings) * length
     written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
-    trained = source.weights if is_small(dense_source) else layers * target.attention
+    trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
+    trained = source.weights if is_small(dense_source) and not settings.exact else trained
+    carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), steps, machine) if carves else 0.0
 
     def seconds(flops: float, moved: float = 0) -> float:
         return flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
@@ -58,10 +67,11 @@ def convert_seconds(
     parts = {
         "sample text": seconds(written * _WRITING_FLOPS * source.weights),
         "closed form": seconds(
-            tokens * 4 * source.weights + float64 / machine.float64_share, tokens * _moved_bytes(source, window)
+            calibrated * 4 * source.weights + float64 / machine.float64_share,
+            calibrated * _moved_bytes(source, window),
         ),
         "refine layers": seconds(
-            refined * 8 * layers * target.attention + (4 * read * source.weights if refined else 0),
+            refined * 8 * layers * target.attention + carved + (4 * read * source.weights if refined or carves else 0),
             refined * _moved_bytes(source, length, mlp=False),
         ),
         "end-to-end KL": seconds(
@@ -70,6 +80,14 @@ def convert_seconds(
         ),
     }
     return {name: part for name, part in (parts | copied).items() if part}
+
+
+def _carve_flops(hidden: int, neurons: int, tokens: int, steps: int, machine: Machine) -> float:
+    """Returns the flops of carving one layer, all as if in the dtype that the machine multiplies fastest."""
+    weights = hidden * neurons
+    single = 24 * weights * tokens + 18 * weights * CARVE_BATCH_TOKENS * steps
+    double = 2 * tokens * neurons**2 + neurons**3
+    return single / (2 * machine.float64_share) + double / machine.float64_share
 
 
 def heal_seconds(target: Shape, machine: Machine, tokens: int, window: int) -> float:

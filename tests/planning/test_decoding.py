@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -72,14 +73,24 @@ def test_several_sequences_read_the_experts_of_each() -> None:
 
 
 def test_no_gain_in_time_is_told_where_none_was_measured() -> None:
-    """SmolLM2-135M at half its cache in llama.cpp with flash attention gains no time, and the plan counts as much."""
+    """SmolLM2-135M at half its cache in llama.cpp, each model with flash attention or without as suits it.
+
+    With it for both, the count is near what was measured up to 4,096 cached tokens. At 8,192 the converted model gains
+    more than counted, up to 1.24 times, but there the dense one is faster without.
+    """
     told = plan(SMOLLM2_135M, ConvertSettings(cache=0.5), MEASURED_MACHINE)
     assert all(part.faster_from_tokens is None for part in told.decoding)
     lines = (RESULTS / "2026-11-28-llamacpp-speed-smollm2.jsonl").read_text().splitlines()[1:]
-    steps = {tuple(row[key] for key in CELL): median(row["seconds"]) for row in map(json.loads, lines) if row["flash"]}
-    dense = [cell for cell in steps if cell[0] == "dense, llama.cpp"]
-    assert len(dense) == 8
-    for _, kind, cached, batch in dense:
-        measured = steps["dense, llama.cpp", kind, cached, batch] / steps["converted, llama.cpp", kind, cached, batch]
+    steps: dict[bool, dict[tuple[Any, ...], float]] = {True: {}, False: {}}
+    for row in map(json.loads, lines):
+        steps[row["flash"]][tuple(row[key] for key in CELL)] = median(row["seconds"])
+    cells = [cell[1:] for cell in steps[True] if cell[0] == "dense, llama.cpp"]
+    assert len(cells) == 12
+    for kind, cached, batch in cells:
+        dense, converted = (
+            [steps[flash][f"{what}, llama.cpp", kind, cached, batch] for flash in (True, False)]
+            for what in ("dense", "converted")
+        )
+        assert min(dense) < min(converted)
         counted = count_decoding(SMOLLM2_135M, told.config, MEASURED_MACHINE, batch, cached)
-        assert abs(measured - counted) < 0.1 and measured < FASTER
+        assert counted < FASTER and (cached == 8192 or abs(dense[0] / converted[0] - counted) < 0.1)
