@@ -33,8 +33,8 @@ _SMALL = DISTILL_WORK // 100
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
 _LARGE_DISTILL_STEPS = 45
-"""The same of a source that is not small, at half its cache and above; at `_NEAR / 2` twice as many (`_way`)."""
-_NEAR = 0.5
+"""Steps of that stage for a source that is not small, at half its cache and above (`_stretch`)."""
+_UNSTRETCHED_SHARE = 0.5
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
@@ -69,17 +69,17 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
         return 0
     if is_small(source):
         return min(DISTILL_STEPS, DISTILL_WORK // parameters)
-    return round(_LARGE_DISTILL_STEPS * _way(source, settings))
+    return round(_LARGE_DISTILL_STEPS * _stretch(source, settings))
 
 
-def _way(source: DenseSource, settings: ConvertSettings) -> float:
-    """Returns how many times the steps and the text of half the cache a conversion takes: more for a smaller cache.
+def _stretch(source: DenseSource, settings: ConvertSettings) -> float:
+    """Returns by what a large source's end-to-end steps and text are multiplied: 1 from half the cache on, else more.
 
     A model that keeps less is farther from the dense one when the end-to-end stage begins (LOG.md).
     """
-    if settings.exact:
+    if settings.exact or is_small(source):
         return 1.0
-    return max(1.0, _NEAR * source.cache_numbers / sum(latent_sizes(source, settings)))
+    return max(1.0, _UNSTRETCHED_SHARE * source.cache_numbers / sum(latent_sizes(source, settings)))
 
 
 def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:
@@ -132,7 +132,7 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
     tokens, length = window_lengths(source, settings)
     wanted = -(-settings.calibration_windows * tokens // length)
     if refine_steps(source, settings):
-        numbers = _STREAM_NUMBERS[is_small(source)] * (1 if is_small(source) else _way(source, settings))
+        numbers = _STREAM_NUMBERS[is_small(source)] * _stretch(source, settings)
         wanted = max(wanted, int(numbers) // source.hidden_size // length)
     return wanted
 
