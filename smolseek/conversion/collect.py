@@ -22,7 +22,8 @@ from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype
 from smolseek.numerics.shares import ALONE, Shares
 
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
+"""Tokens in a forward pass of the dense model alone."""
 _POSITIONS_AT_ONCE = 64  # whose logits are held
 
 
@@ -140,7 +141,7 @@ def collect_mlp_inputs(model: Any, windows_BT: Tensor, tokens: int) -> list[Tens
         for layer, k in zip(model.model.layers, kept, strict=True)
     ]
     with hooked(hooks):
-        for ids_BT in batches(windows_BT, _TOKENS_AT_ONCE):
+        for ids_BT in batches(windows_BT, TOKENS_AT_ONCE):
             model.model(ids_BT.to(device))
     return [torch.cat(parts) for parts in kept]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smolseek.conversion.calibrate import Calibration
-from smolseek.conversion.collect import batches
+from smolseek.conversion.collect import TOKENS_AT_ONCE, batches
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 _RATE = 0.011
 """Of each parameter's own size, over the root of the number of layers, for what every layer changes adds up: for the
 many steps of a small source (LOG.md)."""
-_RATE_PER_ROOT = 0.0127
+_RATE_PER_ROOT = 0.009
 """The same for the few steps of other sources, times the root of the KL that they begin with: weights then have a way
 to go that is about as long as this root, for KL is of second order in them (LOG.md)."""
 _BALANCE_SPEED = 1e-3
 _BEGINNING_TOKENS = 4
-_BEGINNINGS = 64
-"""Beginnings in a step, in place of a window of as many tokens."""
+_BEGINNINGS = 32
+"""Beginnings in a step, beside its windows."""
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
 
@@ -62,7 +62,7 @@ def distill_model(
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items() if name in changing}
     layers = matched_layers(job.source)
     states = states or dense_states(dense, calibration.refined_BT, layers)
-    texts = [(states, max(1, DISTILL_BATCH_TOKENS // calibration.refined_BT.shape[1] - bool(layers)))]
+    texts = [(states, max(1, DISTILL_BATCH_TOKENS[is_small(job.source)] // calibration.refined_BT.shape[1]))]
     if layers:
         beginnings_BT = cut_beginnings(calibration.refined_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)
         texts.append((dense_states(dense, beginnings_BT, layers), _BEGINNINGS))
@@ -180,7 +180,7 @@ def dense_states(dense: Any, windows_BT: Tensor, layers: Iterable[int] = ()) -> 
     behind: dict[int, list[Tensor]] = {index: [] for index in layers}
     dtype = compute_dtype(dense.device, "auto")
     with autocast(dense.device, "auto"):
-        for ids_BT in batches(windows_BT, DISTILL_BATCH_TOKENS):
+        for ids_BT in batches(windows_BT, TOKENS_AT_ONCE):
             out = dense.base_model(
                 input_ids=ids_BT.to(dense.device), use_cache=False, output_hidden_states=bool(behind)
             )

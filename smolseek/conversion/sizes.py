@@ -18,8 +18,9 @@ SPILL_BYTES = 2**30
 REFINE_BATCH_TOKENS = 1024
 """Tokens in a step of layer-wise refinement. Half as many steps of twice as many tokens cost the same and end higher
 (LOG.md)."""
-DISTILL_BATCH_TOKENS = 2048
-"""Tokens in a step of the end-to-end stage."""
+DISTILL_BATCH_TOKENS = {True: 2048, False: 1024}
+"""Tokens in a step of the end-to-end stage: of a small source, and of others, whose twice as many steps of half as many
+tokens cost the same and end lower (LOG.md)."""
 CARVE_TOKENS = 16384
 """Most tokens by which an MLP is carved in closed form."""
 CARVE_BATCH_TOKENS = 2048
@@ -32,7 +33,7 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 45
+_LARGE_DISTILL_STEPS = 90
 """Steps of that stage for a source that is not small, at half its cache and above (`_stretch`)."""
 _UNSTRETCHED_SHARE = 0.5
 _LARGEST_DISTILLED = 500_000_000

@@ -131,11 +131,12 @@ def convert_bytes(
 def _distilling_bytes(dense_source: DenseSource, source: Shape, target: Shape, settings: ConvertSettings) -> int:
     """Returns what the end-to-end stage holds beside the dense model and its states.
 
-    Of the weights that are trained there are five copies: themselves, those of before, gradients and two moments.
+    Of the weights that are trained there are five copies: themselves, those of before, gradients and two moments. All
+    are there once more in bf16, on processors with units for it, until a step ends.
     """
     whole = is_small(dense_source) or settings.experts == "carve"
     trained = target.total if whole else target.layers * target.attention
-    return 20 * trained + _activation_bytes(source, DISTILL_BATCH_TOKENS)
+    return 20 * trained + 2 * target.weights + _activation_bytes(source, DISTILL_BATCH_TOKENS[is_small(dense_source)])
 
 
 def _activation_bytes(shape: Shape, tokens: int) -> int:

@@ -54,7 +54,7 @@ def convert_seconds(
     refined = 0 if settings.exact else steps * REFINE_BATCH_TOKENS
     carves = settings.experts == "carve"
     learns = carves or not settings.exact
-    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS * learns
+    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
     read = wanted_windows(dense_source, settings) * length
     written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
