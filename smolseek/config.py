@@ -19,6 +19,8 @@ SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
 SELF = "self"
 """The name, among the calibration sources, of text that the model writes itself; no text of a run is called so."""
+PROSE = "builtin:prose"
+"""Text of many kinds that comes with smolseek, and calibrates beside what the model writes itself."""
 _MOST_ENTRIES = 100_000  # of a recipe
 
 
@@ -32,7 +34,8 @@ class ConvertSettings:
     """Width of the one rotated key that all heads share (even)."""
     calibration: tuple[str, ...] = ()
     """Calibration text, drawn over the whole of each source: files, folders, globs, hub:ID[:CONFIG], builtin:python
-    (its training split), or self: text that the model writes itself. None: self; in a recipe, the training text."""
+    (its training split), builtin:prose (text of many kinds that comes with smolseek), or self: text that the model
+    writes itself. None: self, and for models above 24M parameters builtin:prose; in a recipe, the training text."""
     calibration_weights: tuple[float, ...] = ()
     """Shares of the calibration windows, one for each source of calibration, in any unit; none: equal shares."""
     calibration_windows: int = 128

@@ -18,7 +18,7 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.config import SELF
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
-from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, wanted_windows, window_lengths
+from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, more_windows, wanted_windows, window_lengths
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
@@ -39,6 +39,8 @@ class Calibration:
     """For the second moments; the refinement windows, cut shorter, and no more than the settings ask for."""
     refined_BT: Tensor
     """For layer-wise refinement and the end-to-end stage."""
+    more_BT: Tensor
+    """For the end-to-end stage too: text that is named, as far as there is more."""
     judged_BT: Tensor
     """For losses by stage. Nothing is learnt from them, unless there is one window only."""
     facts: dict[str, Any]
@@ -51,6 +53,8 @@ class NamedText:
     """The windows of the sources that were named, before the model has written its own."""
 
     windows_BT: Tensor
+    more_BT: Tensor
+    """Those for the end-to-end stage alone."""
     sources: list[dict[str, Any]]
     """How much was read of which."""
     sampled: int
@@ -59,7 +63,8 @@ class NamedText:
     @property
     def facts(self) -> dict[str, Any]:
         """What the calibration follows from, together with source and settings."""
-        return {"sources": self.sources, "sampled": self.sampled, "tokens_sha256": _digest(self.windows_BT)}
+        digest = _digest(self.windows_BT, self.more_BT)
+        return {"sources": self.sources, "sampled": self.sampled, "tokens_sha256": digest}
 
 
 def read_text(job: Job) -> NamedText:
@@ -77,18 +82,21 @@ def read_text(job: Job) -> NamedText:
     read = [(name, weight) for name, weight in shares if name != SELF]
     most = max(1, WRITTEN_TOKENS // length)
     if not read:
-        return NamedText(torch.empty(0, length, dtype=torch.long), [], min(windows, most))
+        nothing_BT = torch.empty(0, length, dtype=torch.long)
+        return NamedText(nothing_BT, nothing_BT, [], min(windows, most))
     wanted = max(1, round(windows * sum(weight for _, weight in read) / sum(weight for _, weight in shares)))
     names, weights = zip(*read, strict=True)
     windows_BT, sources = calibration_windows(
         tokenizer,
         dataclasses.replace(data, train=names, weights=weights if data.weights else ()),
-        windows=wanted,
+        windows=wanted + more_windows(job.source, job.settings),
         window_tokens=length,
         seed=job.settings.seed,
     )
     check_vocabulary(windows_BT, job.source.vocab_size)
-    return NamedText(windows_BT, sources, min(windows - len(windows_BT), most) if SELF in data.train else 0)
+    windows_BT, more_BT = windows_BT[:wanted], windows_BT[wanted:]
+    sampled = min(windows - len(windows_BT), most) if SELF in data.train else 0
+    return NamedText(windows_BT, more_BT, sources, sampled)
 
 
 def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration:
@@ -114,12 +122,13 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         "windows": len(moments_BT),
         "window_tokens": tokens,
         "refinement_tokens": refined_BT.numel(),
+        "end_to_end_tokens": refined_BT.numel() + text.more_BT.numel(),
         "judged_tokens": judged_BT.numel(),
         "judged_apart": bool(judged),
         "sources": sources,
-        "tokens_sha256": _digest(windows_BT),
+        "tokens_sha256": _digest(windows_BT, text.more_BT),
     }
-    return Calibration(moments_BT, refined_BT, judged_BT, facts)
+    return Calibration(moments_BT, refined_BT, text.more_BT, judged_BT, facts)
 
 
 def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:
@@ -156,5 +165,5 @@ def _sample(job: Job, windows: int, window_tokens: int) -> tuple[Tensor, int]:
     return windows_BT, documents
 
 
-def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
+def _digest(*windows_BT: Tensor) -> str:
+    return hashlib.sha256(torch.cat(windows_BT).to(torch.int64).numpy().tobytes()).hexdigest()

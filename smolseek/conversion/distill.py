@@ -62,9 +62,11 @@ def distill_model(
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items() if name in changing}
     layers = matched_layers(job.source)
     states = states or dense_states(dense, calibration.refined_BT, layers)
-    texts = [(states, max(1, DISTILL_BATCH_TOKENS[is_small(job.source)] // calibration.refined_BT.shape[1]))]
+    if len(calibration.more_BT):
+        states = states.and_(dense_states(dense, calibration.more_BT, layers))
+    texts = [(states, max(1, DISTILL_BATCH_TOKENS[is_small(job.source)] // states.ids_BT.shape[1]))]
     if layers:
-        beginnings_BT = cut_beginnings(calibration.refined_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)
+        beginnings_BT = cut_beginnings(states.ids_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)
         texts.append((dense_states(dense, beginnings_BT, layers), _BEGINNINGS))
     distill(
         student,

@@ -16,7 +16,7 @@ from smolseek.checkpoint.folder import TensorFolder, foreign_files
 from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import pinned, read_config, resolve_folder
 from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
-from smolseek.conversion.sizes import distill_steps, refine_steps
+from smolseek.conversion.sizes import distill_steps, refine_steps, unnamed_text
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import check_strides
@@ -97,7 +97,7 @@ def read_job(
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
 
     `data` says how calibration text is read; None: as the settings say, whole files. Where text is needed and none is
-    named, the model writes it.
+    named, the model writes it, and builtin:prose is the other half of a large source's.
 
     Raises:
         ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
@@ -139,7 +139,7 @@ def read_job(
         shares=shares,
     )
     if job.calibrates and not settings.calibration:
-        settings = dataclasses.replace(settings, calibration=(SELF,))
+        settings = dataclasses.replace(settings, calibration=unnamed_text(dense))
         job = dataclasses.replace(job, settings=settings, data=calibration_data(settings))
     check_tensors(job.tensors, dense, attention_bias=target["attention_bias"])
     return job

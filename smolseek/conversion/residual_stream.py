@@ -38,6 +38,12 @@ class DenseStates:
         behind_BTD = {index: states_BTD[rows] for index, states_BTD in self.behind_BTD.items()}
         return DenseStates(ids_BT, self.final_BTD[rows], behind_BTD)
 
+    def and_(self, more: DenseStates) -> DenseStates:
+        """Returns those of both windows."""
+        behind_BTD = {index: torch.cat([states, more.behind_BTD[index]]) for index, states in self.behind_BTD.items()}
+        ids_BT, final_BTD = torch.cat([self.ids_BT, more.ids_BT]), torch.cat([self.final_BTD, more.final_BTD])
+        return DenseStates(ids_BT, final_BTD, behind_BTD)
+
 
 class ResidualStream:
     """Both streams (B, T, D) over all windows, and the output of the dense attention block that they stand before.

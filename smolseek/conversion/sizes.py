@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from smolseek.config import ConvertSettings
+from smolseek.config import PROSE, SELF, ConvertSettings
 from smolseek.formats.dense import DenseSource
 from smolseek.formats.runtimes import VLLM_HEADS, VLLM_LATENTS
 
@@ -45,6 +45,8 @@ half the length teach a large one more in less time, also about longer ones (LOG
 _STREAM_NUMBERS = {True: 2**26, False: 2**24}
 """Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
 same windows again and again, and of others."""
+_MOST_DISTILLED = 2**17
+"""Most tokens of text of a large source's end-to-end stage, for the dense model's states on all of them are kept."""
 
 WRITTEN_TOKENS = 2**16
 """Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
@@ -136,6 +138,34 @@ def wanted_windows(source: DenseSource, settings: ConvertSettings) -> int:
         numbers = _STREAM_NUMBERS[is_small(source)] * _stretch(source, settings)
         wanted = max(wanted, int(numbers) // source.hidden_size // length)
     return wanted
+
+
+def unnamed_text(source: DenseSource) -> tuple[str, ...]:
+    """Returns the calibration text where none is named: what the model writes, and of a large source as much prose.
+
+    A small source knows its own kind of text, and little else.
+    """
+    return (SELF,) if is_small(source) else (SELF, PROSE)
+
+
+def own_share(source: DenseSource, settings: ConvertSettings) -> float:
+    """Returns the share of the refinement windows that the model writes."""
+    names = settings.calibration or unnamed_text(source)
+    weights = settings.calibration_weights or (1.0,) * len(names)
+    return sum(weight for name, weight in zip(names, weights, strict=False) if name == SELF) / sum(weights)
+
+
+def more_windows(source: DenseSource, settings: ConvertSettings) -> int:
+    """Returns how many windows of text the end-to-end stage wants beside those of refinement.
+
+    A large source's few steps then hardly meet a window twice: twice the text is worth more than twice the steps
+    (LOG.md).
+    """
+    if is_small(source) or (settings.exact and settings.experts != "carve"):
+        return 0
+    _, length = window_lengths(source, settings)
+    tokens = min(distill_steps(source, settings) * DISTILL_BATCH_TOKENS[False], _MOST_DISTILLED)
+    return max(0, tokens // length - wanted_windows(source, settings))
 
 
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from smolseek.conversion.sizes import (
     distill_steps,
     is_small,
     matched_layers,
+    more_windows,
     refine_steps,
     wanted_windows,
     window_lengths,
@@ -26,6 +27,7 @@ from smolseek.machine import Machine
 from smolseek.planning.shapes import Shape, source_shape, target_shape
 
 _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
+_KEPT_FREED = 1.5  # of the end-to-end stage's activations, counted on the measured peak
 _LOGITS_AT_ONCE = 2**23  # held in training
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _LOGITS_CHUNK_BYTES = 2**28  # of the loss, in training
@@ -123,7 +125,9 @@ def convert_bytes(
     if trains and refine_steps(dense_source, settings):
         stages.append(converted + 12 * streamed)
     if trains and distill_steps(dense_source, settings):
-        states = streamed * (4 + 2 * len(matched_layers(dense_source)))  # the dense model's
+        more = more_windows(dense_source, settings) * length * source.hidden
+        seen = more + streamed * (2 if more else 1)  # the refinement's states are copied to those of more text
+        states = seen * (4 + 2 * len(matched_layers(dense_source)))  # the dense model's
         stages.append(states + _distilling_bytes(dense_source, source, target, settings))
     return 4 * source.total + max(stages)
 
@@ -132,11 +136,13 @@ def _distilling_bytes(dense_source: DenseSource, source: Shape, target: Shape, s
     """Returns what the end-to-end stage holds beside the dense model and its states.
 
     Of the weights that are trained there are five copies: themselves, those of before, gradients and two moments. All
-    are there once more in bf16, on processors with units for it, until a step ends.
+    are there once more in bf16, on processors with units for it, until a step ends. The process keeps what it frees,
+    and so holds more than the activations at once.
     """
     whole = is_small(dense_source) or settings.experts == "carve"
     trained = target.total if whole else target.layers * target.attention
-    return 20 * trained + 2 * target.weights + _activation_bytes(source, DISTILL_BATCH_TOKENS[is_small(dense_source)])
+    activations = _activation_bytes(source, DISTILL_BATCH_TOKENS[is_small(dense_source)])
+    return 20 * trained + 2 * target.weights + int(_KEPT_FREED * activations)
 
 
 def _activation_bytes(shape: Shape, tokens: int) -> int:

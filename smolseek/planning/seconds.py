@@ -14,6 +14,8 @@ from smolseek.conversion.sizes import (
     WRITTEN_TOKENS,
     distill_steps,
     is_small,
+    more_windows,
+    own_share,
     refine_steps,
     wanted_windows,
     window_lengths,
@@ -37,10 +39,11 @@ def convert_seconds(
     (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
     the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), and
     both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head (2
-    flops). There each step takes 4 flops for every weight and 2 more for those that it trains. Then activations take
-    time to move, and fp32 weights to read and write. The exact form calibrates nothing unless experts do, and has no
-    moments. Carving is in fp32 (on a CPU twice as fast as float64): 24 flops a weight and token in closed form (router,
-    moves, outputs), whose least squares are float64 (2 I² a token, I³), and 18 in each step of its refinement.
+    flops); on more text that is a pass of its own. There each step takes 4 flops for every weight and 2 more for those
+    that it trains. Then activations take time to move, and fp32 weights to read and write. The exact form calibrates
+    nothing unless experts do, and has no moments. Carving is in fp32 (on a CPU twice as fast as float64): 24 flops a
+    weight and token in closed form (router, moves, outputs), whose least squares are float64 (2 I² a token, I³), and 18
+    in each step of its refinement.
     """
     layers, hidden, width = source.layers, source.hidden, source.cache_numbers
     window, length = window_lengths(dense_source, settings)
@@ -56,7 +59,8 @@ def convert_seconds(
     learns = carves or not settings.exact
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
     read = wanted_windows(dense_source, settings) * length
-    written = min(read, WRITTEN_TOKENS) if set(settings.calibration) <= {SELF} else 0
+    written = min(int(read * own_share(dense_source, settings)), WRITTEN_TOKENS)
+    more = more_windows(dense_source, settings) * length if set(settings.calibration) != {SELF} else 0
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
     trained = source.weights if is_small(dense_source) and not settings.exact else trained
     carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), steps, machine) if carves else 0.0
@@ -75,7 +79,7 @@ def convert_seconds(
             refined * _moved_bytes(source, length, mlp=False),
         ),
         "end-to-end KL": seconds(
-            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary),
+            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary) + more * 2 * source.weights,
             distilled * _moved_bytes(source, length),
         ),
     }

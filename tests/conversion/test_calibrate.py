@@ -1,12 +1,13 @@
 """Calibration from text, from the model itself, and from both, in whole conversions."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from smolseek.config import ConvertSettings
-from smolseek.conversion import calibrate
+from smolseek.conversion import calibrate, distill
 from smolseek.conversion.calibrate import read_calibration, read_text
 from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
@@ -54,6 +55,31 @@ def test_the_model_writes_its_share_beside_the_text(source, quick, text, tmp_pat
     assert all(fact["source"] == text for fact in plain.facts["sources"])
     equal = read(source, tmp_path / "out", quick(calibration=(text, "self")))
     assert {fact["windows"] for fact in equal.facts["sources"]} == {7}
+
+
+def test_the_end_to_end_stage_has_more_of_the_text_that_is_named(source, quick, text, tmp_path, monkeypatch):
+    plain = read(source, tmp_path / "out", quick(calibration=("self", text)))
+    monkeypatch.setattr(calibrate, "more_windows", lambda *_: 5)
+    more = read(source, tmp_path / "out", quick(calibration=("self", text)))
+    assert len(plain.more_BT) == 0 and more.more_BT.shape == (5, 64) and len(all_windows(more)) == 14
+    assert {fact["source"]: fact["windows"] for fact in more.facts["sources"]} == {"self": 7, text: 7 + 5}
+    assert more.facts["end_to_end_tokens"] == more.facts["refinement_tokens"] + 5 * 64
+    assert more.facts["tokens_sha256"] != plain.facts["tokens_sha256"]
+    own = read(source, tmp_path / "out", quick(calibration=("self",)))
+    assert len(own.more_BT) == 0  # what the model writes takes time
+
+
+def test_a_conversion_learns_end_to_end_from_more_text(source, quick, tmp_path, monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(calibrate, "more_windows", lambda *_: 5)
+    monkeypatch.setattr(calibrate, "wanted_windows", lambda *_: 6)
+    monkeypatch.setattr(distill, "distill", lambda *args, **_: seen.append(args[2]))
+    settings = quick(kv_lora_rank=8, qk_rope_head_dim=4, refine_steps=2, distill_steps=2)
+    out = convert(source, tmp_path / "out", settings=settings)
+    facts = json.loads((out / "conversion.json").read_text())["calibration"]
+    ((states, _), *_) = seen[0]
+    assert len(states.ids_BT) == len(states.final_BTD) == facts["refinement_tokens"] // 64 + 5
+    assert facts["end_to_end_tokens"] == states.ids_BT.numel()
 
 
 def test_the_model_writes_more_where_there_is_too_little_text(source, quick, tmp_path):

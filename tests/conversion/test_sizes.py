@@ -11,7 +11,10 @@ from smolseek.conversion.sizes import (
     CACHE_SHARE,
     cache_sizes,
     distill_steps,
+    more_windows,
+    own_share,
     refine_steps,
+    unnamed_text,
     wanted_windows,
     window_lengths,
 )
@@ -150,6 +153,35 @@ def test_a_smaller_cache_takes_as_many_times_the_text() -> None:
     large = read_source(TINY | {"num_hidden_layers": 2000})
     half, eighth = (wanted_windows(large, ConvertSettings(cache=share)) for share in (0.5, 0.125))
     assert eighth == 4 * half
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({"cache": 0.5}, 90 * 1024),
+        ({"cache": 0.25}, 2**17),  # at most
+        ({"exact": True, "experts": "carve"}, 90 * 1024),
+        ({"cache": 0.5, "distill_steps": 1}, 0),
+    ],
+)
+def test_the_steps_of_a_large_source_hardly_meet_a_window_twice(fields: dict[str, Any], tokens: int) -> None:
+    source, settings = read_source(SMOLLM2_135M), ConvertSettings(**fields)
+    read = wanted_windows(source, settings)
+    assert (read + more_windows(source, settings)) * 256 == max(tokens, read * 256)
+
+
+@pytest.mark.parametrize("fields", [{"refine_steps": 0}, {"exact": True}, {"exact": True, "experts": "upcycle"}])
+def test_no_more_text_is_read_where_there_is_no_end_to_end_stage(fields: dict[str, Any]) -> None:
+    assert more_windows(read_source(SMOLLM2_135M), ConvertSettings(**fields)) == 0
+    assert more_windows(read_source(TINY), ConvertSettings()) == 0  # a small source meets the same text many times
+
+
+def test_prose_stands_beside_what_a_large_source_writes() -> None:
+    large, small = read_source(SMOLLM2_135M), read_source(TINY)
+    assert unnamed_text(large) == ("self", "builtin:prose") and unnamed_text(small) == ("self",)
+    assert own_share(large, ConvertSettings()) == 0.5 and own_share(small, ConvertSettings()) == 1.0
+    named = ConvertSettings(calibration=("a.txt", "self"), calibration_weights=(3.0, 1.0))
+    assert own_share(large, named) == 0.25 and own_share(large, ConvertSettings(calibration=("a.txt",))) == 0
 
 
 def test_a_source_of_more_than_500_million_parameters_has_no_end_to_end_stage() -> None:

@@ -43,13 +43,20 @@ def test_what_a_recipe_trains_with_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "layers", "steps", "measured_gb"),
-    [("135M", 30, 0, 1.56), ("1.7B", 24, 0, 12.84), ("1.7B", 2, 0, 4.19), ("135M", 30, None, 3.49)],
+    ("shape", "layers", "fields", "measured_gb"),
+    [
+        ("135M", 30, {"refine_steps": 0}, 1.56),
+        ("1.7B", 24, {"refine_steps": 0}, 12.84),
+        ("1.7B", 2, {"refine_steps": 0}, 4.19),
+        ("135M", 30, {"cache": 0.5}, 5.43),
+    ],
 )
-def test_memory_to_convert_is_what_was_measured(shape: str, layers: int, steps: int | None, measured_gb: float) -> None:
+def test_memory_to_convert_is_what_was_measured(
+    shape: str, layers: int, fields: dict[str, Any], measured_gb: float
+) -> None:
     """Peaks from benchmarks/results: moments in memory, in files, and a fit that needs more than calibration; and of
-    the end-to-end stage by itself, from LOG.md."""
+    a whole conversion with its end-to-end stage, from LOG.md."""
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32}
     source = SMOLLM2_135M | (wide if shape == "1.7B" else {}) | {"num_hidden_layers": layers}
-    memory = plan(source, ConvertSettings(refine_steps=steps), FAST_COMPUTE).convert.memory_bytes
+    memory = plan(source, ConvertSettings(**fields), FAST_COMPUTE).convert.memory_bytes
     assert memory == pytest.approx(1e9 * measured_gb, rel=0.1)

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from smolseek.config import SELF, SEPARATOR, DataSettings
+from smolseek.config import PROSE, SELF, SEPARATOR, DataSettings
 from smolseek.data.documents import Columns
 from smolseek.data.sources.base import ChainedSources, Source
 from smolseek.data.sources.files import READERS, FileSource
 from smolseek.data.sources.hub import HubSource
 from smolseek.data.sources.python import PythonSource
 
+_PROSE = Path(__file__).parents[2] / "assets" / "prose"
 _REMEDIES = {".json": "write one JSON object a line, as .jsonl"} | dict.fromkeys(
     (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"), "unpack it"
 )
@@ -21,9 +22,10 @@ _REMEDIES = {".json": "write one JSON object a line, as .jsonl"} | dict.fromkeys
 
 
 def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEPARATOR) -> Source:  # noqa: B008
-    """Returns the source that `spec` names: builtin:python, hub:ID[@REVISION][:CONFIG], or local files.
+    """Returns the source that `spec` names: builtin:python, builtin:prose, hub:ID[@REVISION][:CONFIG], or local files.
 
-    Those are a file or a glob (.txt, .jsonl, .parquet), or a folder: all such files in it and in its subfolders.
+    builtin:prose is text of many kinds that comes with smolseek. Local files are a file or a glob (.txt, .jsonl,
+    .parquet), or a folder: all such files in it and in its subfolders.
 
     Raises:
         ValueError: no such file, no files in the folder, a file's type is not one of the three, or the name is that of
@@ -35,8 +37,10 @@ def open_source(spec: str, *, columns: Columns = Columns(), separator: str = SEP
         )
     if spec == "builtin:python":
         return PythonSource()
+    if spec == PROSE:
+        return FileSource(_files(str(_PROSE)), columns, SEPARATOR)
     if spec.startswith("builtin:"):
-        raise ValueError(f"data source {spec}: unknown; the built-in text is builtin:python")
+        raise ValueError(f"data source {spec}: unknown; the built-in texts are builtin:python and {PROSE}")
     if spec.startswith("hub:"):
         return HubSource(spec, columns)
     return FileSource(_files(spec), columns, separator)

@@ -17,7 +17,7 @@ def test_several_sources_are_one(files):
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [("nowhere.txt", "no such file"), ("builtin:java", "builtin:python")],
+    [("nowhere.txt", "no such file"), ("builtin:java", "built-in texts are builtin:python and builtin:prose")],
 )
 def test_sources_that_are_not_there(spec, words):
     with pytest.raises(ValueError, match=words):
