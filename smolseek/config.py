@@ -327,6 +327,17 @@ def check_fields(settings: Any) -> None:
             raise ValueError(f"{name}: {value!r} is not of the type that it must have, {kind}")
 
 
+def check_weights(data: DataSettings, name: str = "data.train", weights_name: str = "data.weights") -> None:
+    """Raises ValueError unless there are no weights, or one above 0 for each source; the names are for the message."""
+    weights = list(data.weights)
+    if weights and len(weights) != len(data.train):
+        raise ValueError(
+            f"{weights_name} {weights}: {len(weights)} for {len(data.train)} sources of {name}; give each its own"
+        )
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"{weights_name} {weights}: must be above 0; leave a source out in place of 0")
+
+
 def _build(kind: Any, tree: Any, where: str) -> Any:
     """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
     if not isinstance(tree, dict):

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from smolseek.checkpoint.hub import load_stock, load_tokenizer
-from smolseek.config import SELF
+from smolseek.config import SELF, check_weights
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
 from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, more_windows, wanted_windows, window_lengths
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
-from smolseek.data.splits import check_weights
 from smolseek.generation import end_tokens
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype

@@ -63,7 +63,7 @@ def distill_model(
     layers = matched_layers(job.source)
     states = states or dense_states(dense, calibration.refined_BT, layers)
     if len(calibration.more_BT):
-        states = states.and_(dense_states(dense, calibration.more_BT, layers))
+        states = states.with_more(dense_states(dense, calibration.more_BT, layers))
     texts = [(states, max(1, DISTILL_BATCH_TOKENS[is_small(job.source)] // states.ids_BT.shape[1]))]
     if layers:
         beginnings_BT = cut_beginnings(states.ids_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)

@@ -38,8 +38,8 @@ class DenseStates:
         behind_BTD = {index: states_BTD[rows] for index, states_BTD in self.behind_BTD.items()}
         return DenseStates(ids_BT, self.final_BTD[rows], behind_BTD)
 
-    def and_(self, more: DenseStates) -> DenseStates:
-        """Returns those of both windows."""
+    def with_more(self, more: DenseStates) -> DenseStates:
+        """Returns the states of these windows, and behind them of those in `more`."""
         behind_BTD = {index: torch.cat([states, more.behind_BTD[index]]) for index, states in self.behind_BTD.items()}
         ids_BT, final_BTD = torch.cat([self.ids_BT, more.ids_BT]), torch.cat([self.final_BTD, more.final_BTD])
         return DenseStates(ids_BT, final_BTD, behind_BTD)

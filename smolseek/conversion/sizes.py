@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from smolseek.config import PROSE, SELF, ConvertSettings
+from smolseek.config import PROSE, SELF, ConvertSettings, DataSettings, check_weights
 from smolseek.formats.dense import DenseSource
 from smolseek.formats.runtimes import VLLM_HEADS, VLLM_LATENTS
 
@@ -149,19 +149,26 @@ def unnamed_text(source: DenseSource) -> tuple[str, ...]:
 
 
 def own_share(source: DenseSource, settings: ConvertSettings) -> float:
-    """Returns the share of the refinement windows that the model writes."""
-    names = settings.calibration or unnamed_text(source)
-    weights = settings.calibration_weights or (1.0,) * len(names)
-    return sum(weight for name, weight in zip(names, weights, strict=False) if name == SELF) / sum(weights)
+    """Returns the share of the refinement windows that the model writes.
+
+    Raises:
+        ValueError: as `check_weights` does.
+    """
+    if not settings.calibration:
+        return 1 / len(unnamed_text(source))
+    data = DataSettings(train=settings.calibration, weights=settings.calibration_weights)
+    check_weights(data, "calibration", "calibration_weights")
+    weights = data.weights or (1.0,) * len(data.train)
+    return sum(weight for name, weight in zip(data.train, weights, strict=True) if name == SELF) / sum(weights)
 
 
 def more_windows(source: DenseSource, settings: ConvertSettings) -> int:
     """Returns how many windows of text the end-to-end stage wants beside those of refinement.
 
-    A large source's few steps then hardly meet a window twice: twice the text is worth more than twice the steps
-    (LOG.md).
+    A large source's few steps then hardly meet a window twice: the same steps on more text end lower (LOG.md). What the
+    model writes takes time, so there is no more of it.
     """
-    if is_small(source) or (settings.exact and settings.experts != "carve"):
+    if is_small(source) or (settings.exact and settings.experts != "carve") or set(settings.calibration) == {SELF}:
         return 0
     _, length = window_lengths(source, settings)
     tokens = min(distill_steps(source, settings) * DISTILL_BATCH_TOKENS[False], _MOST_DISTILLED)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolseek.config import DataSettings
+from smolseek.config import DataSettings, check_weights
 from smolseek.data.documents import PART_CHARACTERS, Document
 from smolseek.data.encoding import encode_text
 from smolseek.data.packing import Packed, join, pack
 from smolseek.data.sources import PythonSource, open_sources
 from smolseek.data.sources.base import Source, every_document
-from smolseek.data.splits import check_weights, is_held_out, is_trained_on
+from smolseek.data.splits import is_held_out, is_trained_on
 
 _CHARACTERS_PER_TOKEN = 8  # more than a token has in most texts, so that enough text is drawn
 _SPAN_WINDOWS = 2

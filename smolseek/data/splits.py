@@ -38,14 +38,3 @@ def held_out_documents(settings: DataSettings) -> Iterator[Document]:
             yield document
         elif is_held_out(document, settings.held_out_share):
             yield document._replace(ends=True)
-
-
-def check_weights(data: DataSettings, name: str = "data.train", weights_name: str = "data.weights") -> None:
-    """Raises ValueError unless there are no weights, or one above 0 for each source; the names are for the message."""
-    weights = list(data.weights)
-    if weights and len(weights) != len(data.train):
-        raise ValueError(
-            f"{weights_name} {weights}: {len(weights)} for {len(data.train)} sources of {name}; give each its own"
-        )
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"{weights_name} {weights}: must be above 0; leave a source out in place of 0")

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smolseek.config import DataSettings
+from smolseek.config import DataSettings, check_weights
 from smolseek.data.encoding import encode_marked, read_marks
 from smolseek.data.prefetch import Prefetcher
 from smolseek.data.sources import open_sources
 from smolseek.data.sources.base import Source
-from smolseek.data.splits import check_weights, is_trained_on
+from smolseek.data.splits import is_trained_on
 
 _DOCUMENTS_AT_ONCE = 32  # fewer calls of the tokenizer, each of which uses all cores
 _WINDOWS_AHEAD = 64

@@ -27,7 +27,7 @@ from smolseek.machine import Machine
 from smolseek.planning.shapes import Shape, source_shape, target_shape
 
 _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
-_KEPT_FREED = 1.5  # of the end-to-end stage's activations, counted on the measured peak
+_KEPT_FREED = 1.5  # times the end-to-end stage's activations, fitted to the one measured peak
 _LOGITS_AT_ONCE = 2**23  # held in training
 _LOGITS_COPIES = 4  # logits, their gradient, probabilities, log-probabilities
 _LOGITS_CHUNK_BYTES = 2**28  # of the loss, in training
@@ -136,8 +136,8 @@ def _distilling_bytes(dense_source: DenseSource, source: Shape, target: Shape, s
     """Returns what the end-to-end stage holds beside the dense model and its states.
 
     Of the weights that are trained there are five copies: themselves, those of before, gradients and two moments. All
-    are there once more in bf16, on processors with units for it, until a step ends. The process keeps what it frees,
-    and so holds more than the activations at once.
+    are there once more in bf16, on processors with units for it, until a step ends. Activations count for more than
+    they are, for the process keeps memory that it frees.
     """
     whole = is_small(dense_source) or settings.experts == "carve"
     trained = target.total if whole else target.layers * target.attention

@@ -5,7 +5,7 @@ Symbols: D hidden_size, Y = 2 k (keys and values of a token).
 
 from __future__ import annotations
 
-from smolseek.config import SELF, ConvertSettings
+from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import (
     CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
@@ -60,7 +60,7 @@ def convert_seconds(
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
     read = wanted_windows(dense_source, settings) * length
     written = min(int(read * own_share(dense_source, settings)), WRITTEN_TOKENS)
-    more = more_windows(dense_source, settings) * length if set(settings.calibration) != {SELF} else 0
+    more = more_windows(dense_source, settings) * length
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
     trained = source.weights if is_small(dense_source) and not settings.exact else trained
     carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), steps, machine) if carves else 0.0

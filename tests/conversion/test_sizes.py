@@ -170,8 +170,11 @@ def test_the_steps_of_a_large_source_hardly_meet_a_window_twice(fields: dict[str
     assert (read + more_windows(source, settings)) * 256 == max(tokens, read * 256)
 
 
-@pytest.mark.parametrize("fields", [{"refine_steps": 0}, {"exact": True}, {"exact": True, "experts": "upcycle"}])
-def test_no_more_text_is_read_where_there_is_no_end_to_end_stage(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"refine_steps": 0}, {"exact": True}, {"exact": True, "experts": "upcycle"}, {"calibration": ("self",)}],
+)
+def test_no_more_text_is_read_without_an_end_to_end_stage_or_where_the_model_writes_it(fields: dict[str, Any]) -> None:
     assert more_windows(read_source(SMOLLM2_135M), ConvertSettings(**fields)) == 0
     assert more_windows(read_source(TINY), ConvertSettings()) == 0  # a small source meets the same text many times
 
@@ -182,6 +185,13 @@ def test_prose_stands_beside_what_a_large_source_writes() -> None:
     assert own_share(large, ConvertSettings()) == 0.5 and own_share(small, ConvertSettings()) == 1.0
     named = ConvertSettings(calibration=("a.txt", "self"), calibration_weights=(3.0, 1.0))
     assert own_share(large, named) == 0.25 and own_share(large, ConvertSettings(calibration=("a.txt",))) == 0
+
+
+@pytest.mark.parametrize(("weights", "words"), [((0.0, 0.0), "must be above 0"), ((1.0,), "1 for 2 sources")])
+def test_weights_that_fit_no_text_are_refused_before_they_are_counted(weights: Any, words: str) -> None:
+    settings = ConvertSettings(calibration=("self", "a.txt"), calibration_weights=weights)
+    with pytest.raises(ValueError, match=words):
+        own_share(read_source(SMOLLM2_135M), settings)
 
 
 def test_a_source_of_more_than_500_million_parameters_has_no_end_to_end_stage() -> None:

@@ -15,7 +15,7 @@ MEASURED_MACHINE = Machine(flops_per_second=385e9, bytes_per_second=36.26e9, flo
 
 
 @pytest.mark.parametrize(
-    ("stage", "measured"), [("sample text", 52), ("closed form", 180), ("refine layers", 137), ("end-to-end KL", 430)]
+    ("stage", "measured"), [("sample text", 55), ("closed form", 190), ("refine layers", 160), ("end-to-end KL", 430)]
 )
 def test_seconds_of_a_stage_are_near_those_that_were_measured(stage: str, measured: float) -> None:
     """SmolLM2-135M-Instruct at half its cache, 852 s in all (LOG.md)."""
