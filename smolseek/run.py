@@ -208,7 +208,7 @@ def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher, proces
         watcher.on_progress(stage, done, count)
 
     data = calibration_text(recipe)
-    settings = dataclasses.replace(recipe.convert, calibration=data.train)
+    settings = dataclasses.replace(recipe.convert, calibration=data.train, calibration_weights=data.weights)
     convert(
         recipe.source,
         out,

@@ -18,7 +18,16 @@ from smolseek.checkpoint.hub import load_stock, load_tokenizer
 from smolseek.config import SELF, check_weights
 from smolseek.conversion.job import Job
 from smolseek.conversion.self_text import read_openings, sample_windows
-from smolseek.conversion.sizes import WRITTEN_TOKENS, is_small, more_windows, wanted_windows, window_lengths
+from smolseek.conversion.sizes import (
+    BEGINNING_TOKENS,
+    BEGINNINGS,
+    WRITTEN_TOKENS,
+    is_small,
+    more_windows,
+    own_share,
+    wanted_windows,
+    window_lengths,
+)
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.data import calibration_windows
 from smolseek.data.encoding import check_vocabulary
@@ -39,21 +48,24 @@ class Calibration:
     refined_BT: Tensor
     """For layer-wise refinement and the end-to-end stage."""
     more_BT: Tensor
-    """For the end-to-end stage too: text that is named, as far as there is more."""
+    """For the end-to-end stage too: longer windows of text that is named, those of refinement among them."""
+    beginnings_BT: Tensor
+    """For refinement and the end-to-end stage of a large source: short windows."""
     judged_BT: Tensor
-    """For losses by stage. Nothing is learnt from them, unless there is one window only."""
+    """For losses by stage. Nothing is learnt from them, unless no text has more than one window."""
     facts: dict[str, Any]
-    """How many there are and of which sources, for conversion.json; `judged_apart` is False if one window is all that
-    there is, which is then learnt from and judged by."""
+    """How many there are and of which sources, for conversion.json; `judged_apart` is False if what is learnt
+    from is judged by, too."""
 
 
 @dataclass(frozen=True)
 class NamedText:
     """The windows of the sources that were named, before the model has written its own."""
 
+    judged_BT: Tensor
     windows_BT: Tensor
     more_BT: Tensor
-    """Those for the end-to-end stage alone."""
+    """Longer windows for the end-to-end stage, whose pieces `windows_BT` are; none where it reads no more text."""
     sources: list[dict[str, Any]]
     """How much was read of which."""
     sampled: int
@@ -62,7 +74,7 @@ class NamedText:
     @property
     def facts(self) -> dict[str, Any]:
         """What the calibration follows from, together with source and settings."""
-        digest = _digest(self.windows_BT, self.more_BT)
+        digest = _digest(self.judged_BT, self.windows_BT, self.more_BT)
         return {"sources": self.sources, "sampled": self.sampled, "tokens_sha256": digest}
 
 
@@ -76,26 +88,37 @@ def read_text(job: Job) -> NamedText:
     data, (_, length) = job.data, window_lengths(job.source, job.settings)
     check_weights(data, "calibration", "calibration_weights")
     tokenizer = load_tokenizer(job.folder)
-    windows = wanted_windows(job.source, job.settings) + _JUDGED_WINDOWS[is_small(job.source)]
-    shares = list(zip(data.train, data.weights or (1.0,) * len(data.train), strict=True))
-    read = [(name, weight) for name, weight in shares if name != SELF]
+    refined, judged = wanted_windows(job.source, job.settings), _JUDGED_WINDOWS[is_small(job.source)]
+    weighted = zip(data.train, data.weights or (1.0,) * len(data.train), strict=True)
+    shares = [(name, weight) for name, weight in weighted if name != SELF]
     most = max(1, WRITTEN_TOKENS // length)
-    if not read:
+    if not shares:
         nothing_BT = torch.empty(0, length, dtype=torch.long)
-        return NamedText(nothing_BT, nothing_BT, [], min(windows, most))
-    wanted = max(1, round(windows * sum(weight for _, weight in read) / sum(weight for _, weight in shares)))
-    names, weights = zip(*read, strict=True)
-    windows_BT, sources = calibration_windows(
+        return NamedText(nothing_BT, nothing_BT, nothing_BT, [], min(refined + judged, most))
+    named = 1 - own_share(job.source, job.settings)
+    wanted, apart = max(1, round((refined + judged) * named)), round(judged * named)
+    more, long = more_windows(job.source, job.settings)
+    pieces = long // length if more else 1
+    names, weights = zip(*shares, strict=True)
+    drawn_BT, sources = calibration_windows(
         tokenizer,
-        dataclasses.replace(data, train=names, weights=weights if data.weights else ()),
-        windows=wanted + more_windows(job.source, job.settings),
-        window_tokens=length,
+        dataclasses.replace(data, train=names, weights=weights),
+        windows=more + apart if more else wanted,
+        window_tokens=pieces * length,
         seed=job.settings.seed,
     )
-    check_vocabulary(windows_BT, job.source.vocab_size)
-    windows_BT, more_BT = windows_BT[:wanted], windows_BT[wanted:]
-    sampled = min(windows - len(windows_BT), most) if SELF in data.train else 0
-    return NamedText(windows_BT, more_BT, sources, sampled)
+    check_vocabulary(drawn_BT, job.source.vocab_size)
+    apart = _apart(len(drawn_BT), apart)
+    judged_BT, more_BT = drawn_BT[:apart, :length], drawn_BT[apart:]
+    windows_BT = more_BT.unflatten(1, (pieces, length)).transpose(0, 1).flatten(0, 1)[: max(1, wanted - apart)]
+    sources = [fact | {"windows": fact["windows"] * pieces} for fact in sources]
+    sampled = min(refined + judged - len(judged_BT) - len(windows_BT), most) if SELF in data.train else 0
+    return NamedText(judged_BT, windows_BT, more_BT if more else more_BT[:0], sources, sampled)
+
+
+def _apart(windows: int, most: int) -> int:
+    """Returns how many of the windows of a text nothing is learnt from: at most a quarter, and one must stay."""
+    return max(1, min(most, windows // 4)) if windows > 1 and most else 0
 
 
 def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration:
@@ -107,15 +130,15 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         ValueError: as `read_openings` and `sample_windows` do.
     """
     settings, (tokens, length) = job.settings, window_lengths(job.source, job.settings)
-    windows_BT, sources = text.windows_BT, text.sources
+    judged_BT, refined_BT, sources = text.judged_BT, text.windows_BT, text.sources
     if text.sampled:
         own_BT, documents = _sampled(job, text.sampled, length, work)
-        windows_BT = torch.cat([windows_BT, own_BT])
-        windows_BT = windows_BT[torch.randperm(len(windows_BT), generator=torch.Generator().manual_seed(settings.seed))]
+        apart = _apart(len(own_BT), _JUDGED_WINDOWS[is_small(job.source)] - len(judged_BT))
+        judged_BT, refined_BT = torch.cat([judged_BT, own_BT[:apart]]), torch.cat([refined_BT, own_BT[apart:]])
+        refined_BT = refined_BT[torch.randperm(len(refined_BT), generator=torch.Generator().manual_seed(settings.seed))]
         sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]
-    most = _JUDGED_WINDOWS[is_small(job.source)]
-    judged = max(1, min(most, len(windows_BT) // 4)) if len(windows_BT) > 1 else 0
-    judged_BT, refined_BT = windows_BT[:judged] if judged else windows_BT, windows_BT[judged:]
+    judged = len(judged_BT)
+    judged_BT = judged_BT if judged else refined_BT
     moments_BT = refined_BT.reshape(-1, tokens)[: settings.calibration_windows]
     facts = {
         "windows": len(moments_BT),
@@ -123,11 +146,30 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         "refinement_tokens": refined_BT.numel(),
         "end_to_end_tokens": refined_BT.numel() + text.more_BT.numel(),
         "judged_tokens": judged_BT.numel(),
-        "judged_apart": bool(judged),
+        "judged_apart": judged > 0,
         "sources": sources,
-        "tokens_sha256": _digest(windows_BT, text.more_BT),
+        "tokens_sha256": _digest(judged_BT, refined_BT, text.more_BT),
     }
-    return Calibration(moments_BT, refined_BT, text.more_BT, judged_BT, facts)
+    beginnings_BT = refined_BT[:0] if is_small(job.source) else _beginnings(job, refined_BT, text.more_BT)
+    return Calibration(moments_BT, refined_BT, text.more_BT, beginnings_BT, judged_BT, facts)
+
+
+def _beginnings(job: Job, *texts_BT: Tensor) -> Tensor:
+    """Returns short windows, cut out of others at random; where the tokenizer puts nothing in front of a text, half of
+    them have a first token drawn evenly from ordinary ones.
+
+    The first token of a window becomes the sink of all attention, whatever it is, and no other token may. One token in
+    256 is too few to learn that from, and those of a few windows are too few kinds.
+    """
+    generator = torch.Generator().manual_seed(job.settings.seed)
+    size = BEGINNING_TOKENS
+    pieces_BT = torch.cat([part_BT[:, : part_BT.shape[1] // size * size].reshape(-1, size) for part_BT in texts_BT])
+    pieces_BT = pieces_BT[torch.randperm(len(pieces_BT), generator=generator)[:BEGINNINGS]]
+    openings = read_openings(load_tokenizer(job.folder), job.source.vocab_size, ())
+    if not openings.start:
+        index = torch.zeros(len(pieces_BT[::2]), dtype=torch.long)
+        pieces_BT[::2, 0] = openings.draw(index, generator)
+    return pieces_BT
 
 
 def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:
@@ -165,4 +207,5 @@ def _sample(job: Job, windows: int, window_tokens: int) -> tuple[Tensor, int]:
 
 
 def _digest(*windows_BT: Tensor) -> str:
-    return hashlib.sha256(torch.cat(windows_BT).to(torch.int64).numpy().tobytes()).hexdigest()
+    ids = torch.cat([part_BT.flatten() for part_BT in windows_BT])
+    return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()

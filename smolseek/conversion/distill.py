@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import DenseStates, shuffled
-from smolseek.conversion.sizes import DISTILL_BATCH_TOKENS, is_small, matched_layers
+from smolseek.conversion.sizes import BEGINNING_BATCH_TOKENS, DISTILL_BATCH_TOKENS, is_small, matched_layers
 from smolseek.conversion.student import layers_of, mean_divergence, mean_loss, own_weights
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
@@ -38,9 +39,6 @@ _RATE_PER_ROOT = 0.009
 """The same for the few steps of other sources, times the root of the KL that they begin with: weights then have a way
 to go that is about as long as this root, for KL is of second order in them (LOG.md)."""
 _BALANCE_SPEED = 1e-3
-_BEGINNING_TOKENS = 4
-_BEGINNINGS = 32
-"""Beginnings in a step, beside its windows."""
 _LARGE_PARTS = (MultiheadLatentAttention, MixtureOfExperts)
 """What is trained of a large source: the few tokens of its stage say little about all the other weights."""
 
@@ -61,20 +59,20 @@ def distill_model(
     changing = {*trained, *dict(student.named_buffers())}  # routing biases among the latter
     kept = {name: tensor.clone() for name, tensor in student.state_dict().items() if name in changing}
     layers = matched_layers(job.source)
-    states = states or dense_states(dense, calibration.refined_BT, layers)
+    steps, seed = job.distill_steps, job.settings.seed
+    texts: list[States] = [states or dense_states(dense, calibration.refined_BT, layers)]
     if len(calibration.more_BT):
-        states = states.with_more(dense_states(dense, calibration.more_BT, layers))
-    texts = [(states, max(1, DISTILL_BATCH_TOKENS[is_small(job.source)] // states.ids_BT.shape[1]))]
-    if layers:
-        beginnings_BT = cut_beginnings(states.ids_BT, job.distill_steps * _BEGINNINGS, job.settings.seed)
-        texts.append((dense_states(dense, beginnings_BT, layers), _BEGINNINGS))
+        texts.append(NewStates(dense, calibration.more_BT, layers))
+    parts_of_steps = [draw(texts, DISTILL_BATCH_TOKENS[is_small(job.source)], steps, seed)]
+    if len(calibration.beginnings_BT):
+        beginnings = NewStates(dense, calibration.beginnings_BT, layers)
+        parts_of_steps.append(draw([beginnings], BEGINNING_BATCH_TOKENS["distill"], steps, seed))
     distill(
         student,
         dense.get_output_embeddings().weight,
-        texts,
+        zip(*parts_of_steps, strict=True),
         trained,
-        steps=job.distill_steps,
-        seed=job.settings.seed,
+        steps=steps,
         rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before**0.5,
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
         shares=job.shares,
@@ -91,32 +89,30 @@ def distill_model(
 def distill(
     student: DeepseekV3,
     dense_head_VD: Tensor,
-    texts: Sequence[tuple[DenseStates, int]],
+    batches: Iterable[Sequence[tuple[States, Tensor]]],
     parameters: dict[str, nn.Parameter],
     *,
     steps: int,
-    seed: int,
     rate: float,
     on_step: Callable[[int], None],
     shares: Shares = ALONE,
 ) -> None:
     """Train `parameters` in place by `distillation_loss`; routing biases balance all along.
 
-    A step takes the given number of windows of each text, and its loss is the mean over their tokens. `rate` is a
-    step's share of a parameter's size, times the root of the number of layers; `on_step(done)` reports progress
-    (docs/method.md, "End-to-end KL"). Several processes divide every step's windows.
+    `batches` has for each of the `steps` some windows of one text or several, by number, and the loss is the mean over
+    all their tokens. `rate` is a step's share of a parameter's size, times the root of the number of layers;
+    `on_step(done)` reports progress (docs/method.md, "End-to-end KL"). Several processes divide every step's windows.
     """
     for layer in layers_of(student):
         scale_latents(layer.self_attn, 1 / LATENT_RMS)
     take_expert_counts(student)
     descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps, shares=shares)
-    tokens = sum(count * text.ids_BT.shape[1] for text, count in texts)
-    chosen = [shuffled(len(text.ids_BT), count, steps, seed) for text, count in texts]
-    for step, rows_of_each in enumerate(zip(*chosen, strict=True)):
+    for step, parts in enumerate(batches):
+        tokens = [len(rows) * text.ids_BT.shape[1] for text, rows in parts]
         losses = []
-        for (text, count), rows in zip(texts, rows_of_each, strict=True):
+        for (text, rows), count in zip(parts, tokens, strict=True):
             if len(own := shares.own(rows)):
-                share = count * text.ids_BT.shape[1] / tokens * len(own) / len(rows) * shares.size
+                share = count / sum(tokens) * len(own) / len(rows) * shares.size
                 losses.append(share * distillation_loss(student, dense_head_VD, text.of(own)))
         descent.step(torch.stack(losses).sum() if losses else None)
         counts = take_expert_counts(student)
@@ -129,16 +125,22 @@ def distill(
         scale_latents(layer.self_attn, LATENT_RMS)
 
 
-def cut_beginnings(windows_BT: Tensor, count: int, seed: int) -> Tensor:
-    """Returns short windows, cut out of others at random.
+def draw(texts: Sequence[States], tokens: int, steps: int, seed: int) -> Iterator[tuple[States, Tensor]]:
+    """Returns for each step a text and the numbers of some of its windows, about `tokens` tokens.
 
-    The first token of a window becomes the sink of all attention, whatever it is, and no other token may. One token in
-    256 is too few to learn that from.
+    Texts have windows of different lengths, and a step has windows of one length. Each window comes once before any
+    comes again, in an order drawn from `seed`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    whole = windows_BT.shape[1] // _BEGINNING_TOKENS * _BEGINNING_TOKENS
-    pieces_BT = windows_BT[:, :whole].reshape(-1, _BEGINNING_TOKENS)
-    return pieces_BT[torch.randperm(len(pieces_BT), generator=generator)[:count]]
+    counts = [max(1, tokens // text.ids_BT.shape[1]) for text in texts]
+    rows = [shuffled(len(text.ids_BT), count, steps, seed) for text, count in zip(texts, counts, strict=True)]
+    turns = [
+        index
+        for index, (text, count) in enumerate(zip(texts, counts, strict=True))
+        for _ in range(0, len(text.ids_BT), count)
+    ]
+    for turn in shuffled(len(turns), 1, steps, seed):
+        index = turns[int(turn)]
+        yield texts[index], next(rows[index])
 
 
 def distillation_loss(student: DeepseekV3, dense_head_VD: Tensor, states: DenseStates) -> Tensor:
@@ -173,6 +175,22 @@ def _outputs(model: DeepseekV3, kept: dict[int, Tensor], layers: Iterable[int]) 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@dataclass(frozen=True)
+class NewStates:
+    """Windows that are met about once: the dense model's states on them are computed when they are."""
+
+    dense: Any
+    ids_BT: Tensor
+    layers: Iterable[int]
+
+    def of(self, rows: Tensor) -> DenseStates:
+        """Returns those of some windows, all where the dense model lies."""
+        return dense_states(self.dense, self.ids_BT[rows].to(self.dense.device), self.layers)
+
+
+States = DenseStates | NewStates
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,14 @@ from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import DenseStates, ResidualStream
-from smolseek.conversion.sizes import CARVE_TOKENS, is_small, matched_layers
+from smolseek.conversion.sizes import (
+    BEGINNING_BATCH_TOKENS,
+    CARVE_TOKENS,
+    REFINE_BATCH_TOKENS,
+    REFINED_BEGINNINGS,
+    is_small,
+    matched_layers,
+)
 from smolseek.conversion.student import layers_of
 from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
@@ -42,8 +50,14 @@ def refine_layers(
     Returns errors by layer, and the dense model's states on the refinement windows. Layers that the work folder holds
     are loaded from it.
     """
-    stream = ResidualStream(dense.model, calibration.refined_BT, job.shares)
-    rope = student.model.rope(calibration.refined_BT.shape[1])
+    texts = [(calibration.refined_BT, REFINE_BATCH_TOKENS)]
+    if job.refines_attention and len(calibration.beginnings_BT):
+        texts.append((calibration.beginnings_BT[:REFINED_BEGINNINGS], BEGINNING_BATCH_TOKENS["refine"]))
+    streams = [
+        (student.model.rope(windows_BT.shape[1]), ResidualStream(dense.model, windows_BT, job.shares, tokens))
+        for windows_BT, tokens in texts
+    ]
+    stream = streams[0][1]
     student.config = DeepseekV3Config(**job.target)
     errors, layers = [], layers_of(student)
     behind_BTD: dict[int, Tensor] = {}
@@ -58,13 +72,16 @@ def refine_layers(
         if kept is not None:
             block.load_state_dict(kept[0])
             facts = kept[1]
-        stream.enter(index)
+        for _, each in streams:
+            each.enter(index)
         if kept is None and job.refines_attention:
-            facts |= _refine_attention(job, layer.self_attn, rope, stream, index)
-        stream.pass_attention(partial(layer.self_attn, rope=rope))
+            facts |= _refine_attention(job, layer.self_attn, streams, index)
+        for rope, each in streams:
+            each.pass_attention(partial(layer.self_attn, rope=rope))
         if kept is None and carves:
             facts |= _carve_mlp(job, layer.mlp, dense.model.layers[index].mlp, stream, index)
-        stream.pass_mlp(layer.mlp)
+        for _, each in streams:
+            each.pass_mlp(layer.mlp)
         if index in matched_layers(job.source):
             behind_BTD[index] = stream.hidden_BTD.to(compute_dtype(dense.device, "auto"))
         if kept is None:
@@ -76,34 +93,43 @@ def refine_layers(
 
 def refine_attention(
     block: MultiheadLatentAttention,
-    rope: Rope,
-    stream: ResidualStream,
+    streams: Sequence[tuple[Rope, ResidualStream]],
     *,
     steps: int,
     seed: int,
     rate: float,
 ) -> None:
-    """Train a converted attention block in place to give the output of the dense block that the stream stands before.
+    """Train a converted attention block in place to give the output of the dense block that the streams stand before.
 
-    It trains in stock form, norm and all (docs/method.md, "Refinement"). Processes that share the stream divide every
-    step's windows.
+    A step takes windows of each stream, and its loss is the sum of their relative errors. The block trains in stock
+    form, norm and all (docs/method.md, "Refinement"). Processes that share the streams divide every step's windows.
     """
+    shares = streams[0][1].shares
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # they can do all that norms could
-    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads, shares=stream.shares)
-    for rows in stream.batches(steps, seed):
-        x_BTD, target_BTD = stream.attention(stream.shares.own(rows))
-        loss = attention_loss(block, rope, x_BTD, target_BTD) if len(x_BTD) else None
-        descent.step(loss, target_BTD.square().sum())  # the loss is over this energy
+    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads, shares=shares)
+    for rows_of_each in zip(*(stream.batches(steps, seed) for _, stream in streams), strict=True):
+        parts = [
+            (rope, *stream.attention(shares.own(rows)))
+            for (rope, stream), rows in zip(streams, rows_of_each, strict=True)
+        ]
+        energies = torch.stack([target_BTD.square().sum() for _, _, target_BTD in parts])
+        shares.sum_(energies)
+        losses = [
+            attention_loss(block, *part, energy) for part, energy in zip(parts, energies, strict=True) if len(part[1])
+        ]
+        descent.step(shares.size * torch.stack(losses).sum() if losses else None)
     descent.end()
     scale_latents(block, LATENT_RMS)
 
 
-def attention_loss(block: MultiheadLatentAttention, rope: Rope, x_BTD: Tensor, target_BTD: Tensor) -> Tensor:
-    """Returns E|converted - dense|² / E|dense|² of a batch."""
+def attention_loss(
+    block: MultiheadLatentAttention, rope: Rope, x_BTD: Tensor, target_BTD: Tensor, energy: Tensor
+) -> Tensor:
+    """Returns Σ|converted - dense|² of a batch over `energy`: that of the dense outputs in all processes' batches."""
     with autocast(x_BTD.device, "auto"):
         out_BTD = block(x_BTD, rope)
-    return (out_BTD - target_BTD).square().mean() / target_BTD.square().mean()
+    return (out_BTD - target_BTD).square().sum() / energy
 
 
 @torch.no_grad()
@@ -119,12 +145,13 @@ def attention_error(block: MultiheadLatentAttention, rope: Rope, stream: Residua
 
 
 def _refine_attention(
-    job: Job, block: MultiheadLatentAttention, rope: Rope, stream: ResidualStream, index: int
+    job: Job, block: MultiheadLatentAttention, streams: Sequence[tuple[Rope, ResidualStream]], index: int
 ) -> dict[str, float]:
-    """Refine one attention block in place; returns its error before and after."""
+    """Refine one attention block in place; returns its error before and after, on the first stream."""
+    rope, stream = streams[0]
     before, start = attention_error(block, rope, stream), copy.deepcopy(block.state_dict())
     seed, rate = job.settings.seed + index, _RATE[is_small(job.source)]
-    refine_attention(block, rope, stream, steps=job.refine_steps, seed=seed, rate=rate)
+    refine_attention(block, streams, steps=job.refine_steps, seed=seed, rate=rate)
     after = attention_error(block, rope, stream)
     better = after < before  # false too where the refined block gives NaN
     if not better:

@@ -38,15 +38,11 @@ class DenseStates:
         behind_BTD = {index: states_BTD[rows] for index, states_BTD in self.behind_BTD.items()}
         return DenseStates(ids_BT, self.final_BTD[rows], behind_BTD)
 
-    def with_more(self, more: DenseStates) -> DenseStates:
-        """Returns the states of these windows, and behind them of those in `more`."""
-        behind_BTD = {index: torch.cat([states, more.behind_BTD[index]]) for index, states in self.behind_BTD.items()}
-        ids_BT, final_BTD = torch.cat([self.ids_BT, more.ids_BT]), torch.cat([self.final_BTD, more.final_BTD])
-        return DenseStates(ids_BT, final_BTD, behind_BTD)
-
 
 class ResidualStream:
     """Both streams (B, T, D) over all windows, and the output of the dense attention block that they stand before.
+
+    A step of training takes about `step_tokens` of them.
 
     The converted stream has passed converted blocks only, so that a block learns from inputs such as it will meet. No
     other activations are kept. Errors are told on new text: the first `probe` windows are not trained on, where
@@ -55,9 +51,12 @@ class ResidualStream:
     the whole stream: what they train on changes from step to step.
     """
 
-    def __init__(self, model: Any, windows_BT: Tensor, shares: Shares = ALONE) -> None:
+    def __init__(
+        self, model: Any, windows_BT: Tensor, shares: Shares = ALONE, step_tokens: int = REFINE_BATCH_TOKENS
+    ) -> None:
         self.model, self.shares = model, shares
         self.batch = max(1, REFINE_BATCH_TOKENS // windows_BT.shape[1])
+        self.step_windows = max(1, step_tokens // windows_BT.shape[1])
         probe = max(1, _PROBE_TOKENS // windows_BT.shape[1])
         self.probe = probe if len(windows_BT) > probe else 0
         with torch.no_grad():
@@ -138,7 +137,7 @@ class ResidualStream:
     def batches(self, steps: int, seed: int) -> Iterator[Tensor]:
         """Returns `steps` batches of window numbers, every window once before any comes again."""
         count = len(self.hidden_BTD) - self.probe
-        return (self.probe + rows for rows in shuffled(count, self.batch, steps, seed))
+        return (self.probe + rows for rows in shuffled(count, self.step_windows, steps, seed))
 
 
 def shuffled(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

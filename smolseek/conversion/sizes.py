@@ -18,6 +18,12 @@ SPILL_BYTES = 2**30
 REFINE_BATCH_TOKENS = 1024
 """Tokens in a step of layer-wise refinement. Half as many steps of twice as many tokens cost the same and end higher
 (LOG.md)."""
+BEGINNING_TOKENS = 4
+"""Length of the short windows that a large source's stages learn what windows begin with from."""
+BEGINNINGS, REFINED_BEGINNINGS = 4096, 2048
+"""How many there are, and how many of them the refinement reads."""
+BEGINNING_BATCH_TOKENS = {"refine": 256, "distill": 128}
+"""Tokens of beginnings in a step, beside its windows."""
 DISTILL_BATCH_TOKENS = {True: 2048, False: 1024}
 """Tokens in a step of the end-to-end stage: of a small source, and of others, whose twice as many steps of half as many
 tokens cost the same and end lower (LOG.md)."""
@@ -45,8 +51,9 @@ half the length teach a large one more in less time, also about longer ones (LOG
 _STREAM_NUMBERS = {True: 2**26, False: 2**24}
 """Most numbers of the residual stream while layers are refined: of a small source, whose end-to-end stage meets the
 same windows again and again, and of others."""
-_MOST_DISTILLED = 2**17
-"""Most tokens of text of a large source's end-to-end stage, for the dense model's states on all of them are kept."""
+_MORE_WINDOW_TOKENS = 1024
+"""Length of the windows of named text in a large source's end-to-end stage. One of them in a step teaches more than
+four of a quarter its length, also about short ones (LOG.md)."""
 
 WRITTEN_TOKENS = 2**16
 """Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
@@ -162,17 +169,20 @@ def own_share(source: DenseSource, settings: ConvertSettings) -> float:
     return sum(weight for name, weight in zip(data.train, weights, strict=True) if name == SELF) / sum(weights)
 
 
-def more_windows(source: DenseSource, settings: ConvertSettings) -> int:
-    """Returns how many windows of text the end-to-end stage wants beside those of refinement.
+def more_windows(source: DenseSource, settings: ConvertSettings) -> tuple[int, int]:
+    """Returns how many windows of named text the end-to-end stage reads beside those of refinement, and their tokens.
 
     A large source's few steps then hardly meet a window twice: the same steps on more text end lower (LOG.md). What the
-    model writes takes time, so there is no more of it.
+    model writes takes time, so there is no more of it. The windows are several times as long as those of refinement,
+    which are pieces of them. There are none where refinement reads as much.
     """
-    if is_small(source) or (settings.exact and settings.experts != "carve") or set(settings.calibration) == {SELF}:
-        return 0
     _, length = window_lengths(source, settings)
-    tokens = min(distill_steps(source, settings) * DISTILL_BATCH_TOKENS[False], _MOST_DISTILLED)
-    return max(0, tokens // length - wanted_windows(source, settings))
+    long = max(1, min(_MORE_WINDOW_TOKENS, source.max_position_embeddings) // length) * length
+    if is_small(source) or (settings.exact and settings.experts != "carve"):
+        return 0, long
+    refined, own = wanted_windows(source, settings) * length, own_share(source, settings)
+    named = distill_steps(source, settings) * DISTILL_BATCH_TOKENS[False] - int(refined * own)
+    return (named // long if own < 1 and named > refined * (1 - own) else 0), long
 
 
 def cache_sizes(source: DenseSource, share: float, profile: str, rope_dim: int | None = None) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from smolseek.conversion.sizes import (
     distill_steps,
     is_small,
     matched_layers,
-    more_windows,
     refine_steps,
     wanted_windows,
     window_lengths,
@@ -125,9 +124,7 @@ def convert_bytes(
     if trains and refine_steps(dense_source, settings):
         stages.append(converted + 12 * streamed)
     if trains and distill_steps(dense_source, settings):
-        more = more_windows(dense_source, settings) * length * source.hidden
-        seen = more + streamed * (2 if more else 1)  # the refinement's states are copied to those of more text
-        states = seen * (4 + 2 * len(matched_layers(dense_source)))  # the dense model's
+        states = streamed * (4 + 2 * len(matched_layers(dense_source)))  # the dense model's
         stages.append(states + _distilling_bytes(dense_source, source, target, settings))
     return 4 * source.total + max(stages)
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import (
+    BEGINNING_BATCH_TOKENS,
+    BEGINNING_TOKENS,
     CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
     DISTILL_BATCH_TOKENS,
     REFINE_BATCH_TOKENS,
+    REFINED_BEGINNINGS,
     WRITTEN_TOKENS,
     distill_steps,
     is_small,
@@ -54,13 +57,16 @@ def convert_seconds(
     moments = hidden**2 + (2 * width) ** 2
     float64 = 0 if settings.exact else calibrated * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
     steps = refine_steps(dense_source, settings)
-    refined = 0 if settings.exact else steps * REFINE_BATCH_TOKENS
+    begins = not (settings.exact or is_small(dense_source))
+    refined = 0 if settings.exact else steps * (REFINE_BATCH_TOKENS + begins * BEGINNING_BATCH_TOKENS["refine"])
     carves = settings.experts == "carve"
     learns = carves or not settings.exact
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
     read = wanted_windows(dense_source, settings) * length
     written = min(int(read * own_share(dense_source, settings)), WRITTEN_TOKENS)
-    more = more_windows(dense_source, settings) * length
+    passed = (read + begins * REFINED_BEGINNINGS * BEGINNING_TOKENS) * bool(refined or carves)
+    more, long = more_windows(dense_source, settings)
+    new = distilled if more else 0
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
     trained = source.weights if is_small(dense_source) and not settings.exact else trained
     carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), steps, machine) if carves else 0.0
@@ -75,12 +81,12 @@ def convert_seconds(
             calibrated * _moved_bytes(source, window),
         ),
         "refine layers": seconds(
-            refined * 8 * layers * target.attention + carved + (4 * read * source.weights if refined or carves else 0),
+            refined * 8 * layers * target.attention + carved + passed * 4 * source.weights,
             refined * _moved_bytes(source, length, mlp=False),
         ),
         "end-to-end KL": seconds(
-            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary) + more * 2 * source.weights,
-            distilled * _moved_bytes(source, length),
+            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary) + new * 2 * source.weights,
+            distilled * _moved_bytes(source, long if more else length),
         ),
     }
     return {name: part for name, part in (parts | copied).items() if part}

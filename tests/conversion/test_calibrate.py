@@ -11,6 +11,7 @@ from smolseek.conversion import calibrate, distill
 from smolseek.conversion.calibrate import read_calibration, read_text
 from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
+from smolseek.conversion.self_text import Openings
 from smolseek.conversion.work_folder import WorkFolder
 from tests.text import write_stories
 
@@ -57,29 +58,48 @@ def test_the_model_writes_its_share_beside_the_text(source, quick, text, tmp_pat
     assert {fact["windows"] for fact in equal.facts["sources"]} == {7}
 
 
-def test_the_end_to_end_stage_has_more_of_the_text_that_is_named(source, quick, text, tmp_path, monkeypatch):
+def test_the_end_to_end_stage_has_longer_windows_of_the_text_that_is_named(source, quick, text, tmp_path, monkeypatch):
     plain = read(source, tmp_path / "out", quick(calibration=("self", text)))
-    monkeypatch.setattr(calibrate, "more_windows", lambda *_: 5)
+    monkeypatch.setattr(calibrate, "more_windows", lambda *_: (12, 128))
     more = read(source, tmp_path / "out", quick(calibration=("self", text)))
-    assert len(plain.more_BT) == 0 and more.more_BT.shape == (5, 64) and len(all_windows(more)) == 14
-    assert {fact["source"]: fact["windows"] for fact in more.facts["sources"]} == {"self": 7, text: 7 + 5}
-    assert more.facts["end_to_end_tokens"] == more.facts["refinement_tokens"] + 5 * 64
+    assert len(plain.more_BT) == 0 and more.more_BT.shape == (12, 128) and len(all_windows(more)) == 14
+    pieces = {tuple(row) for row in more.more_BT.view(24, 64).tolist()}
+    assert sum(tuple(row) in pieces for row in more.refined_BT.tolist()) == 3  # four are judged by
+    assert not any(tuple(row) in pieces for row in more.judged_BT.tolist())
+    assert {fact["source"]: fact["windows"] for fact in more.facts["sources"]} == {"self": 7, text: 2 * (12 + 4)}
+    assert more.facts["end_to_end_tokens"] == more.facts["refinement_tokens"] + 12 * 128
     assert more.facts["tokens_sha256"] != plain.facts["tokens_sha256"]
-    own = read(source, tmp_path / "out", quick(calibration=("self",)))
-    assert len(own.more_BT) == 0  # what the model writes takes time
 
 
-def test_a_conversion_learns_end_to_end_from_more_text(source, quick, tmp_path, monkeypatch):
+def test_a_conversion_learns_end_to_end_from_longer_windows(source, quick, tmp_path, monkeypatch):
     seen: list[Any] = []
-    monkeypatch.setattr(calibrate, "more_windows", lambda *_: 5)
+    monkeypatch.setattr(calibrate, "more_windows", lambda *_: (5, 128))
     monkeypatch.setattr(calibrate, "wanted_windows", lambda *_: 6)
-    monkeypatch.setattr(distill, "distill", lambda *args, **_: seen.append(args[2]))
-    settings = quick(kv_lora_rank=8, qk_rope_head_dim=4, refine_steps=2, distill_steps=2)
+    monkeypatch.setattr(distill, "distill", lambda *args, **_: seen.extend(args[2]))
+    settings = quick(kv_lora_rank=8, qk_rope_head_dim=4, refine_steps=2, distill_steps=6)
     out = convert(source, tmp_path / "out", settings=settings)
     facts = json.loads((out / "conversion.json").read_text())["calibration"]
-    ((states, _), *_) = seen[0]
-    assert len(states.ids_BT) == len(states.final_BTD) == facts["refinement_tokens"] // 64 + 5
-    assert facts["end_to_end_tokens"] == states.ids_BT.numel()
+    texts = {id(text): text for ((text, _),) in seen}.values()
+    assert sorted(text.ids_BT.shape[1] for text in texts) == [64, 128] and len(seen) == 6
+    assert facts["end_to_end_tokens"] == sum(text.ids_BT.numel() for text in texts)
+
+
+@pytest.mark.parametrize("start", [[], [1]])
+def test_beginnings_are_pieces_of_the_windows_half_of_them_behind_any_token(
+    start, source, quick, text, tmp_path, monkeypatch
+):
+    """Where the tokenizer puts a token in front of a text, no other begins it."""
+    ordinary = torch.tensor([7])
+    monkeypatch.setattr(calibrate, "read_openings", lambda *_: Openings(start, ordinary))
+    small = read(source, tmp_path / "out", quick(calibration=(text,)))
+    monkeypatch.setattr(calibrate, "is_small", lambda _: False)
+    large = read(source, tmp_path / "out", quick(calibration=(text,)))
+    assert len(small.beginnings_BT) == 0
+    pieces = {tuple(piece) for piece in large.refined_BT.reshape(-1, 4).tolist()}
+    whole, cut = large.beginnings_BT[1::2].tolist(), large.beginnings_BT[::2].tolist()
+    assert len(whole) + len(cut) == large.refined_BT.numel() // 4 and {tuple(piece) for piece in whole} <= pieces
+    assert {tuple(piece[1:]) for piece in cut} <= {piece[1:] for piece in pieces}
+    assert all(piece[0] == 7 for piece in cut) is (not start)
 
 
 def test_the_model_writes_more_where_there_is_too_little_text(source, quick, tmp_path):

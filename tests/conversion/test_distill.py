@@ -2,7 +2,7 @@
 
 import torch
 
-from smolseek.conversion.distill import cut_beginnings, dense_states, distill, distillation_loss
+from smolseek.conversion.distill import NewStates, dense_states, distill, distillation_loss, draw
 from tests.factories import layers_of, random_ids, tiny_v3
 
 
@@ -19,7 +19,8 @@ def test_distillation_brings_the_logits_nearer_and_balances(teacher):
 
     before, done = divergence(), []
     head_VD, states = teacher.lm_head.weight, dense_states(teacher, windows)
-    distill(student, head_VD, [(states, 128)], trained, steps=20, seed=0, rate=0.011, on_step=done.append)
+    batches = zip(draw([states], 128 * 16, 20, seed=0))
+    distill(student, head_VD, batches, trained, steps=20, rate=0.011, on_step=done.append)
     assert divergence() < 0.8 * before
     assert done == list(range(1, 21))
     assert not any(p.requires_grad for p in student.parameters())
@@ -48,19 +49,28 @@ def test_the_loss_is_the_kl_and_the_distance_of_the_streams(teacher):
     torch.testing.assert_close(loss, kl + apart, rtol=0.02, atol=0)
 
 
-def test_a_step_takes_windows_of_each_text(teacher):
+def test_a_step_takes_windows_of_one_length_and_beginnings(teacher):
     student, seen = tiny_v3(hidden_size=32), []
-    texts = [(dense_states(teacher, random_ids(8, 16)), 3), (dense_states(teacher, random_ids(20, 4), [0]), 5)]
+    short, long = (dense_states(teacher, random_ids(*shape)) for shape in ((8, 16), (2, 64)))
+    beginnings = NewStates(teacher, random_ids(20, 4), [0])
     hidden_states = student.hidden_states
     student.hidden_states = lambda ids: seen.append(tuple(ids.shape)) or hidden_states(ids)
     trained = dict(student.named_parameters())
-    distill(student, teacher.lm_head.weight, texts, trained, steps=2, seed=0, rate=0.01, on_step=lambda done: None)
-    assert seen == 2 * [(3, 16), (5, 4)]
+    batches = zip(draw([short, long], 64, 4, seed=0), draw([beginnings], 20, 4, seed=0), strict=True)
+    distill(student, teacher.lm_head.weight, batches, trained, steps=4, rate=0.01, on_step=lambda done: None)
+    assert sorted(seen[::2]) == [(1, 64), (1, 64), (4, 16), (4, 16)] and seen[1::2] == 4 * [(5, 4)]
 
 
-def test_beginnings_are_pieces_of_the_windows():
-    windows_BT = torch.arange(3 * 18).view(3, 18)
-    pieces = cut_beginnings(windows_BT, 100, seed=0)
-    wanted = {tuple(range(18 * row + at, 18 * row + at + 4)) for row in range(3) for at in (0, 4, 8, 12)}
-    assert {tuple(piece) for piece in pieces.tolist()} == wanted and len(pieces) == 12
-    assert len(cut_beginnings(windows_BT, 5, seed=0)) == 5
+def test_every_window_is_drawn_once_before_any_comes_again(teacher):
+    texts = [NewStates(teacher, random_ids(*shape), []) for shape in ((6, 16), (5, 32))]
+    drawn = [(text is texts[1], row) for text, rows in draw(texts, 32, 16, seed=0) for row in rows.tolist()]
+    once = [(False, row) for row in range(6)] + [(True, row) for row in range(5)]
+    assert sorted(drawn[:11]) == sorted(drawn[11:]) == once
+
+
+def test_states_are_the_same_whether_they_are_kept_or_computed_when_they_are_met(teacher):
+    ids, rows = random_ids(6, 16), torch.tensor([4, 1])
+    kept, new = dense_states(teacher, ids, [0]).of(rows), NewStates(teacher, ids, [0]).of(rows)
+    torch.testing.assert_close(new.final_BTD, kept.final_BTD, rtol=0.02, atol=0.1)
+    torch.testing.assert_close(new.behind_BTD, kept.behind_BTD, rtol=0.02, atol=0.1)
+    assert torch.equal(new.ids_BT, kept.ids_BT)

@@ -34,10 +34,24 @@ def test_refinement_lowers_the_error_and_repeats_itself(teacher, block):
     stream.enter(0)
     before = attention_error(attention, rope, stream)
     for each in (attention, twin):
-        refine_attention(each, rope, stream, steps=30, seed=3, rate=0.015)
+        refine_attention(each, [(rope, stream)], steps=30, seed=3, rate=0.015)
     assert attention_error(attention, rope, stream) < 0.7 * before
     for ours, theirs in zip(attention.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_refinement_keeps_what_windows_begin_with(teacher, block):
+    """One token in 16 begins a window, and those of two windows are few kinds: beginnings teach what others do."""
+    attention, rope = block
+    twin = copy.deepcopy(attention)
+    windows, beginnings, others = (ResidualStream(teacher.model, random_ids(*s)) for s in ((2, 16), (64, 4), (500, 4)))
+    for stream in (windows, beginnings, others):
+        stream.enter(0)
+    short = tuple(part[:, :4] for part in rope)
+    both = [(rope, windows), (short, beginnings)]
+    refine_attention(attention, [(rope, windows)], steps=30, seed=3, rate=0.015)
+    refine_attention(twin, both, steps=30, seed=3, rate=0.015)
+    assert attention_error(twin, short, others) < 0.8 * attention_error(attention, short, others)
 
 
 def test_a_block_that_refinement_breaks_is_as_before(teacher, block, monkeypatch):
@@ -54,6 +68,6 @@ def test_a_block_that_refinement_breaks_is_as_before(teacher, block, monkeypatch
     monkeypatch.setattr(refine, "refine_attention", break_it)
     monkeypatch.setattr(refine, "is_small", lambda source: True)
     job = SimpleNamespace(settings=ConvertSettings(), refine_steps=1, source=None)
-    facts = refine._refine_attention(job, attention, rope, stream, 0)
+    facts = refine._refine_attention(job, attention, [(rope, stream)], 0)
     assert facts["attention_error"] == facts["attention_error_refined"] == attention_error(attention, rope, stream)
     assert all(torch.equal(tensor, before[name]) for name, tensor in attention.state_dict().items())

@@ -56,7 +56,8 @@ def test_a_block_learns_behind_the_converted_blocks_before_it(teacher):
 
 def test_the_probe_is_not_trained_on(teacher):
     stream = ResidualStream(teacher.model, random_ids(140, 16))
-    assert (stream.probe, stream.batch) == (128, 64)
+    assert (stream.probe, stream.batch, stream.step_windows) == (128, 64, 64)
+    assert ResidualStream(teacher.model, random_ids(2, 16), step_tokens=256).step_windows == 16
     stream.enter(0)
     stream.pass_attention(dense_attention(stream))
     probe, rest = stream.mlp_samples()
