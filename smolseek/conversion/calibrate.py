@@ -108,7 +108,7 @@ def read_text(job: Job) -> NamedText:
         seed=job.settings.seed,
     )
     check_vocabulary(drawn_BT, job.source.vocab_size)
-    apart = _apart(len(drawn_BT), apart)
+    apart = _count_aside(len(drawn_BT), apart)
     judged_BT, more_BT = drawn_BT[:apart, :length], drawn_BT[apart:]
     windows_BT = more_BT.unflatten(1, (pieces, length)).transpose(0, 1).flatten(0, 1)[: max(1, wanted - apart)]
     sources = [fact | {"windows": fact["windows"] * pieces} for fact in sources]
@@ -116,7 +116,7 @@ def read_text(job: Job) -> NamedText:
     return NamedText(judged_BT, windows_BT, more_BT if more else more_BT[:0], sources, sampled)
 
 
-def _apart(windows: int, most: int) -> int:
+def _count_aside(windows: int, most: int) -> int:
     """Returns how many of the windows of a text nothing is learnt from: at most a quarter, and one must stay."""
     return max(1, min(most, windows // 4)) if windows > 1 and most else 0
 
@@ -133,7 +133,7 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
     judged_BT, refined_BT, sources = text.judged_BT, text.windows_BT, text.sources
     if text.sampled:
         own_BT, documents = _sampled(job, text.sampled, length, work)
-        apart = _apart(len(own_BT), _JUDGED_WINDOWS[is_small(job.source)] - len(judged_BT))
+        apart = _count_aside(len(own_BT), _JUDGED_WINDOWS[is_small(job.source)] - len(judged_BT))
         judged_BT, refined_BT = torch.cat([judged_BT, own_BT[:apart]]), torch.cat([refined_BT, own_BT[apart:]])
         refined_BT = refined_BT[torch.randperm(len(refined_BT), generator=torch.Generator().manual_seed(settings.seed))]
         sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]

@@ -43,11 +43,11 @@ class Descent:
         )
         self.schedule = warmed_cosine(self.optimizer, steps)
 
-    def step(self, loss: Tensor | None, weight: Tensor | float = 1.0) -> None:
-        """One step down: along the mean over the processes, each weighed by `weight`; no loss where one has no rows."""
+    def step(self, loss: Tensor | None) -> None:
+        """One step down: along the mean over the processes; no loss where one has no rows."""
         if loss is not None:
             loss.backward()
-        self.shares.mean_gradients_(self.parameters, weight)
+        self.shares.mean_gradients_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
