@@ -21,6 +21,7 @@ from smolseek.conversion.self_text import read_openings, sample_windows
 from smolseek.conversion.sizes import (
     BEGINNING_TOKENS,
     BEGINNINGS,
+    OPENINGS,
     WRITTEN_TOKENS,
     is_small,
     more_windows,
@@ -49,8 +50,10 @@ class Calibration:
     """For layer-wise refinement and the end-to-end stage."""
     more_BT: Tensor
     """For the end-to-end stage too: longer windows of text that is named, those of refinement among them."""
+    openings_BT: Tensor
+    """For the refinement of a large source: the shortest texts."""
     beginnings_BT: Tensor
-    """For refinement and the end-to-end stage of a large source: short windows."""
+    """For the end-to-end stage of a large source: short windows."""
     judged_BT: Tensor
     """For losses by stage. Nothing is learnt from them, unless no text has more than one window."""
     facts: dict[str, Any]
@@ -150,13 +153,13 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
         "sources": sources,
         "tokens_sha256": _digest(judged_BT, refined_BT, text.more_BT),
     }
-    beginnings_BT = refined_BT[:0] if is_small(job.source) else _beginnings(job, refined_BT, text.more_BT)
-    return Calibration(moments_BT, refined_BT, text.more_BT, beginnings_BT, judged_BT, facts)
+    short = (refined_BT[:0],) * 2 if is_small(job.source) else _short_windows(job, refined_BT, text.more_BT)
+    return Calibration(moments_BT, refined_BT, text.more_BT, *short, judged_BT, facts)
 
 
-def _beginnings(job: Job, *texts_BT: Tensor) -> Tensor:
-    """Returns short windows, cut out of others at random; where the tokenizer puts nothing in front of a text, half of
-    them have a first token drawn evenly from ordinary ones.
+def _short_windows(job: Job, *texts_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the shortest texts, and short windows cut out of others at random; where the tokenizer puts nothing in
+    front of a text, half of the latter have a first token drawn evenly from ordinary ones.
 
     The first token of a window becomes the sink of all attention, whatever it is, and no other token may. One token in
     256 is too few to learn that from, and those of a few windows are too few kinds.
@@ -169,7 +172,7 @@ def _beginnings(job: Job, *texts_BT: Tensor) -> Tensor:
     if not openings.start:
         index = torch.zeros(len(pieces_BT[::2]), dtype=torch.long)
         pieces_BT[::2, 0] = openings.draw(index, generator)
-    return pieces_BT
+    return openings.shortest_texts(OPENINGS, generator), pieces_BT
 
 
 def _sampled(job: Job, windows: int, window_tokens: int, work: WorkFolder) -> tuple[Tensor, int]:

@@ -66,7 +66,7 @@ def distill_model(
     parts_of_steps = [draw(texts, DISTILL_BATCH_TOKENS[is_small(job.source)], steps, seed)]
     if len(calibration.beginnings_BT):
         beginnings = NewStates(dense, calibration.beginnings_BT, layers)
-        parts_of_steps.append(draw([beginnings], BEGINNING_BATCH_TOKENS["distill"], steps, seed))
+        parts_of_steps.append(draw([beginnings], BEGINNING_BATCH_TOKENS, steps, seed))
     distill(
         student,
         dense.get_output_embeddings().weight,

@@ -21,10 +21,9 @@ from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import DenseStates, ResidualStream
 from smolseek.conversion.sizes import (
-    BEGINNING_BATCH_TOKENS,
     CARVE_TOKENS,
+    OPENING_BATCH_TOKENS,
     REFINE_BATCH_TOKENS,
-    REFINED_BEGINNINGS,
     is_small,
     matched_layers,
 )
@@ -51,8 +50,8 @@ def refine_layers(
     are loaded from it.
     """
     texts = [(calibration.refined_BT, REFINE_BATCH_TOKENS)]
-    if job.refines_attention and len(calibration.beginnings_BT):
-        texts.append((calibration.beginnings_BT[:REFINED_BEGINNINGS], BEGINNING_BATCH_TOKENS["refine"]))
+    if job.refines_attention and len(calibration.openings_BT):
+        texts.append((calibration.openings_BT, OPENING_BATCH_TOKENS))
     streams = [
         (student.model.rope(windows_BT.shape[1]), ResidualStream(dense.model, windows_BT, job.shares, tokens))
         for windows_BT, tokens in texts

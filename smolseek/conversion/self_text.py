@@ -43,6 +43,11 @@ class Openings:
             token_B[index_B == index] = token
         return token_B
 
+    def shortest_texts(self, most: int, generator: torch.Generator) -> Tensor:
+        """Returns the openings alone (B, T), each with another token, in an order drawn at random; `most` at most."""
+        drawn_B = self.ordinary_Z[torch.randperm(len(self.ordinary_Z), generator=generator)[:most]]
+        return torch.cat([torch.tensor(self.start).expand(len(drawn_B), -1).long(), drawn_B[:, None]], dim=1)
+
 
 def read_openings(tokenizer: Any, vocab_size: int, end_tokens: Sequence[int]) -> Openings:
     """Returns the openings of a model's texts; ordinary tokens are those that are neither special nor end tokens.

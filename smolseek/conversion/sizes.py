@@ -18,12 +18,10 @@ SPILL_BYTES = 2**30
 REFINE_BATCH_TOKENS = 1024
 """Tokens in a step of layer-wise refinement. Half as many steps of twice as many tokens cost the same and end higher
 (LOG.md)."""
-BEGINNING_TOKENS = 4
-"""Length of the short windows that a large source's stages learn what windows begin with from."""
-BEGINNINGS, REFINED_BEGINNINGS = 4096, 2048
-"""How many there are, and how many of them the refinement reads."""
-BEGINNING_BATCH_TOKENS = {"refine": 256, "distill": 128}
-"""Tokens of beginnings in a step, beside its windows."""
+OPENINGS, OPENING_BATCH_TOKENS = 10_240, 256
+"""How many of the shortest texts a large source's refinement reads, and their tokens in a step, beside its windows."""
+BEGINNINGS, BEGINNING_TOKENS, BEGINNING_BATCH_TOKENS = 4096, 4, 128
+"""How many short windows its end-to-end stage reads, their length, and their tokens in a step, beside its windows."""
 DISTILL_BATCH_TOKENS = {True: 2048, False: 1024}
 """Tokens in a step of the end-to-end stage: of a small source, and of others, whose twice as many steps of half as many
 tokens cost the same and end lower (LOG.md)."""
@@ -39,9 +37,9 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 90
+_LARGE_DISTILL_STEPS = 80
 """Steps of that stage for a source that is not small, at half its cache and above (`_stretch`)."""
-_UNSTRETCHED_SHARE = 0.5
+_UNSTRETCHED_SHARE, _MOST_STRETCHED = 0.5, 4.0
 _LARGEST_DISTILLED = 500_000_000
 """Sources of more parameters have no end-to-end stage unless it is asked for: it holds both models in fp32, and an
 optimizer."""
@@ -83,13 +81,15 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
 
 
 def _stretch(source: DenseSource, settings: ConvertSettings) -> float:
-    """Returns by what a large source's end-to-end steps and text are multiplied: 1 from half the cache on, else more.
+    """Returns the factor of a large source's end-to-end steps and text: 1 from half the cache on, up to 4 below.
 
-    A model that keeps less is farther from the dense one when the end-to-end stage begins (LOG.md).
+    It is the square of half the cache over what is kept: a model that keeps less is farther from the dense one when the
+    stage begins (LOG.md).
     """
     if settings.exact or is_small(source):
         return 1.0
-    return max(1.0, _UNSTRETCHED_SHARE * source.cache_numbers / sum(latent_sizes(source, settings)))
+    times = _UNSTRETCHED_SHARE * source.cache_numbers / sum(latent_sizes(source, settings))
+    return min(max(1.0, times**2), _MOST_STRETCHED)
 
 
 def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:

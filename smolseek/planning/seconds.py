@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import (
-    BEGINNING_BATCH_TOKENS,
-    BEGINNING_TOKENS,
     CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
     DISTILL_BATCH_TOKENS,
+    OPENING_BATCH_TOKENS,
+    OPENINGS,
     REFINE_BATCH_TOKENS,
-    REFINED_BEGINNINGS,
     WRITTEN_TOKENS,
     distill_steps,
     is_small,
@@ -57,14 +56,14 @@ def convert_seconds(
     moments = hidden**2 + (2 * width) ** 2
     float64 = 0 if settings.exact else calibrated * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
     steps = refine_steps(dense_source, settings)
-    begins = not (settings.exact or is_small(dense_source))
-    refined = 0 if settings.exact else steps * (REFINE_BATCH_TOKENS + begins * BEGINNING_BATCH_TOKENS["refine"])
+    opens = not (settings.exact or is_small(dense_source))
+    refined = 0 if settings.exact else steps * (REFINE_BATCH_TOKENS + opens * OPENING_BATCH_TOKENS)
     carves = settings.experts == "carve"
     learns = carves or not settings.exact
     distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
     read = wanted_windows(dense_source, settings) * length
     written = min(int(read * own_share(dense_source, settings)), WRITTEN_TOKENS)
-    passed = (read + begins * REFINED_BEGINNINGS * BEGINNING_TOKENS) * bool(refined or carves)
+    passed = (read + opens * OPENINGS) * bool(refined or carves)
     more, long = more_windows(dense_source, settings)
     new = distilled if more else 0
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves

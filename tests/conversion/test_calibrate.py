@@ -85,16 +85,17 @@ def test_a_conversion_learns_end_to_end_from_longer_windows(source, quick, tmp_p
 
 
 @pytest.mark.parametrize("start", [[], [1]])
-def test_beginnings_are_pieces_of_the_windows_half_of_them_behind_any_token(
+def test_openings_are_the_shortest_texts_and_beginnings_pieces_half_of_them_behind_any_token(
     start, source, quick, text, tmp_path, monkeypatch
 ):
     """Where the tokenizer puts a token in front of a text, no other begins it."""
-    ordinary = torch.tensor([7])
+    ordinary = torch.tensor([7, 7])
     monkeypatch.setattr(calibrate, "read_openings", lambda *_: Openings(start, ordinary))
     small = read(source, tmp_path / "out", quick(calibration=(text,)))
     monkeypatch.setattr(calibrate, "is_small", lambda _: False)
     large = read(source, tmp_path / "out", quick(calibration=(text,)))
-    assert len(small.beginnings_BT) == 0
+    assert len(small.openings_BT) == len(small.beginnings_BT) == 0
+    assert large.openings_BT.tolist() == [[*start, 7]] * 2
     pieces = {tuple(piece) for piece in large.refined_BT.reshape(-1, 4).tolist()}
     whole, cut = large.beginnings_BT[1::2].tolist(), large.beginnings_BT[::2].tolist()
     assert len(whole) + len(cut) == large.refined_BT.numel() // 4 and {tuple(piece) for piece in whole} <= pieces

@@ -41,14 +41,14 @@ def test_refinement_lowers_the_error_and_repeats_itself(teacher, block):
 
 
 def test_refinement_keeps_what_windows_begin_with(teacher, block):
-    """One token in 16 begins a window, and those of two windows are few kinds: beginnings teach what others do."""
+    """One token in 16 begins a window, and those of two windows are few kinds: the shortest texts teach the others."""
     attention, rope = block
     twin = copy.deepcopy(attention)
-    windows, beginnings, others = (ResidualStream(teacher.model, random_ids(*s)) for s in ((2, 16), (64, 4), (500, 4)))
-    for stream in (windows, beginnings, others):
+    windows, openings, others = (ResidualStream(teacher.model, random_ids(*s)) for s in ((2, 16), (64, 1), (500, 1)))
+    for stream in (windows, openings, others):
         stream.enter(0)
-    short = tuple(part[:, :4] for part in rope)
-    both = [(rope, windows), (short, beginnings)]
+    short = tuple(part[:, :1] for part in rope)
+    both = [(rope, windows), (short, openings)]
     refine_attention(attention, [(rope, windows)], steps=30, seed=3, rate=0.015)
     refine_attention(twin, both, steps=30, seed=3, rate=0.015)
     assert attention_error(twin, short, others) < 0.8 * attention_error(attention, short, others)

@@ -135,10 +135,11 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {"cache": 0.5}, 90),
-        (2000, {"cache": 1.0}, 90),
-        (2000, {"cache": 0.25}, 180),
-        (2000, {"exact": True}, 90),
+        (2000, {"cache": 0.5}, 80),
+        (2000, {"cache": 1.0}, 80),
+        (2000, {"cache": 0.25}, 320),
+        (2000, {"cache": 0.125}, 320),
+        (2000, {"exact": True}, 80),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
@@ -149,15 +150,15 @@ def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields:
     assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
 
 
-def test_a_smaller_cache_takes_as_many_times_the_text() -> None:
+def test_a_smaller_cache_takes_more_text_and_at_most_four_times_as_much() -> None:
     large = read_source(TINY | {"num_hidden_layers": 2000})
-    half, eighth = (wanted_windows(large, ConvertSettings(cache=share)) for share in (0.5, 0.125))
-    assert eighth == 4 * half
+    half, quarter, eighth = (wanted_windows(large, ConvertSettings(cache=share)) for share in (0.5, 0.25, 0.125))
+    assert quarter == eighth == 4 * half
 
 
 @pytest.mark.parametrize(
     ("fields", "steps"),
-    [({"cache": 0.5}, 90), ({"cache": 0.25}, 180), ({"exact": True, "experts": "carve"}, 90)],
+    [({"cache": 0.5}, 80), ({"cache": 0.25}, 320), ({"exact": True, "experts": "carve"}, 80)],
 )
 def test_the_steps_of_a_large_source_hardly_meet_a_window_twice(fields: dict[str, Any], steps: int) -> None:
     source, settings = read_source(SMOLLM2_135M), ConvertSettings(**fields)
