@@ -37,7 +37,7 @@ _SMALL = DISTILL_WORK // 100
 """Sources of at most so many parameters, 24 million, are trained longer, and on all weights."""
 _REFINE_STEPS = {True: 300, False: 40}
 """Steps of layer-wise refinement when their number is not given: of a small source, and of others."""
-_LARGE_DISTILL_STEPS = 80
+_LARGE_DISTILL_STEPS = 60
 """Steps of that stage for a source that is not small, at half its cache and above (`_stretch`)."""
 _UNSTRETCHED_SHARE, _MOST_STRETCHED = 0.5, 4.0
 _LARGEST_DISTILLED = 500_000_000

@@ -135,11 +135,11 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
     [
         (2, {}, 600),
         (400, {}, 172),
-        (2000, {"cache": 0.5}, 80),
-        (2000, {"cache": 1.0}, 80),
-        (2000, {"cache": 0.25}, 320),
-        (2000, {"cache": 0.125}, 320),
-        (2000, {"exact": True}, 80),
+        (2000, {"cache": 0.5}, 60),
+        (2000, {"cache": 1.0}, 60),
+        (2000, {"cache": 0.25}, 240),
+        (2000, {"cache": 0.125}, 240),
+        (2000, {"exact": True}, 60),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
@@ -158,7 +158,7 @@ def test_a_smaller_cache_takes_more_text_and_at_most_four_times_as_much() -> Non
 
 @pytest.mark.parametrize(
     ("fields", "steps"),
-    [({"cache": 0.5}, 80), ({"cache": 0.25}, 320), ({"exact": True, "experts": "carve"}, 80)],
+    [({"cache": 0.5}, 60), ({"cache": 0.25}, 240), ({"exact": True, "experts": "carve"}, 60)],
 )
 def test_the_steps_of_a_large_source_hardly_meet_a_window_twice(fields: dict[str, Any], steps: int) -> None:
     source, settings = read_source(SMOLLM2_135M), ConvertSettings(**fields)
