@@ -72,7 +72,8 @@ class ConvertSettings:
     but 40 for a source above 24M parameters."""
     distill_steps: int | None = None
     """Steps of end-to-end distillation (KL to the dense model) after that; none: what takes minutes on a CPU, 600 at
-    most; above 24M parameters 60, and up to 240 where less than half of the cache is kept; 0 above 500M."""
+    most; above 24M parameters 60, and up to 240 for carved experts or where less than half of the cache is kept; 0
+    above 500M."""
     exact: bool = False
     """Convert exactly: the same logits and a larger cache; only transformers loads the result."""
     seed: int = 0

@@ -59,6 +59,17 @@ def mlp_fields(neurons: int, layers: int, settings: ConvertSettings) -> dict[str
     }
 
 
+def active_share(neurons: int, layers: int, settings: ConvertSettings) -> float:
+    """Returns the share of its experts, the shared ones among them, that a token meets: of carved ones, of the neurons.
+
+    Raises:
+        ValueError: as `mlp_fields` does.
+    """
+    fields = mlp_fields(neurons, layers, settings)
+    shared, routed, chosen = (fields[name] for name in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok"))
+    return float((shared + chosen) / (shared + routed))
+
+
 def _upcycle(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, int]:
     """Returns shared experts, routed experts, routed experts per token and neurons of one expert, before padding.
 

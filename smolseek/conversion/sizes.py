@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from smolseek.config import PROSE, SELF, ConvertSettings, DataSettings, check_weights
+from smolseek.conversion.expert_sizes import active_share
 from smolseek.formats.dense import DenseSource
 from smolseek.formats.runtimes import VLLM_HEADS, VLLM_LATENTS
 
@@ -83,13 +84,17 @@ def distill_steps(source: DenseSource, settings: ConvertSettings) -> int:
 def _stretch(source: DenseSource, settings: ConvertSettings) -> float:
     """Returns the factor of a large source's end-to-end steps and text: 1 from half the cache on, up to 4 below.
 
-    It is the square of half the cache over what is kept: a model that keeps less is farther from the dense one when the
-    stage begins (LOG.md).
+    It is the square of half the cache over what is kept, and of all neurons over those that a token meets: a model that
+    keeps less is farther from the dense one when the stage begins (LOG.md).
     """
-    if settings.exact or is_small(source):
+    if is_small(source):
         return 1.0
-    times = _UNSTRETCHED_SHARE * source.cache_numbers / sum(latent_sizes(source, settings))
-    return min(max(1.0, times**2), _MOST_STRETCHED)
+    times = 1.0
+    if not settings.exact:
+        times = max(times, _UNSTRETCHED_SHARE * source.cache_numbers / sum(latent_sizes(source, settings)))
+    if settings.experts == "carve":
+        times /= active_share(source.intermediate_size, source.num_hidden_layers, settings)
+    return min(times**2, _MOST_STRETCHED)
 
 
 def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:

@@ -140,6 +140,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
         (2000, {"cache": 0.25}, 240),
         (2000, {"cache": 0.125}, 240),
         (2000, {"exact": True}, 60),
+        (2000, {"exact": True, "experts": "carve", "active": 0.75}, 107),
         (10_000, {"refine_steps": 0}, 0),
         (2, {"refine_steps": 0}, 0),
         (2000, {"distill_steps": 7}, 7),
@@ -158,7 +159,12 @@ def test_a_smaller_cache_takes_more_text_and_at_most_four_times_as_much() -> Non
 
 @pytest.mark.parametrize(
     ("fields", "steps"),
-    [({"cache": 0.5}, 60), ({"cache": 0.25}, 240), ({"exact": True, "experts": "carve"}, 60)],
+    [
+        ({"cache": 0.5}, 60),
+        ({"cache": 0.25}, 240),
+        ({"exact": True, "experts": "carve"}, 107),
+        ({"experts": "carve"}, 170),
+    ],
 )
 def test_the_steps_of_a_large_source_hardly_meet_a_window_twice(fields: dict[str, Any], steps: int) -> None:
     source, settings = read_source(SMOLLM2_135M), ConvertSettings(**fields)

@@ -91,8 +91,8 @@ def test_every_layout_computes_the_linear_layer(layout: Any, rows: int, width: i
 
 @pytest.mark.parametrize("tokens", [8, 9, 31])
 def test_a_cache_read_in_parts(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, entries = torch.randn(1, 1, 3, 16), torch.randn(1, 1, tokens, 16)
+    q, entries = torch.randn(1, 1, 3, 16).double(), torch.randn(1, 1, tokens, 16).double()
     whole = F.scaled_dot_product_attention(q, entries, entries, scale=0.5)
     monkeypatch.setattr(attention, "_SPLIT_TOKENS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    torch.testing.assert_close(_attend_one_token(q, entries, None, 0.5), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(_attend_one_token(q, entries, None, 0.5), whole, rtol=0, atol=1e-12)
