@@ -107,6 +107,17 @@ def test_eval_of_several_texts_against_the_dense_model(source, text, tmp_path, c
     assert "stride 32: must be 1 to 31" in capsys.readouterr().err
 
 
+def test_eval_of_experts_tells_their_balance(source, text, tmp_path, capsys):
+    out = str(tmp_path / "experts")
+    assert main(["convert", str(source), out, "--exact", "--experts", "upcycle", "--calibration", text]) == 0
+    capsys.readouterr()
+    assert main(["eval", out, "--text", text, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["maxvio"] == max(found["maxvio_per_layer"].values()) and list(found["maxvio_per_layer"]) == ["0", "1"]
+    assert main(["eval", out, "--text", text]) == 0
+    assert "MaxVio of the worst layer" in capsys.readouterr().out
+
+
 def test_the_needle_needs_no_text(source, capsys):
     assert main(["eval", str(source), "--needle", "--needle-trials", "2", "--seed", "3"]) == 0
     assert "copied from, tokens before" in capsys.readouterr().out

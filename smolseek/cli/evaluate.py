@@ -39,7 +39,7 @@ class Eval:
     """Folder, hub id or builtin:base of any causal model, or GGUF file of a dense one."""
     text: tuple[str, ...] = ()
     """Perplexity and bits per byte of each of these, and of all together: files, globs (.txt, .jsonl, .parquet) or
-    builtin:python (its held-out split)."""
+    builtin:python (its held-out split). Of a model with experts also their balance."""
     compare: str | None = None
     """Dense model to compare with: shows where the two differ on the text, and the scores of both. None, with --tasks:
     the source in conversion.json."""
@@ -102,6 +102,7 @@ def run_eval(command: Eval) -> None:
     with progress_bars() as on_progress:
         if texts:
             sections.append(_measure_texts(command, models, texts, on_progress))
+            sections += _measure_balance(models[0], texts)
         if command.needle:
             sections.append(_measure_needle(command, models, tokenizer, texts, on_progress))
     if names:
@@ -168,6 +169,25 @@ def _measure_texts(command: Eval, models: list[Model], texts: dict[str, Packed],
     if comparison is None:
         return tree, shown
     return tree | {"comparison": comparison.to_dict()}, f"{shown}\n\n{_difference_table(comparison)}"
+
+
+def _measure_balance(model: Model, texts: dict[str, Packed]) -> list[Section]:
+    """Returns MaxVio over all texts together as one section; none of a model without routed experts."""
+    import torch
+
+    from smolseek.checkpoint.hub import as_ours
+    from smolseek.evaluation import measure_balance
+    from smolseek.model import DeepseekV3
+    from smolseek.model.balance import routers
+
+    ours = as_ours(model)
+    if not isinstance(ours, DeepseekV3) or not routers(ours):
+        return []
+    ids_T = torch.cat([text.ids_T for text in texts.values()])
+    by_layer = {layer: round(maxvio, 4) for layer, maxvio in measure_balance(ours, ids_T).items()}
+    layer, worst = max(by_layer.items(), key=lambda item: item[1])
+    shown = f"MaxVio of the worst layer ({layer}) over {len(ids_T):,} tokens: {worst:.3f}; 0 is balanced"
+    return [({"maxvio": worst, "maxvio_per_layer": {str(layer): value for layer, value in by_layer.items()}}, shown)]
 
 
 def _quality_table(rows: Iterable[tuple[str, Quality]]) -> str:
