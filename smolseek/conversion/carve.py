@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.clusters import cluster_centres
-from smolseek.conversion.sizes import CARVE_BATCH_TOKENS
 from smolseek.conversion.upcycle import balancing_bias
 from smolseek.model.balance import next_bias
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.numerics.precision import algebra_device
+from smolseek.numerics.precision import algebra_device, autocast
 from smolseek.numerics.schedule import warmed_cosine
 from smolseek.numerics.shares import ALONE, Shares
 
@@ -200,7 +199,7 @@ def refine_carving(
     *,
     steps: int,
     generator: torch.Generator,
-    batch_tokens: int = CARVE_BATCH_TOKENS,
+    batch_tokens: int,
     learning_rate: float = 3e-3,
     shares: Shares = ALONE,
 ) -> Carving:
@@ -220,7 +219,8 @@ def refine_carving(
     for step in range(steps):
         picked = torch.randint(len(sample.inputs_ND), (batch_tokens,), generator=generator)
         batch = sample.at(shares.own(picked).to(sample.inputs_ND.device))
-        loss, counts_E = carving_loss(carving, batch, chosen)
+        with autocast(batch.inputs_ND.device, "auto"):
+            loss, counts_E = carving_loss(carving, batch, chosen)
         loss.backward()
         shares.mean_gradients_(parameters, energy(batch, batch.outputs_ND))  # the loss is over this energy
         shares.sum_(counts_E)
@@ -258,7 +258,8 @@ def load_carving(block: MixtureOfExperts, carving: Carving) -> None:
 
 def _choose(x_ND: Tensor, rows_ED: Tensor, bias_E: Tensor, chosen: int) -> tuple[Tensor, Tensor]:
     """Returns the router's scores (N, E), and a mask (N, E) that is 1 where a token meets the expert."""
-    scores_NE = (x_ND @ rows_ED.T).sigmoid()
+    with torch.autocast(x_ND.device.type, enabled=False):  # as in the model
+        scores_NE = (x_ND @ rows_ED.T).sigmoid()
     indices_NK = (scores_NE.detach() + bias_E).topk(chosen, dim=-1, sorted=False).indices
     return scores_NE, torch.zeros_like(scores_NE).scatter_(1, indices_NK, 1.0)
 

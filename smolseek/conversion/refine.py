@@ -21,9 +21,11 @@ from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import DenseStates, ResidualStream
 from smolseek.conversion.sizes import (
+    CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
     OPENING_BATCH_TOKENS,
     REFINE_BATCH_TOKENS,
+    carve_steps,
     is_small,
     matched_layers,
 )
@@ -160,7 +162,7 @@ def _refine_attention(
 
 def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStream, index: int) -> dict[str, float]:
     """Carve and refine one dense MLP into `block`; returns its error relative to the dense output, before and after."""
-    chosen, steps, shares = job.target["num_experts_per_tok"], job.refine_steps, job.shares
+    chosen, steps, shares = job.target["num_experts_per_tok"], carve_steps(job.source, job.settings), job.shares
     weights = {name: getattr(mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj")}
     probe, sample = stream.mlp_samples()
     generator = torch.Generator().manual_seed(job.settings.seed + index)
@@ -175,7 +177,10 @@ def _carve_mlp(job: Job, block: MixtureOfExperts, mlp: Any, stream: ResidualStre
     carving = Carving(*(tensor.to(probe.weight_N.device) for tensor in shares.by_leader(closed_form)))
     facts = {"mlp_error": error(carving)}
     if steps:
-        refined = refine_carving(carving, sample, chosen, steps=steps, generator=generator, shares=shares)
+        tokens = CARVE_BATCH_TOKENS[is_small(job.source)]
+        refined = refine_carving(
+            carving, sample, chosen, steps=steps, generator=generator, batch_tokens=tokens, shares=shares
+        )
         after = error(refined)
         better = after < facts["mlp_error"]
         carving = refined if better else carving

@@ -28,8 +28,10 @@ DISTILL_BATCH_TOKENS = {True: 2048, False: 1024}
 tokens cost the same and end lower (LOG.md)."""
 CARVE_TOKENS = 16384
 """Most tokens by which an MLP is carved in closed form."""
-CARVE_BATCH_TOKENS = 2048
-"""Tokens in a step of the refinement of a carved MLP."""
+CARVE_BATCH_TOKENS = {True: 2048, False: 1024}
+"""Tokens in a step of the refinement of a carved MLP: of a small source, and of others."""
+_CARVE_STEPS = {True: 1, False: 6}
+"""Such steps for each step that an attention block takes: those of a large source are too few for an MLP (LOG.md)."""
 DISTILL_STEPS = 600
 """Most steps of the end-to-end stage when their number is not given."""
 DISTILL_WORK = DISTILL_STEPS * 4_000_000
@@ -100,6 +102,11 @@ def _stretch(source: DenseSource, settings: ConvertSettings) -> float:
 def refine_steps(source: DenseSource, settings: ConvertSettings) -> int:
     """Returns the steps of layer-wise refinement; those not given follow from the source's size."""
     return _REFINE_STEPS[is_small(source)] if settings.refine_steps is None else settings.refine_steps
+
+
+def carve_steps(source: DenseSource, settings: ConvertSettings) -> int:
+    """Returns the steps of the refinement of a carved MLP."""
+    return refine_steps(source, settings) * _CARVE_STEPS[is_small(source)]
 
 
 def matched_layers(source: DenseSource) -> range:

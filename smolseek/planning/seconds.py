@@ -14,6 +14,7 @@ from smolseek.conversion.sizes import (
     OPENINGS,
     REFINE_BATCH_TOKENS,
     WRITTEN_TOKENS,
+    carve_steps,
     distill_steps,
     is_small,
     more_windows,
@@ -68,7 +69,9 @@ def convert_seconds(
     new = distilled if more else 0
     trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
     trained = source.weights if is_small(dense_source) and not settings.exact else trained
-    carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), steps, machine) if carves else 0.0
+    carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), machine) * carves
+    carved_tokens = carve_steps(dense_source, settings) * CARVE_BATCH_TOKENS[is_small(dense_source)] * carves
+    carved += carved_tokens * 18 * layers * hidden * source.neurons
 
     def seconds(flops: float, moved: float = 0) -> float:
         return flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
@@ -91,10 +94,9 @@ def convert_seconds(
     return {name: part for name, part in (parts | copied).items() if part}
 
 
-def _carve_flops(hidden: int, neurons: int, tokens: int, steps: int, machine: Machine) -> float:
-    """Returns the flops of carving one layer, all as if in the dtype that the machine multiplies fastest."""
-    weights = hidden * neurons
-    single = 24 * weights * tokens + 18 * weights * CARVE_BATCH_TOKENS * steps
+def _carve_flops(hidden: int, neurons: int, tokens: int, machine: Machine) -> float:
+    """Returns the flops of carving one layer in closed form, as if in the dtype that the machine multiplies fastest."""
+    single = 24 * hidden * neurons * tokens
     double = 2 * tokens * neurons**2 + neurons**3
     return single / (2 * machine.float64_share) + double / machine.float64_share
 

@@ -115,7 +115,9 @@ def test_the_router_learns_a_linear_oracle():
 def test_stock_blocks_compute_what_was_carved(neurons):
     """Our block and transformers'."""
     weights, sample = dense_mlp(neurons=neurons)
-    carving = refine_carving(carve(weights, sample, CONFIG), sample, 2, steps=5, generator=torch.Generator())
+    carving = refine_carving(
+        carve(weights, sample, CONFIG), sample, 2, steps=5, generator=torch.Generator(), batch_tokens=256
+    )
     inputs = sample.inputs_ND
     expected = apply_carving(carving, inputs[:64], 2)[0]
     config = tiny_v3_config(hidden_size=HIDDEN, routed_scaling_factor=2.0, norm_topk_prob=True, **CONFIG)
@@ -154,7 +156,8 @@ def test_refinement_repeats_with_the_seed_and_leaves_its_start_alone():
     start = carve(weights, sample, CONFIG)
     kept = [tensor.clone() for tensor in start]
     runs = [
-        refine_carving(start, sample, 2, steps=4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        refine_carving(start, sample, 2, steps=4, generator=torch.Generator().manual_seed(seed), batch_tokens=256)
+        for seed in (0, 0, 1)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*runs[:2], strict=True))
     assert not torch.equal(runs[0].rows_ED, runs[2].rows_ED)
