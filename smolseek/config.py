@@ -69,7 +69,7 @@ class ConvertSettings:
     """Number of first layers that keep their dense MLP."""
     refine_steps: int | None = None
     """Steps in which each converted layer learns to match its dense layer's output; 0: the closed form only; none: 300,
-    but 40 for a source above 24M parameters."""
+    but 40 for a source above 24M parameters, whose carved MLPs take six times as many."""
     distill_steps: int | None = None
     """Steps of end-to-end distillation (KL to the dense model) after that; none: what takes minutes on a CPU, 600 at
     most; above 24M parameters 60, and up to 240 for carved experts or where less than half of the cache is kept; 0

@@ -23,7 +23,7 @@ from smolseek.conversion.sizes import (
 )
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.machine import Machine
-from smolseek.planning.shapes import Shape, source_shape, target_shape
+from smolseek.planning.shapes import Shape, distilled_weights, source_shape, target_shape
 
 _FITTING_COPIES = 4  # of a layer's moments while its block is fitted, counted on the measured peaks
 _KEPT_FREED = 1.5  # times the end-to-end stage's activations, fitted to the one measured peak
@@ -136,8 +136,7 @@ def _distilling_bytes(dense_source: DenseSource, source: Shape, target: Shape, s
     are there once more in bf16, on processors with units for it, until a step ends. Activations count for more than
     they are, for the process keeps memory that it frees.
     """
-    whole = is_small(dense_source) or settings.experts == "carve"
-    trained = target.total if whole else target.layers * target.attention
+    trained = distilled_weights(dense_source, target, settings)
     activations = _activation_bytes(source, DISTILL_BATCH_TOKENS[is_small(dense_source)])
     return 20 * trained + 2 * target.weights + int(_KEPT_FREED * activations)
 

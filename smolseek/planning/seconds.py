@@ -25,7 +25,7 @@ from smolseek.conversion.sizes import (
 )
 from smolseek.formats.dense import DenseSource
 from smolseek.machine import Machine
-from smolseek.planning.shapes import Shape
+from smolseek.planning.shapes import Shape, distilled_weights
 
 EFFICIENCY = 0.5
 """Share of the matrix-product peak that a model reaches; this project's trainer gets about this on 2 CPU cores."""
@@ -67,8 +67,7 @@ def convert_seconds(
     passed = (read + opens * OPENINGS) * bool(refined or carves)
     more, long = more_windows(dense_source, settings)
     new = distilled if more else 0
-    trained = layers * target.attention * (not settings.exact) + 3 * layers * hidden * source.neurons * carves
-    trained = source.weights if is_small(dense_source) and not settings.exact else trained
+    trained = distilled_weights(dense_source, target, settings)
     carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), machine) * carves
     carved_tokens = carve_steps(dense_source, settings) * CARVE_BATCH_TOKENS[is_small(dense_source)] * carves
     carved += carved_tokens * 18 * layers * hidden * source.neurons

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smolseek.config import ConvertSettings
+from smolseek.conversion.sizes import is_small
 from smolseek.formats import deepseek_v3, dense
 from smolseek.formats.dense import DenseSource
 
@@ -64,6 +66,14 @@ class Shape:
         """Returns the part that is told."""
         per_token = self.cache_bytes
         return ModelSize(self.total, self.active, self.cache_numbers, per_token, per_token * self.context)
+
+
+def distilled_weights(dense_source: DenseSource, target: Shape, settings: ConvertSettings) -> int:
+    """Returns how many parameters the end-to-end stage of a conversion trains."""
+    carved = 3 * target.layers * target.hidden * target.neurons * (settings.experts == "carve")
+    if settings.exact:
+        return carved
+    return target.total if is_small(dense_source) else target.layers * target.attention + carved
 
 
 def source_shape(source: DenseSource) -> Shape:
