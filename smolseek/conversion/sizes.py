@@ -31,7 +31,7 @@ CARVE_TOKENS = 16384
 CARVE_BATCH_TOKENS = {True: 2048, False: 1024}
 """Tokens in a step of the refinement of a carved MLP: of a small source, and of others."""
 _CARVE_STEPS = {True: 1, False: 6}
-"""Such steps for each step that an attention block takes: those of a large source are too few for an MLP (LOG.md)."""
+"""Steps of that refinement for each step of an attention block; as many would be too few for a large MLP (LOG.md)."""
 DISTILL_STEPS = 600
 """Most steps of the end-to-end stage when their number is not given."""
 DISTILL_WORK = DISTILL_STEPS * 4_000_000

@@ -10,6 +10,7 @@ from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import (
     CACHE_SHARE,
     cache_sizes,
+    carve_steps,
     distill_steps,
     more_windows,
     own_share,
@@ -149,6 +150,12 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(fields: dict[str, Any], m
 )
 def test_steps_of_the_end_to_end_stage_follow_from_the_size(layers: int, fields: dict[str, Any], steps: int) -> None:
     assert distill_steps(read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(**fields)) == steps
+
+
+def test_a_carved_mlp_of_a_large_source_takes_six_steps_for_each_of_attention() -> None:
+    for layers, factor in ((2, 1), (2000, 6)):
+        source, settings = read_source(TINY | {"num_hidden_layers": layers}), ConvertSettings(refine_steps=7)
+        assert carve_steps(source, settings) == 7 * factor
 
 
 def test_a_smaller_cache_takes_more_text_and_at_most_four_times_as_much() -> None:
