@@ -60,7 +60,7 @@ def mlp_fields(neurons: int, layers: int, settings: ConvertSettings) -> dict[str
 
 
 def active_share(neurons: int, layers: int, settings: ConvertSettings) -> float:
-    """Returns the share of all experts, the shared ones included, that a token meets; carved, it is that of the neurons.
+    """Returns the share of all experts, shared ones included, that a token meets; carved, it is that of the neurons.
 
     Raises:
         ValueError: as `mlp_fields` does.
