@@ -29,7 +29,7 @@ from smolseek.model import DeepseekV3
 from smolseek.model.attention import LATENT_NORM_EPS, MultiheadLatentAttention
 
 _WINDOWS_AT_ONCE = 8
-FEW_WINDOWS = 32
+FEW_WINDOWS = 8
 """Windows that are enough for a gain of one number a layer, or to see which of some models is best."""
 
 

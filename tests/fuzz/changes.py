@@ -134,6 +134,21 @@ class Splice:
 
 
 @dataclass(frozen=True)
+class SpliceBehind:
+    """Bytes in place of those that begin `skip` bytes behind the first `mark` in a file."""
+
+    file: str
+    mark: bytes
+    skip: int
+    content: bytes
+
+    def apply(self, root: Path) -> None:
+        content = (root / self.file).read_bytes()
+        place = content.index(self.mark) + len(self.mark) + self.skip
+        (root / self.file).write_bytes(content[:place] + self.content + content[place + len(self.content) :])
+
+
+@dataclass(frozen=True)
 class Append:
     """More bytes at the end of a file."""
 

@@ -35,7 +35,8 @@ RAW = re.compile(
     r"smolseek: ('?utf|\w*Error|'\w+' object|unsupported|not enough|expected|could not|\[Errno|cannot|invalid)"
 )
 """Beginnings of what Python and the libraries say, which name neither the file nor the field."""
-OWN = ("work/out", "work/.out", "work/new", "work/runs/stopped")
+CACHE = "work/cache"
+OWN = ("work/out", "work/.out", "work/new", "work/runs/stopped", CACHE)
 """Beginnings of the paths that a command may write to."""
 
 
@@ -138,12 +139,14 @@ def _largest_memory() -> int:
 
 @contextmanager
 def _quickly() -> Iterator[None]:
-    """Without the network and without waiting for the disk; the machine is measured once."""
+    """Without the network and without waiting for the disk; the machine is measured once. GGUF files are unpacked into
+    the present folder."""
     import datasets.config
     import huggingface_hub.constants
 
     with (
         patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        patch.object(huggingface_hub.constants, "HF_ASSETS_CACHE", CACHE),
         patch.object(datasets.config, "HF_HUB_OFFLINE", True),
         patch.object(os, "fsync", lambda _: None),
         patch("smolseek.machine.measure_machine", _measured),

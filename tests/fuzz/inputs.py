@@ -15,14 +15,16 @@ from smolseek.checkpoint.hub import save
 from smolseek.model import StockModel
 from tests.factories import tiny_llama
 from tests.fuzz.engine import call
+from tests.gguf_files import dense_folder, write_gguf
 from tests.text import ENTRIES, kind_of_tokenizer, stories, write_stories
 
 OTHER_TOKENIZERS = ("inputs/sentencepiece", "inputs/larger")
 RUN, RESUMED = "work/runs/tiny", "work/runs/stopped"
 OUT = "work/out"
 DRAFT = [*"--calibration-windows 1 --calibration-window-tokens 16 --refine-steps 0 --distill-steps 0".split()]
-CONVERT = ["convert", "inputs/dense", OUT, *DRAFT, "--calibration"]
 TEXT = "inputs/text.txt"
+CONVERT = ["convert", "inputs/dense", OUT, *DRAFT, "--calibration"]
+GGUF = "inputs/dense.gguf"
 SPEECH = ["--max-new-tokens", "2"]
 RECIPE = f"""
 name: tiny
@@ -39,6 +41,9 @@ COMMANDS: dict[str, list[str]] = {
     "plan recipe": ["plan", "inputs/recipe.yaml"],
     "convert": [*CONVERT, TEXT],
     "convert rows": [*CONVERT, *ROW_FILES],
+    "plan gguf": ["plan", GGUF],
+    "convert gguf": ["convert", GGUF, OUT, *DRAFT, "--calibration", TEXT],
+    "generate gguf": ["generate", GGUF, "--prompt", "Anna sees", *SPEECH],
     "generate dense": ["generate", "inputs/dense", "--prompt", "Anna sees", *SPEECH],
     "generate": ["generate", "inputs/v3", "--prompt", "Anna sees", *SPEECH],
     "generate from a file": ["generate", "inputs/v3", "--prompt-file", "inputs/prompt.txt", *SPEECH],
@@ -68,7 +73,7 @@ ROWS = [{"text": text} for text in stories(12, seed=1)]
 
 @cache
 def sound_files() -> Path:
-    """Returns a folder with everything that COMMANDS read: two models, texts, a recipe and two runs."""
+    """Returns a folder with everything that COMMANDS read: three models, texts, a recipe and two runs."""
     root = Path(mkdtemp(prefix="smolseek-fuzz-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     inputs = root / "inputs"
@@ -77,6 +82,8 @@ def sound_files() -> Path:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": ENTRIES}
     save(StockModel(tiny_llama(**sizes, eos_token_id=1)), inputs / "dense", tokenizer_from=kind_of_tokenizer("adds"))
     (inputs / "dense" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1], "do_sample": True}))
+    write_gguf(dense_folder(inputs / "for gguf"), root / GGUF)
+    shutil.rmtree(inputs / "for gguf")
     spare = kind_of_tokenizer("adds")
     spare.add_tokens([f"<extra{number}>" for number in range(300)])
     for folder, tokenizer in zip(OTHER_TOKENIZERS, (kind_of_tokenizer("sentencepiece"), spare), strict=True):

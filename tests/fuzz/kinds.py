@@ -5,11 +5,13 @@ Every section is one kind: a function that draws the changes for one command.
 
 import json
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader
 from hypothesis import strategies as st
 
 from smolseek.config import (
@@ -37,12 +39,13 @@ from tests.fuzz.changes import (
     RepeatName,
     Shard,
     Splice,
+    SpliceBehind,
     Write,
     read_header,
     read_tree,
 )
 from tests.fuzz.engine import Change, Outcome, examine
-from tests.fuzz.inputs import COMMANDS, OTHER_TOKENIZERS, RESUMED, RUN, sound_files
+from tests.fuzz.inputs import COMMANDS, GGUF, OTHER_TOKENIZERS, RESUMED, RUN, sound_files
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -167,6 +170,22 @@ def weights(draw: Draw, command: str) -> list[Change]:
     tensor = draw(st.sampled_from([*sorted(read_header(sound_files() / file)), "unknown"]))
     values = VALUES | st.sampled_from([*DTYPES, *SPANS, *SHAPES]) | ENTRY
     return [EditHeader(file, (tensor, *draw(st.sampled_from(INSIDE))), draw(values))]
+
+
+# -- GGUF -------------------------------------------------------------------------------------------------------------
+
+WORDS_OF_32 = [*range(14), 24, 30, 31, 64, 300, 2**31 - 1, 2**31, 2**32 - 1, 0x7FC00000, 0x7F800000]
+"""Numbers of types, counts, sizes, and the floats NaN and infinity."""
+
+
+def gguf(draw: Draw, command: str) -> list[Change]:
+    if draw(st.integers(0, 3)) == 0:
+        return spoiled(draw, GGUF)
+    reader = GGUFReader(sound_files() / GGUF)
+    keys = [key for key in reader.fields if not key.startswith("GGUF.")]
+    name = draw(st.sampled_from([*keys, *(tensor.name for tensor in reader.tensors)]))
+    words = draw(st.lists(st.sampled_from(WORDS_OF_32), min_size=1, max_size=3))
+    return [SpliceBehind(GGUF, name.encode(), 4 * draw(st.integers(0, 7)), struct.pack(f"<{len(words)}I", *words))]
 
 
 # -- tokenizer, chat template, generation_config.json -----------------------------------------------------------------
@@ -399,6 +418,7 @@ _MODELS = (
 KINDS: dict[str, Kind] = {
     "config.json": Kind(config, ("plan", *_MODELS, "train", "heal")),
     "weights": Kind(weights, (*_MODELS, "train", "heal")),
+    "GGUF": Kind(gguf, ("plan gguf", "convert gguf", "generate gguf")),
     "tokenizer": Kind(
         tokenizer, ("convert", "generate", "chat", "chat", "eval", "export", "push", "data stats", "train", "heal")
     ),
