@@ -119,6 +119,11 @@ class Cut:
         (root / self.file).write_bytes(content[: int(len(content) * self.share)])
 
 
+def _overwrite(path: Path, place: int, new: bytes) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + new + content[place + len(new) :])
+
+
 @dataclass(frozen=True)
 class Splice:
     """Bytes in place of those at one point of a file, a share of its length."""
@@ -129,8 +134,7 @@ class Splice:
 
     def apply(self, root: Path) -> None:
         content = (root / self.file).read_bytes()
-        place = int(len(content) * self.share)
-        (root / self.file).write_bytes(content[:place] + self.content + content[place + len(self.content) :])
+        _overwrite(root / self.file, int(len(content) * self.share), self.content)
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,7 @@ class SpliceBehind:
 
     def apply(self, root: Path) -> None:
         content = (root / self.file).read_bytes()
-        place = content.index(self.mark) + len(self.mark) + self.skip
-        (root / self.file).write_bytes(content[:place] + self.content + content[place + len(self.content) :])
+        _overwrite(root / self.file, content.index(self.mark) + len(self.mark) + self.skip, self.content)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ RAW = re.compile(
 )
 """Beginnings of what Python and the libraries say, which name neither the file nor the field."""
 CACHE = "work/cache"
+"""Where a case unpacks GGUF files."""
 OWN = ("work/out", "work/.out", "work/new", "work/runs/stopped", CACHE)
 """Beginnings of the paths that a command may write to."""
 
@@ -140,7 +141,7 @@ def _largest_memory() -> int:
 @contextmanager
 def _quickly() -> Iterator[None]:
     """Without the network and without waiting for the disk; the machine is measured once. GGUF files are unpacked into
-    the present folder."""
+    CACHE."""
     import datasets.config
     import huggingface_hub.constants
 
