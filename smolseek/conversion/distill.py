@@ -19,7 +19,7 @@ from smolseek.conversion.collect import TOKENS_AT_ONCE, batches
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
-from smolseek.conversion.residual_stream import DenseStates, shuffled
+from smolseek.conversion.residual_stream import BEHIND_DTYPE, DenseStates, shuffled
 from smolseek.conversion.sizes import BEGINNING_BATCH_TOKENS, DISTILL_BATCH_TOKENS, is_small, matched_layers
 from smolseek.conversion.student import layers_of, mean_divergence, mean_loss, own_weights
 from smolseek.model import DeepseekV3
@@ -27,7 +27,7 @@ from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.balance import take_expert_counts, update_biases
 from smolseek.model.experts import MixtureOfExperts
 from smolseek.numerics.loss import divergence
-from smolseek.numerics.precision import autocast, compute_dtype
+from smolseek.numerics.precision import autocast
 from smolseek.numerics.shares import ALONE, Shares
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,6 @@ def dense_states(dense: Any, windows_BT: Tensor, layers: Iterable[int] = ()) -> 
     """Returns a transformers model's final hidden states, and its residual stream behind some layers."""
     final: list[Tensor] = []
     behind: dict[int, list[Tensor]] = {index: [] for index in layers}
-    dtype = compute_dtype(dense.device, "auto")
     with autocast(dense.device, "auto"):
         for ids_BT in batches(windows_BT, TOKENS_AT_ONCE):
             out = dense.base_model(
@@ -206,5 +205,5 @@ def dense_states(dense: Any, windows_BT: Tensor, layers: Iterable[int] = ()) -> 
             )
             final.append(out.last_hidden_state)
             for index, parts in behind.items():
-                parts.append(out.hidden_states[index + 1].to(dtype))
+                parts.append(out.hidden_states[index + 1].to(BEHIND_DTYPE))
     return DenseStates(windows_BT, torch.cat(final), {index: torch.cat(parts) for index, parts in behind.items()})

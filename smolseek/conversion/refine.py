@@ -19,7 +19,7 @@ from smolseek.conversion.carve import Carving, carve, carving_loss, load_carving
 from smolseek.conversion.descent import Descent, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
-from smolseek.conversion.residual_stream import DenseStates, ResidualStream
+from smolseek.conversion.residual_stream import BEHIND_DTYPE, DenseStates, ResidualStream
 from smolseek.conversion.sizes import (
     CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
@@ -34,7 +34,7 @@ from smolseek.conversion.work_folder import WorkFolder
 from smolseek.model import DeepseekV3
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.model.experts import MixtureOfExperts
-from smolseek.numerics.precision import autocast, compute_dtype
+from smolseek.numerics.precision import autocast
 
 _RATE = {True: 0.015, False: 0.003}
 """Of each matrix's own size: for the many steps of a small source, and for the few of others (LOG.md)."""
@@ -84,7 +84,7 @@ def refine_layers(
         for _, each in streams:
             each.pass_mlp(layer.mlp)
         if index in matched_layers(job.source):
-            behind_BTD[index] = stream.hidden_BTD.to(compute_dtype(dense.device, "auto"))
+            behind_BTD[index] = stream.hidden_BTD.to(BEHIND_DTYPE)
         if kept is None:
             work.put(f"layer-{index}", block.state_dict(), facts)
         errors.append(facts)

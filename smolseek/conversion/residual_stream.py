@@ -18,6 +18,8 @@ from smolseek.numerics.precision import autocast
 from smolseek.numerics.shares import ALONE, Shares
 
 _PROBE_TOKENS = 2048
+BEHIND_DTYPE = torch.bfloat16
+"""In which streams behind some layers are kept, on every device: another dtype than the stream's, so each is a copy."""
 Block = Callable[[Tensor], Tensor]
 
 
@@ -29,7 +31,7 @@ class DenseStates:
     final_BTD: Tensor
     """The final hidden states, behind the last norm."""
     behind_BTD: dict[int, Tensor]
-    """The residual stream behind some layers, in the dtype of products."""
+    """The residual stream behind some layers, in `BEHIND_DTYPE`."""
 
     def of(self, rows: Tensor) -> DenseStates:
         """Returns those of some windows, all where the states lie."""

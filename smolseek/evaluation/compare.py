@@ -162,7 +162,7 @@ def _measure_positions(model: Model, teacher: Model, ids_T: Tensor, positions: s
         agreed_N = ours_NV.argmax(-1) == theirs_NV.argmax(-1)
         target_N1 = target_N[:, None].to(ours_NV.device)
         losses_N2 = -torch.cat([ours_NV.gather(1, target_N1), theirs_NV.gather(1, target_N1)], dim=1)
-        parts.append(torch.cat([torch.stack([kl_N, agreed_N.float()], dim=1), losses_N2], dim=1).double().cpu())
+        parts.append(torch.cat([torch.stack([kl_N, agreed_N.float()], dim=1), losses_N2], dim=1).cpu().double())
     return torch.cat(parts)
 
 

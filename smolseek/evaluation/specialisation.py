@@ -81,7 +81,7 @@ def routing_information(counts_VP: Tensor) -> float:
     divergence between the parts' distributions of tokens, weighted by their loads. Its bias in a small sample is
     subtracted (Miller 1955).
     """
-    counts_VP = counts_VP.double()
+    counts_VP = counts_VP.cpu().double()  # MPS has no float64
     total = counts_VP.sum()
     entropies = [_entropy(counts / total) for counts in (counts_VP.sum(1), counts_VP.sum(0), counts_VP.flatten())]
     of_token, of_part, of_both = entropies

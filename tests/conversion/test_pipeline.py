@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 import smolseek
 from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings, DataSettings
+from smolseek.conversion import pipeline, refine
+from smolseek.conversion.distill import dense_states
 from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
+from smolseek.numerics import precision
 from tests.conversion.folders import edit, logits, stock, write_source
 from tests.factories import tiny_llama
 from tests.text import ENTRIES, tiny_tokenizer
@@ -65,6 +68,24 @@ def test_refinement_brings_the_logits_nearer_stage_by_stage(source, quick, text,
     assert all(layer["attention_error_refined"] < layer["attention_error"] for layer in report["layers"])
     assert "distilled" in (out / "README.md").read_text()
     torch.testing.assert_close(logits(smolseek.load(out), text), logits(stock(out), text), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_states_to_learn_from_are_the_dense_models(bf16, source, quick, tmp_path, monkeypatch):
+    """The stream moves on in place, and what was kept of it behind a layer stays, in whatever dtype products are."""
+    layers, seen = range(1), []
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: bf16)
+    monkeypatch.setattr(refine, "matched_layers", lambda _: layers)
+
+    def look(job, student, dense, calibration, states):
+        seen.append((states, dense_states(dense, states.ids_BT, layers)))
+
+    monkeypatch.setattr(pipeline, "distill_model", look)
+    convert(source, tmp_path / "out", settings=quick(refine_steps=1, distill_steps=1))
+    ((kept, known),) = seen
+    torch.testing.assert_close(kept.behind_BTD[0], known.behind_BTD[0], rtol=0.02, atol=0.1)
+    torch.testing.assert_close(kept.final_BTD, known.final_BTD, rtol=0.02, atol=0.1)
+    assert not torch.allclose(kept.behind_BTD[0].float(), kept.final_BTD, rtol=0.1, atol=0.5)
 
 
 @pytest.mark.parametrize("exact", [False, True])
