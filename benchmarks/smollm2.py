@@ -45,7 +45,7 @@ from smolseek.config import (
     load_recipe,
     recipes_folder,
 )
-from smolseek.conversion.calibrate import read_calibration, read_text
+from smolseek.conversion.calibrate import read_calibration, read_named_text
 from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
@@ -200,7 +200,7 @@ class Bench:
         job = read_job(
             self.mine.source, self.work / "text", self.settings(), device="cpu", force=True, on_progress=lambda *_: None
         )
-        text = read_text(job)
+        text = read_named_text(job)
         with WorkFolder(job.out, text.facts) as work:
             return read_calibration(job, text, work).moments_BT
 

@@ -77,9 +77,7 @@ class Card:
             "Limits": "\n".join(f"- {limit}" for limit in self._limits()),
             "Licence": self._licence(),
             "Settings of the conversion": self._settings(),
-            "Recipe of the training": _yaml(plain_names(dataclasses.asdict(self.training.recipe)))
-            if self.training
-            else "",
+            "Recipe of the training": self._recipe(),
         }
         parts = [f"## {title}\n\n{text}" if title else text for title, text in sections.items() if text]
         return "\n\n".join([f"{self._front_matter()}\n# {self.name}", *parts]) + "\n"

@@ -87,8 +87,8 @@ class DataSettings:
     """Where the training text comes from, and how it is divided."""
 
     train: tuple[str, ...] = ("builtin:python",)
-    """Sources, read in endless epochs and mixed by `weights`: files, folders, globs, hub:ID[:CONFIG] or
-    builtin:python."""
+    """Sources, read in endless epochs and mixed by `weights`: files, folders, globs, hub:ID[@REVISION][:CONFIG],
+    builtin:python or builtin:prose."""
     held_out: tuple[str, ...] = ()
     """Sources of held-out text; none: a share of the training documents, chosen by hash, is held out."""
     held_out_share: float = 0.1
@@ -212,6 +212,12 @@ class TrainSettings:
     stages: tuple[StageSettings, ...] = ()
     """Stages in their order, instead of one stage of `steps` steps; a field that a stage does not set is as above."""
 
+    @property
+    def most_distill_weight(self) -> float:
+        """The highest `distill_weight` of all stages; 0: no teacher is needed."""
+        weights = [stage.distill_weight for stage in self.stages] or [None]
+        return max(self.distill_weight if weight is None else weight for weight in weights)
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -275,6 +281,19 @@ class Recipe:
     """Text that the model writes during the run."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     """The division among several processes."""
+
+    def conversion(self) -> tuple[ConvertSettings, DataSettings]:
+        """Returns the settings of the run's conversion with the text that calibrates it, and how that text is read.
+
+        Where `convert` names none, it is the training text. What the run holds out never calibrates.
+        """
+        assert self.convert is not None
+        own, data = self.convert, self.data
+        if own.calibration:
+            data = dataclasses.replace(
+                data, train=own.calibration, weights=own.calibration_weights, separator=own.separator
+            )
+        return dataclasses.replace(own, calibration=data.train, calibration_weights=data.weights), data
 
 
 def recipes_folder() -> Path:

@@ -73,8 +73,8 @@ def generate(
         ends with its EOS if it drew one.
 
     Raises:
-        ValueError: a prompt is empty, there are more tokens than the model has positions, or a field of `Sampling` is
-            out of range.
+        ValueError: a prompt is empty, there are more tokens than the model has positions or fewer than none, or a field
+            of `Sampling` is out of range.
     """
     prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(ids) for ids in input_ids]
     rows = [list(ids) for ids in prompts]
@@ -243,6 +243,8 @@ def _decode(
 ) -> Iterator[list[int]]:
     """Yields at each step one new token per sequence, until `max_new_tokens` or until every sequence has ended."""
     longest, limit = max(map(len, prompts), default=0), model.config.max_position_embeddings
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}: must not be negative")
     if not min(map(len, prompts), default=0):
         raise ValueError("prompt: empty; give at least one token to start from")
     if longest + max_new_tokens > limit:

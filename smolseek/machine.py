@@ -23,6 +23,8 @@ class Machine:
     float64_share: float = 0.5
     """Rate of float64 products, over that of the others."""
     device: str = "cpu"
+    bfloat16: bool = False
+    """Whether it has units for bf16, in which it then trains."""
     others: float = 0.0
     """Share of the processors that other programs took while a CPU was measured."""
 
@@ -47,11 +49,13 @@ def measure_machine(device: str = "cpu", seconds: float = 0.4) -> Machine:
         read = max(read, *(weights.nbytes / _seconds(np.matmul, *reading) for reading in readings))
     taken, passed = time.process_time() - own, time.perf_counter() - begin
     others = (_busy_seconds() - all_busy - taken) / (passed * (os.cpu_count() or 1))
-    gain = 2.0 if _multiplies_bfloat16() else 1.0
+    bfloat16 = _multiplies_bfloat16()
+    gain = 2.0 if bfloat16 else 1.0
     return Machine(
         flops_per_second=gain * flops,
         bytes_per_second=read,
         float64_share=0.5 / gain,
+        bfloat16=bfloat16,
         others=min(1.0, max(0.0, others)),
     )
 
@@ -95,11 +99,13 @@ def _measure_accelerator(device: str) -> Machine:
         return 2 * side**3 / best_seconds(lambda: square @ square)
 
     numbers = torch.ones(2**26, device=place)
-    flops = product_rate(compute_dtype(place, "auto"), 4096)
+    dtype = compute_dtype(place, "auto")
+    flops = product_rate(dtype, 4096)
     cpu = measure_machine()
     on_cpu = cpu.flops_per_second * cpu.float64_share
     float64 = product_rate(torch.float64, 2048) if has_float64(place) else on_cpu
-    return Machine(flops, 2 * numbers.nbytes / best_seconds(numbers.clone), float64 / flops, device)
+    reading = 2 * numbers.nbytes / best_seconds(numbers.clone)
+    return Machine(flops, reading, float64 / flops, device, bfloat16=dtype == torch.bfloat16)
 
 
 def _seconds(function: Callable[..., object], *arguments: object) -> float:

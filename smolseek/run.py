@@ -19,7 +19,7 @@ from smolseek.config import Recipe, check_fields
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
 from smolseek.data.packing import Packed
-from smolseek.formats.deepseek_v3 import disk_config
+from smolseek.formats.deepseek_v3 import disk_config, is_latent
 from smolseek.formats.dense import read_source
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers
@@ -37,9 +37,9 @@ from smolseek.training.run_folder import (
     read_pins,
     write_about,
 )
-from smolseek.training.settings import check_inputs, check_teacher
+from smolseek.training.settings import check_distillation, check_inputs, check_teacher
 from smolseek.training.stages import stages_of
-from smolseek.training.start import calibration_text, corpus_tokenizer, random_skeleton
+from smolseek.training.start import corpus_tokenizer, random_skeleton
 from smolseek.training.trackers import check_trackers
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Watcher
@@ -128,6 +128,7 @@ def _train_and_compare(
         write_about(folder, recipe, pins, processes.size)
     _card(trainer).render()  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
+    watcher.on_stage("write the model")
     before, card = _before(recipe, folder, trainer.model), _card(trainer)
     trained = "healed" if before else "trained"
     folders = before | {trained: trainer.save_model("model", card.render())}
@@ -148,7 +149,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse what no run can have: a name that is a path, no starting model or two, bad settings (ValueError)."""
     check_fields(recipe)
     check_name(recipe.name)
-    stages = stages_of(recipe.train)
+    stages_of(recipe.train)  # raises for values that no stage can have
     check_trackers(recipe)
     if bool(recipe.source) == bool(recipe.model):
         raise ValueError("recipe: name either source (a checkpoint) or model (random weights), and not both")
@@ -156,9 +157,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError("recipe: convert needs a source checkpoint, and model asks for random weights; drop one")
     if recipe.model and not (recipe.tokenizer or recipe.train_tokenizer_entries):
         raise ValueError("recipe: random weights need a tokenizer; set tokenizer or train_tokenizer_entries")
-    weight = max(stage.distill_weight for stage in stages)
-    if weight and not _dense(recipe):
-        raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
+    if recipe.train_tokenizer_entries < 0:
+        raise ValueError(f"train_tokenizer_entries {recipe.train_tokenizer_entries}: must not be negative")
+    check_distillation(recipe.train, teaches=_dense(recipe) is not None)
+    if recipe.compare_dense and recipe.model:
+        raise ValueError("compare_dense true: random weights come from no dense model; set it to false")
     if recipe.compare_dense and not _dense(recipe):
         raise ValueError("compare_dense true: no dense model to compare with; name a teacher, or set it to false")
 
@@ -185,10 +188,13 @@ def _read_start(recipe: Recipe) -> Start:
     tokenizer = load_tokenizer(tokenizer_from)
     if recipe.convert:
         target_config(read_source(read_config(source)), recipe.convert)  # raises for sizes that do not fit
-    held_out = check_inputs(recipe, tokenizer, load_config(source))
+    config = load_config(source)
+    if recipe.compare_dense and not recipe.convert and not is_latent(config.to_dict()):
+        raise ValueError(f"compare_dense true: {recipe.source} is dense itself, and the run converts nothing; drop it")
+    held_out = check_inputs(recipe, tokenizer, config)
     if recipe.teacher:
         teacher = resolve_folder(recipe.teacher)
-        check_teacher(load_config(teacher), load_tokenizer(teacher), load_config(source), tokenizer)
+        check_teacher(load_config(teacher).vocab_size, load_tokenizer(teacher), config.vocab_size, tokenizer)
     return Start(tokenizer, tokenizer_from, held_out, None)
 
 
@@ -207,8 +213,7 @@ def _convert(recipe: Recipe, folder: Path, device: str, watcher: Watcher, proces
             watcher.on_stage(f"convert: {stage}")
         watcher.on_progress(stage, done, count)
 
-    data = calibration_text(recipe)
-    settings = dataclasses.replace(recipe.convert, calibration=data.train, calibration_weights=data.weights)
+    settings, data = recipe.conversion()
     convert(
         recipe.source,
         out,
@@ -243,7 +248,7 @@ def _new_trainer(recipe: Recipe, folder: Path, device: str, start: Start, proces
     """Returns the run's trainer, which alone holds the model and the teacher, so that it can release them."""
     model = _starting_model(recipe, folder, device, start, processes)
     teacher, dense = None, _dense(recipe)
-    if dense and any(stage.distill_weight for stage in stages_of(recipe.train)):
+    if dense and recipe.train.most_distill_weight:
         dtype = compute_dtype(torch.device(device), recipe.train.precision)
         teacher = load_stock(dense, dtype=dtype, device=device, shard=processes.shard)
     return Trainer(

@@ -230,6 +230,25 @@ def test_data_stats_trains_nothing_and_loads_no_model(source, text, tmp_path, ca
     assert not (tmp_path / "runs").exists()
 
 
+def test_data_stats_counts_the_tokens_of_all_stages(source, text, tmp_path, capsys):
+    stages = {"stages": [{"steps": 2}, {"steps": 3}], "batch_windows": 4, "gradient_accumulation": 5}
+    train = stages | {"window_tokens": 16}
+    recipe = {"source": str(source), "data": {"train": [text], "held_out_share": 0.2}, "train": train}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    assert main(["data", "stats", str(tmp_path / "r.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trained_tokens"] == 5 * 4 * 5 * 16
+
+
+def test_the_plan_of_a_recipe_is_of_its_own_conversion(source, text, tmp_path, capsys):
+    recipe = {"source": str(source), "data": {"train": [text]}, "convert": {"cache": 0.5}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    assert main(["plan", str(tmp_path / "r.yaml"), "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["stages"]
+    assert seconds and not seconds.get("sample text"), "it reads the training text"
+    assert main(["plan", str(tmp_path / "r.yaml"), "--cache", "0.9"]) == 2
+    assert "its own key convert says what is planned" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

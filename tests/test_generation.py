@@ -72,6 +72,11 @@ def test_stream_gives_what_generate_gives_and_keeps_the_mode(kind: str) -> None:
     assert [first, *rest] == whole[0, 5:].tolist()
 
 
+def test_fewer_new_tokens_than_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_new_tokens -3: must not be negative"):
+        generate(MODELS["V3"], [[1, 2]], max_new_tokens=-3)
+
+
 def test_a_sequence_ends_with_its_eos() -> None:
     model, prompts = MODELS["V3"], random_ids(2, 6, seed=5)
     options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "seed": 1}

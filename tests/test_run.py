@@ -333,11 +333,26 @@ def test_tokenizer_files_and_end_tokens_are_carried_byte_for_byte(recipe, tmp_pa
             RANDOM | {"model": {"model_type": "llama", "n": 1}},
             r"model\.n",
         ),
+        *(
+            (RANDOM | {"model": {"model_type": "llama", name: value}}, "recipe key model: no model can be built")
+            for name, value in (("num_attention_heads", 7), ("hidden_size", "big"), ("hidden_act", "swish2"))
+        ),
+        (RANDOM | {"model": {"model_type": "llama"}, "train_tokenizer_entries": -5}, "must not be negative"),
+        (
+            RANDOM | {"model": {"model_type": "llama"}, "compare_dense": True, "teacher": "t"},
+            "compare_dense true: random weights",
+        ),
     ],
 )
 def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         run_recipe(dataclasses.replace(recipe, train=TrainSettings(), **changes), tmp_path / "run")
+
+
+def test_a_dense_run_has_no_dense_model_to_compare_with(recipe, tmp_path, source):
+    recipe = dataclasses.replace(recipe, convert=None, teacher=str(source), compare_dense=True)
+    with pytest.raises(ValueError, match=r"compare_dense true: .* is dense itself"):
+        run_recipe(recipe, tmp_path / "run")
 
 
 def test_a_softmax_router_trains_and_its_card_says_it_is_not_stock(tmp_path):

@@ -18,7 +18,7 @@ from tests.pages import ROOT
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 FILES = ROOT / "docs" / "scaling"
 SLURM, JOB = FILES / "heal.slurm", FILES / "heal-job.yaml"
-GPU = Machine(flops_per_second=1e15, bytes_per_second=1e12, device="cuda")
+GPU = Machine(flops_per_second=1e15, bytes_per_second=1e12, device="cuda", bfloat16=True)
 SOURCES = {"SmolLM2-135M": SMOLLM2_135M, "SmolLM2-1.7B": SMOLLM2_1_7B, "Llama-3.1-8B": LLAMA_31_8B}
 PROCESSES = (1, 8, 16, 64)
 

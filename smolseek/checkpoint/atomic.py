@@ -35,15 +35,15 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     try:
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         refuse_existing(out, force)
         if out.exists():
             out.rename(old)
         partial.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _put_back_or_remove(old, out)
 
 
 @contextmanager
@@ -60,22 +60,47 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         refuse_existing(out, force)
         os.replace(partial, out)
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes the unfinished files and folders of killed writers in `folder`; no writer may be at work there."""
-    for pattern in (".*.partial-*", ".*.old-*"):
-        for leftover in folder.glob(pattern):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Removes the unfinished files and folders of killed writers in `folder`, of all names or of one.
+
+    A folder that was being replaced, and whose successor is not there, comes back. What a living process of this
+    machine writes stays.
+    """
+    for old in folder.glob(f".{name}.old-*"):
+        if _is_dead(old):
+            _put_back_or_remove(old, folder / old.name[1:].rpartition(".old-")[0])
+    for partial in folder.glob(f".{name}.partial-*"):
+        if partial.is_dir() and _is_dead(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif _is_dead(partial):
+            partial.unlink(missing_ok=True)
+
+
+def _put_back_or_remove(old: Path, out: Path) -> None:
+    """Ends the replacement of a folder: the old one comes back if there is no new one."""
+    if old.exists() and not out.exists():
+        old.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_dead(path: Path) -> bool:
+    """Returns whether the process that a leftover's name tells is gone, from this machine at least."""
+    number = path.name.rpartition("-")[0].rpartition("-")[2]
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except (OverflowError, PermissionError, ValueError):
+        return False
+    return int(number) == os.getpid()
 
 
 def refuse_existing(out: Path, force: bool) -> None:
@@ -128,7 +153,8 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file or folder is on disk, so that a power cut leaves it whole."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

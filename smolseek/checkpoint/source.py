@@ -62,11 +62,16 @@ def resolve_folder(source: str | Path, *, only: tuple[str, ...] = _WANTED_FILES)
             f"checkpoint {source}: no such folder; name a folder with config.json, or a hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     revision: dict[str, Any] = {"revision": hub_id["revision"]} if hub_id["revision"] else {}
     try:
         return Path(snapshot_download(hub_id["name"], allow_patterns=list(only), **revision))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"checkpoint {source}: the hub gives it to those alone who have accepted its terms; accept them on its "
+            "page, and log in with: hf auth login"
+        ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"checkpoint {source}: no such folder, and the hub gave none ({type(error).__name__}); check the id and "

@@ -68,7 +68,10 @@ def run_plan(command: Plan) -> None:
         recipe = load_recipe(source)
         if recipe.source is None:
             raise ValueError(f"recipe {source}: has no source to plan for; name a checkpoint or its config.json")
-        settings, source, train = recipe.convert or settings, recipe.source, recipe.train
+        if recipe.convert and settings != ConvertSettings():
+            raise ValueError(f"recipe {source}: its own key convert says what is planned; change it there")
+        settings = recipe.conversion()[0] if recipe.convert else settings
+        source, train = recipe.source, recipe.train
     result = plan(
         fetch_config(source),
         settings,

@@ -38,8 +38,8 @@ class Eval:
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base of any causal model, or GGUF file of a dense one."""
     text: tuple[str, ...] = ()
-    """Perplexity and bits per byte of each of these, and of all together: files, globs (.txt, .jsonl, .parquet) or
-    builtin:python (its held-out split). Of a model with experts also their balance."""
+    """Perplexity and bits per byte of each of these, and of all together: files, folders, globs (.txt, .jsonl,
+    .parquet), hub:ID, builtin:prose or builtin:python (its held-out split); of experts also their balance."""
     compare: str | None = None
     """Dense model to compare with: shows where the two differ on the text, and the scores of both. None, with --tasks:
     the source in conversion.json."""

@@ -110,6 +110,7 @@ def run_data(command: Data) -> None:
     from smolseek.checkpoint.source import resolve_folder
     from smolseek.data.statistics import measure_data, render
     from smolseek.formats.files import TOKENIZER_FILES
+    from smolseek.training.stages import stages_of, step_tokens
     from smolseek.training.start import corpus_tokenizer
 
     name = command.tokenizer or command.source
@@ -120,5 +121,6 @@ def run_data(command: Data) -> None:
         if name
         else corpus_tokenizer(command)
     )
-    statistics = measure_data(command, tokenizer, limit=command.limit)
+    trained = sum(stage.steps * step_tokens(stage) for stage in stages_of(command.train))
+    statistics = measure_data(command, tokenizer, limit=command.limit, trained_tokens=trained)
     print(json.dumps(statistics.to_dict(), indent=2) if command.json else render(statistics))

@@ -81,7 +81,7 @@ class NamedText:
         return {"sources": self.sources, "sampled": self.sampled, "tokens_sha256": digest}
 
 
-def read_text(job: Job) -> NamedText:
+def read_named_text(job: Job) -> NamedText:
     """Returns the windows of the sources that are text, and how many others the model writes (`SELF`).
 
     Raises:

@@ -56,7 +56,7 @@ class MlpSample(NamedTuple):
         return MlpSample(*(tensor[tokens] for tensor in self))
 
 
-def token_weights(behind_ND: Tensor) -> Tensor:
+def error_weights(behind_ND: Tensor) -> Tensor:
     """Returns how much an MLP's error at each token counts (N,): 1 / |x|², with x the residual stream behind the MLP.
 
     The next norm divides by |x|. The few tokens with huge activations, attention sinks, would else outweigh all others.

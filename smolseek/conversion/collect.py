@@ -54,13 +54,14 @@ def collect_moments(
     width = layers[0].self_attn.k_proj.out_features
     moment_bytes = 8 * len(layers) * (4 * width) ** 2
     large = moment_bytes > SPILL_BYTES
+    qk_norms = hasattr(layers[0].self_attn, "k_norm")
+    if qk_norms:
+        queries = layers[0].self_attn.q_proj.out_features
+        moment_bytes += 8 * len(layers) * (queries + width) * model.config.hidden_size
     angles_F = slot_angles_F.to(device)
     own_folder = folder if shares.leads else folder / f"process-{shares.rank}"
     own_folder.mkdir(exist_ok=True)
-    probes = [
-        Probe(angles_F, own_folder / str(index), spills=large, qk_norms=hasattr(layer.self_attn, "k_norm"))
-        for index, layer in enumerate(layers)
-    ]
+    probes = [Probe(angles_F, own_folder / str(index), spills=large, qk_norms=qk_norms) for index in range(len(layers))]
     needed_bytes = 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes * shares.size
     remedy = "until the blocks are fitted; free some space or lower calibration_windows"
     shares.by_leader(lambda: check_space(folder, needed_bytes, remedy))

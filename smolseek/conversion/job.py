@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,15 @@ from typing import Any
 
 import torch
 
-from smolseek.checkpoint.atomic import refuse_existing, refuse_inputs
-from smolseek.checkpoint.folder import TensorFolder, foreign_files
+from smolseek.checkpoint.atomic import check_space, refuse_existing, refuse_inputs, remove_leftovers
+from smolseek.checkpoint.folder import TensorFolder, foreign_files, written_bytes
 from smolseek.checkpoint.hub import check_stock
 from smolseek.checkpoint.source import pinned, read_config, resolve_folder
 from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps, refine_steps, unnamed_text
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
-from smolseek.formats.deepseek_v3 import check_strides
+from smolseek.formats.deepseek_v3 import check_strides, expected_tensors
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.numerics.precision import check_device
 from smolseek.numerics.shares import ALONE, Shares
@@ -96,12 +97,13 @@ def read_job(
 ) -> Job:
     """Returns a conversion that can run; reads the source's config.json and all its tensors once.
 
-    `data` says how calibration text is read; None: as the settings say, whole files. Where text is needed and none is
-    named, the model writes it, and builtin:prose is the other half of a large source's.
+    `data` says how calibration text is read; None: as the settings say, whole files. Where text is needed and neither
+    names any, the model writes it, and builtin:prose is the other half of a large source's.
 
     Raises:
         ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
-            `out` exists and `force` is not set, or the device is not there or not for several processes.
+            `out` exists and `force` is not set or its disk has too little room, or the device is not there or not for
+            several processes.
     """
     check_device(device)
     if shares.size > 1 and device.partition(":")[0] == "mps":
@@ -109,6 +111,8 @@ def read_job(
     check_fields(settings)
     name = pinned(source)
     folder = resolve_folder(name)
+    if shares.leads:
+        remove_leftovers(out.parent, out.name)
     _check_out(out, force, [folder, name, *(text for text in settings.calibration if text != SELF)])
     config = read_config(folder)
     dense = read_source(config)
@@ -120,7 +124,7 @@ def read_job(
     check_strides(target)
     if shares.leads:
         _warn_of_another_share(dense, settings, target)
-    steps = distill_steps(dense, settings)
+    settings = _with_text(settings, dense, data)
     job = Job(
         name=name,
         folder=folder,
@@ -133,16 +137,29 @@ def read_job(
         target=target,
         tensors=tensors,
         refine_steps=refine_steps(dense, settings),
-        distill_steps=steps,
+        distill_steps=distill_steps(dense, settings),
         data=data or calibration_data(settings),
         on_progress=on_progress if shares.leads else _tell_nobody,
         shares=shares,
     )
-    if job.calibrates and not settings.calibration:
-        settings = dataclasses.replace(settings, calibration=unnamed_text(dense))
-        job = dataclasses.replace(job, settings=settings, data=calibration_data(settings))
-    check_tensors(job.tensors, dense, attention_bias=target["attention_bias"])
+    check_tensors(tensors, dense, attention_bias=target["attention_bias"])
+    _check_room(out, target)
     return job
+
+
+def _with_text(settings: ConvertSettings, dense: DenseSource, data: DataSettings | None) -> ConvertSettings:
+    """Returns the settings with the text that is read where they name none."""
+    if settings.calibration or (settings.exact and settings.experts == "none"):
+        return settings
+    return dataclasses.replace(settings, calibration=data.train if data and data.train else unnamed_text(dense))
+
+
+def _check_room(out: Path, target: dict[str, Any]) -> None:
+    """Refuse an output folder that its disk has no room for (ValueError)."""
+    numbers = sum(math.prod(shape) for shape in expected_tensors(target).values())
+    there = next(folder for folder in out.resolve().parents if folder.is_dir())
+    remedy = "for the converted weights; free some space, or name a folder on another disk"
+    check_space(there, written_bytes(numbers * getattr(torch, target["dtype"]).itemsize), remedy)
 
 
 def _tell_nobody(stage: str, done: int, count: int) -> None:

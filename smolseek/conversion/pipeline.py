@@ -11,7 +11,7 @@ from typing import Any
 from smolseek import __version__
 from smolseek.checkpoint.hub import load_stock
 from smolseek.config import ConvertSettings, DataSettings
-from smolseek.conversion.calibrate import Calibration, NamedText, read_calibration, read_text
+from smolseek.conversion.calibrate import Calibration, NamedText, read_calibration, read_named_text
 from smolseek.conversion.distill import distill_model
 from smolseek.conversion.fit import FittedAttention, exact_block, fit_attention
 from smolseek.conversion.job import Job, OnProgress, read_job
@@ -91,7 +91,7 @@ def _write(job: Job, began: float) -> None:
         facts = Facts({}, {}, _numbered(job), None)
         job.shares.by_leader(lambda: write_folder(job, exact_tensors_of_source(job), facts, began=began))
         return
-    text = job.shares.by_leader(lambda: read_text(job))
+    text = job.shares.by_leader(lambda: read_named_text(job))
     with WorkFolder(job.out, _fingerprint(job, text), job.shares) as work:
         work.check_seen()
         calibration = read_calibration(job, text, work)

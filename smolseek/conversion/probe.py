@@ -114,9 +114,16 @@ class Probe:
         return replace(plain, heads_ZX=self.heads.read(), heads_energy_Z=self.energies.read()[:, 0])
 
     def keep_inputs(self, rows_BTX: Tensor) -> None:
-        """Append one batch of inputs, each with its weight behind it, to the file."""
+        """Append one batch of inputs, each with its weight behind it, to the file.
+
+        Raises:
+            OSError: it cannot be written, because the disk is full, for example.
+        """
         with self.inputs_file.open("ab") as file:
-            rows_BTX.numpy().tofile(file)
+            try:
+                rows_BTX.numpy().tofile(file)
+            except OSError as error:
+                raise OSError(f"{self.inputs_file}: cannot be written ({error}); free some space") from error
 
     def read_inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Returns the inputs again and their weights, some tokens (N, X) and (N, 1) at once."""
@@ -200,11 +207,17 @@ def probed_attention(model: Any, probes: Sequence[Probe]) -> Iterator[None]:
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
         return probes[module.layer_idx].attend(query, key, value, scaling), None
 
+    with attending(model, _IMPLEMENTATION, attend), autocast(model.device, "auto"):
+        yield
+
+
+@contextmanager
+def attending(model: Any, name: str, attend: Callable[..., Any]) -> Iterator[None]:
+    """Sends the attention of every layer of a transformers model through a function, which it registers by name."""
     before = model.config._attn_implementation
-    AttentionInterface.register(_IMPLEMENTATION, attend)
-    model.set_attn_implementation(_IMPLEMENTATION)
+    AttentionInterface.register(name, attend)
+    model.set_attn_implementation(name)
     try:
-        with autocast(model.device, "auto"):
-            yield
+        yield
     finally:
         model.set_attn_implementation(before)

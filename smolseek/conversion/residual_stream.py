@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolseek.conversion.carve import MlpSample, token_weights
+from smolseek.conversion.carve import MlpSample, error_weights
 from smolseek.conversion.sizes import REFINE_BATCH_TOKENS
 from smolseek.numerics.precision import autocast
 from smolseek.numerics.shares import ALONE, Shares
@@ -112,7 +112,7 @@ class ResidualStream:
         for part_BTD in self.hidden_BTD.split(self.batch):
             inputs.append(norm(part_BTD))
             outputs.append(mlp(inputs[-1]))
-            weights.append(token_weights(part_BTD + outputs[-1]))
+            weights.append(error_weights(part_BTD + outputs[-1]))
         whole = MlpSample(*(torch.cat(parts) for parts in (inputs, outputs, weights)))
         rows = slice(self.probe or None), slice(self.probe, None)
         probed, trained = (MlpSample(*(tensor[some].flatten(0, 1) for tensor in whole)) for some in rows)

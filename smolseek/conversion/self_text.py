@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from smolseek.conversion.collect import sample_labels
+from smolseek.conversion.probe import attending
 from smolseek.data.encoding import added_start
 
 _IMPLEMENTATION = "smolseek_cached"
@@ -161,13 +161,8 @@ def cached_attention(model: Any, rows: int, tokens: int) -> Iterator[Callable[[T
             )
         return p_BV
 
-    before = model.config._attn_implementation
-    AttentionInterface.register(_IMPLEMENTATION, attend)
-    model.set_attn_implementation(_IMPLEMENTATION)
-    try:
+    with attending(model, _IMPLEMENTATION, attend):
         yield next_probabilities
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _key_shape(config: Any) -> tuple[int, int]:

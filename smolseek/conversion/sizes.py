@@ -27,7 +27,7 @@ DISTILL_BATCH_TOKENS = {True: 2048, False: 1024}
 """Tokens in a step of the end-to-end stage: of a small source, and of others, whose twice as many steps of half as many
 tokens cost the same and end lower (LOG.md)."""
 CARVE_TOKENS = 16384
-"""Most tokens by which an MLP is carved in closed form."""
+"""Tokens by which an MLP is carved in closed form: every k-th, with the largest k that leaves at least so many."""
 CARVE_BATCH_TOKENS = {True: 2048, False: 1024}
 """Tokens in a step of the refinement of a carved MLP: of a small source, and of others."""
 _CARVE_STEPS = {True: 1, False: 6}

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smolseek.checkpoint.atomic import LOCK, exclusive
+from smolseek.checkpoint.atomic import LOCK, exclusive, sync
 from smolseek.numerics.shares import ALONE, Shares
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         self._lock.__enter__()
         for other in self.path.parent.glob(f"{self.path.name.rpartition('-')[0]}*"):
             if other != self.path:
-                log.warning("%s: holds finished work of other settings; remove it if you do not want it", other)
+                log.warning("%s: holds work of other settings; remove it if you do not want it", other)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -77,13 +77,23 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
             )
 
     def put(self, part: str, tensors: dict[str, Tensor], facts: Any) -> None:
-        """Write a part."""
+        """Write a part.
+
+        Raises:
+            OSError: it cannot be written, because the disk is full, for example.
+        """
         if not self.shares.leads:
             return
         partial = self.path / f"{part}{_PARTIAL}"
         whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, metadata={"facts": json.dumps(facts)})
-        os.replace(partial, self.path / part)
+        try:
+            save_file(whole, partial, metadata={"facts": json.dumps(facts)})
+            sync(partial)
+            os.replace(partial, self.path / part)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"{partial}: cannot be written ({error}); free some space, and the same command goes on from there"
+            ) from error
 
     def get(self, part: str) -> tuple[dict[str, Tensor], Any] | None:
         """Returns a part's tensors and facts, or None if it is not finished; in every process the same."""
@@ -93,5 +103,9 @@ class WorkFolder(AbstractContextManager["WorkFolder"]):
         path = self.path / part
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            log.warning("%s: cannot be read (%s), and is made again", path, error)
+            return None

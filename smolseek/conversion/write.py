@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,11 +50,20 @@ class Facts:
 
 
 def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, *, began: float) -> None:
-    """Write the folder, tensor by tensor; `began` is `time.perf_counter()` at the start."""
+    """Write the folder, tensor by tensor; `began` is `time.perf_counter()` at the start.
+
+    Raises:
+        ValueError: a number is not finite in the dtype of the folder.
+    """
     with FolderWriter(job.out, force=job.force) as writer:
         for name, tensor in tensors:
             keep_fp32 = name.endswith("e_score_correction_bias")
-            writer.add(name, tensor.to(torch.float32 if keep_fp32 else getattr(torch, job.target["dtype"])))
+            written = tensor.to(torch.float32 if keep_fp32 else getattr(torch, job.target["dtype"]))
+            if not written.isfinite().all():
+                raise ValueError(
+                    f"{name}: NaN or infinite as {job.target['dtype']}; save the source in another dtype and convert it"
+                )
+            writer.add(name, written)
         report = conversion_report(job, facts, time.perf_counter() - began)
         writer.write_json("config.json", job.target)
         writer.write_json("conversion.json", report)
@@ -115,6 +125,8 @@ def conversion_report(job: Job, facts: Facts, seconds: float) -> dict[str, Any]:
     after = source.num_hidden_layers * cache_numbers(target)
     source_bytes, target_bytes = (getattr(torch, dtype).itemsize for dtype in (source.dtype, target["dtype"]))
     settings, (name, commit) = dataclasses.asdict(job.settings), commit_of(job.name)
+    if Path(name).exists():
+        name = str(Path(name).resolve())  # a path means the same from everywhere, and is never taken for a hub id
     return {
         "source": name,
         "source_commit": commit,

@@ -35,7 +35,7 @@ class Prefetcher:
 
 
 class _Failure:
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
 
@@ -45,7 +45,7 @@ def _fill(items: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -
             if not _put(into, item, stop):
                 return
         _put(into, _Failure(StopIteration()), stop)
-    except Exception as error:  # noqa: BLE001  (any error must reach the caller of next)
+    except BaseException as error:  # noqa: BLE001  (any must reach the caller of next: tokenizers' panic is none of Exception)
         _put(into, _Failure(error), stop)
 
 

@@ -55,21 +55,22 @@ class Statistics:
         return asdict(self)
 
 
-def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int) -> Statistics:
+def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int, trained_tokens: int) -> Statistics:
     """Reads every training source of a recipe once, but no more than `limit` documents of a hub data set.
+
+    `trained_tokens` are those of the whole run.
 
     Raises:
         ValueError: a source does not exist or holds no text, or the weights do not fit the sources.
     """
-    data, train = recipe.data, recipe.train
+    data = recipe.data
     weights = source_weights(open_sources(data.train, data).sources, data)
-    trained = train.steps * train.gradient_accumulation * train.batch_windows * train.window_tokens
     sources = [_measure_source(spec, recipe, tokenizer, limit) for spec in data.train]
     ids_T, _, text_bytes = held_out_text(tokenizer, data)
     whole = [s.tokens if s.complete else None for s in sources]
-    epochs = _epochs(trained, whole, weights)
+    epochs = _epochs(trained_tokens, whole, weights)
     return Statistics(
-        [replace(s, epochs=e) for s, e in zip(sources, epochs, strict=True)], len(ids_T), text_bytes, trained
+        [replace(s, epochs=e) for s, e in zip(sources, epochs, strict=True)], len(ids_T), text_bytes, trained_tokens
     )
 
 

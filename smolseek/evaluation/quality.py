@@ -47,7 +47,9 @@ class Quality:
             ValueError: a loss that is not finite.
         """
         if not math.isfinite(loss):
-            raise ValueError(f"held-out loss is {loss}: the weights hold NaN or overflow; try --dtype float32")
+            raise ValueError(
+                f"the loss is {loss}: the weights hold NaN, or overflow; fetch the checkpoint again, or use float32"
+            )
         bits_per_byte = loss * text_tokens / (math.log(2) * max(1, text_bytes))
         return cls(loss, _perplexity(loss), bits_per_byte, tokens)
 

@@ -17,6 +17,7 @@ from smolseek.model.balance import expert_layers
 from smolseek.model.cache import FixedCache, LatentCache
 from smolseek.model.experts import counts_kept
 from smolseek.model.transformer import DeepseekV3
+from smolseek.numerics.shards import gathers_weights
 
 _FEWEST_COLUMNS = 256
 
@@ -80,9 +81,10 @@ def has_fixed_steps(model: nn.Module) -> TypeGuard[DeepseekV3]:
     """Returns whether a `DecodeStep` of this model is a CUDA graph: the CPU reads no number of the GPU on the way.
 
     It would for a rope that depends on the length, and for experts that are not in bf16 or whose GPU has no grouped
-    product (Hopper and Blackwell have one; the substitute reads the experts' sizes).
+    product (Hopper and Blackwell have one; the substitute reads the experts' sizes). What several processes divide is
+    gathered by the CPU's orders.
     """
-    if not isinstance(model, DeepseekV3) or model.lm_head.weight.device.type != "cuda":
+    if not isinstance(model, DeepseekV3) or model.lm_head.weight.device.type != "cuda" or gathers_weights(model):
         return False
     weight, rope = model.model.embed_tokens.weight, model.model.rotary_emb.rope_type
     grouped = weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)

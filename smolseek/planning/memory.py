@@ -74,15 +74,14 @@ def training_memory(
     """
     target = target_shape(config)
     source = target if teacher is None else source_shape(read_source(teacher))
-    has_bf16 = machine.device != "cpu" or machine.float64_share < 0.5
-    bf16 = has_bf16 if train.precision == "auto" else train.precision == "bfloat16"
+    bf16 = machine.bfloat16 if train.precision == "auto" else train.precision == "bfloat16"
     tokens = train.batch_windows // processes * train.window_tokens
     layer = (target.total - target.tables) // target.layers
     gathered = 4 * (4 * target.tables + 7 * layer) if processes > 1 else 0
     kept = 1 if train.activation_checkpointing else target.layers
     activations = 4 * tokens * kept * (12 * target.hidden + 4 * target.neurons)
     activations += 4 * tokens * target.layers * target.hidden * train.activation_checkpointing
-    distils = train.distill_weight > 0
+    distils = train.most_distill_weight > 0
     chunk = min(tokens * target.vocabulary * (2 if bf16 else 4), _LOGITS_CHUNK_BYTES)
     copies = _DISTILL_COPIES[machine.device] if distils else 2
     dense, dense_layer = source.total, (source.total - source.tables) // source.layers

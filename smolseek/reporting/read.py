@@ -1,4 +1,4 @@
-"""Reads the folders of runs and conversions into plain data."""
+"""Reads the folders of runs and conversions into plain data, without local paths: a report is meant for others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek.checkpoint.source import read_conversion
-from smolseek.formats.paths import plain_name
+from smolseek.formats.paths import plain_name, plain_names
 
 Record = dict[str, Any]
 JUDGED = ("tokens", "dense_perplexity", "perplexity", "ratio", "kl", "agreement")
@@ -126,7 +126,7 @@ def read_run(folder: Path, name: str) -> Run:
         name,
         read_metrics(folder / "metrics.jsonl"),
         summary=_read_json(folder / "summary.json"),
-        recipe=about.get("recipe", {}),
+        recipe=plain_names(about.get("recipe", {})),
         versions=about.get("versions", {}),
         conversion=_conversion(converted, name) if (converted / "conversion.json").is_file() else None,
         control=Run(f"{name}, dense", read_metrics(control / "metrics.jsonl")) if control.is_dir() else None,
@@ -166,11 +166,11 @@ def _conversion(folder: Path, name: str) -> Conversion:
     try:
         return Conversion(
             name,
-            _without_folder(tree["source"]),
+            plain_name(tree["source"]),
             tree["cache"]["numbers_per_token"] / tree["cache"]["source_numbers_per_token"],
             dict(tree["losses"]),
             [{"layer": index, **layer} for index, layer in enumerate(tree["layers"])],
-            dict(tree["settings"]),
+            plain_names(dict(tree["settings"])),
             dict(tree["versions"]),
             [
                 (plain_name(record["source"]), {name: float(record[name]) for name in JUDGED})
@@ -212,8 +212,3 @@ def _parse(text: str) -> Record | None:
     except (RecursionError, ValueError):
         return None
     return tree if isinstance(tree, dict) else None
-
-
-def _without_folder(source: str) -> str:
-    """Returns a hub id or builtin unchanged, and for a folder only its name, so that a report shows no local paths."""
-    return Path(source).name if source.startswith(("/", "~", ".")) else source

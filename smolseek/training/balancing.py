@@ -23,22 +23,10 @@ def set_balance(model: nn.Module, settings: TrainSettings) -> None:
     """Give every router the balance loss that the settings name.
 
     Each micro-batch has a loss of its own, so the weight is divided by their number: a global batch gets the mean.
-
-    Raises:
-        ValueError: a share, speed or weight is out of range.
     """
-    _check(settings)
     for router in routers(model).values():
         router.balance_loss_weight = settings.balance_loss_weight / settings.gradient_accumulation
         router.balance_loss_over_batch = settings.balance_loss == "batch"
-
-
-def _check(settings: TrainSettings) -> None:
-    if not 0 <= settings.balance_freeze_share <= 1:
-        raise ValueError(f"train.balance_freeze_share {settings.balance_freeze_share}: must be between 0 and 1")
-    for name in ("balance_update_speed", "balance_loss_weight"):
-        if (getattr(settings, name) or 0) < 0:
-            raise ValueError(f"train.{name} {getattr(settings, name)}: must not be negative; 0 switches it off")
 
 
 def balance_speed(step: int, settings: TrainSettings, decay: float) -> float:

@@ -24,10 +24,13 @@ class StepGuard:
         self.skipped, self.in_a_row = 0, 0
 
     def objection(self, loss: float, gradient_norm: float) -> str | None:
-        """Returns why this step must be skipped, in a few words, or None. The step is counted either way."""
+        """Returns why this step must be skipped, in a few words, or None. The step is counted either way.
+
+        A loss of 0 is that of a batch without any token to learn, and says nothing of others.
+        """
         reason = self._reason(loss, gradient_norm)
         if reason is None:
-            self.recent.append(loss)
+            self.recent.extend([loss] if loss else [])
             self.in_a_row = 0
         else:
             self.skipped += 1

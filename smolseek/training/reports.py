@@ -28,7 +28,7 @@ def report_step(trainer: Trainer, loss: float, counts: list[tuple[int, Tensor]],
     """
     settings, step, log, stages = trainer.settings, trainer.step, trainer.log, trainer.stages
     stage_ends = stages.ends(step + 1)
-    trainer.best_training_loss = min(trainer.best_training_loss, loss)
+    trainer.best_training_loss = min(trainer.best_training_loss, loss or math.inf)  # 0: the batch had nothing to learn
     if step % settings.log_every == 0 or stage_ends:
         log.line(f"Step {step}/{stages.steps} | Loss: {loss:.4f}")
         log.metrics(

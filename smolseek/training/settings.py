@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from smolseek.config import SELF, Recipe, SampleSettings
+from smolseek.config import SELF, Recipe, SampleSettings, TrainSettings
 from smolseek.data.drawing import held_out_text
 from smolseek.data.encoding import check_same_tokens, check_vocabulary, encode_prompt
 from smolseek.data.packing import Packed
@@ -16,22 +16,34 @@ from smolseek.data.sources import open_sources
 from smolseek.data.stream import WindowStream
 from smolseek.generation import Sampling
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.training.stages import stages_of
 
 
 def check_settings(model: DeepseekV3 | StockModel, recipe: Recipe, teacher: StockModel | None) -> None:
     """Refuse settings that cannot work, before anything runs (ValueError)."""
-    settings, limit = recipe.train, model.config.max_position_embeddings
-    stages = stages_of(settings)
-    if settings.window_tokens > limit:
-        raise ValueError(f"train.window_tokens {settings.window_tokens}: the model's limit is {limit} positions")
-    if teacher is None and any(stage.distill_weight for stage in stages):
-        weight = max(stage.distill_weight for stage in stages)
-        raise ValueError(f"train.distill_weight {weight}: no dense model to distil from; name a teacher")
-    if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+    _check_windows(recipe, model.config)
+    check_distillation(recipe.train, teaches=teacher is not None)
+    if teacher is not None:
+        _check_entries(teacher.config.vocab_size, model.config.vocab_size)
+
+
+def check_distillation(train: TrainSettings, *, teaches: bool) -> None:
+    """Refuse to distil where no dense model teaches (ValueError)."""
+    if train.most_distill_weight and not teaches:
         raise ValueError(
-            f"teacher with {teacher.config.vocab_size} vocabulary entries for a model with {model.config.vocab_size}: "
-            "they must share a tokenizer"
+            f"train.distill_weight {train.most_distill_weight}: no dense model to distil from; name a teacher"
+        )
+
+
+def _check_windows(recipe: Recipe, config: Any) -> None:
+    window, limit = recipe.train.window_tokens, config.max_position_embeddings
+    if window > limit:
+        raise ValueError(f"train.window_tokens {window}: the model's limit is {limit} positions")
+
+
+def _check_entries(teacher_entries: int, entries: int) -> None:
+    if teacher_entries != entries:
+        raise ValueError(
+            f"teacher with {teacher_entries} vocabulary entries for a model with {entries}: they must share a tokenizer"
         )
 
 
@@ -44,13 +56,11 @@ def check_inputs(recipe: Recipe, tokenizer: Any, config: Any) -> Packed:
         ValueError: text that is missing, empty or cannot be mixed, windows that the model does not read, samples that
             it cannot draw, or a tokenizer with tokens that the model does not have.
     """
-    positions, window = config.max_position_embeddings, recipe.train.window_tokens
-    if window > positions:
-        raise ValueError(f"train.window_tokens {window}: the model's limit is {positions} positions")
-    _check_samples(recipe.sample, tokenizer, positions, config.vocab_size)
+    _check_windows(recipe, config)
+    _check_samples(recipe.sample, tokenizer, config.max_position_embeddings, config.vocab_size)
     if recipe.convert:
         open_sources((name for name in recipe.convert.calibration if name != SELF), recipe.data)
-    stream = WindowStream(tokenizer, recipe.data, window_tokens=window + 1, seed=recipe.seed)
+    stream = WindowStream(tokenizer, recipe.data, window_tokens=recipe.train.window_tokens + 1, seed=recipe.seed)
     for tokens_T in stream.first_tokens():
         check_vocabulary(tokens_T, config.vocab_size)
     held_out = held_out_text(tokenizer, recipe.data)
@@ -78,13 +88,9 @@ def _check_samples(sample: SampleSettings, tokenizer: Any, positions: int, vocab
         check_vocabulary(torch.tensor(ids), vocab_size)
 
 
-def check_teacher(teacher_config: Any, teacher_tokenizer: Any, config: Any, tokenizer: Any) -> None:
+def check_teacher(teacher_entries: int, teacher_tokenizer: Any, entries: int, tokenizer: Any) -> None:
     """Refuse a teacher whose vocabulary is not the model's, by size or by token (ValueError)."""
-    sizes = teacher_config.vocab_size, config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"teacher with {sizes[0]} vocabulary entries for a model with {sizes[1]}: they must share a tokenizer"
-        )
+    _check_entries(teacher_entries, entries)
     check_same_tokens("teacher", teacher_tokenizer, tokenizer)
 
 

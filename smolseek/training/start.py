@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
-from smolseek.config import DataSettings, Recipe
+from smolseek.config import Recipe
 from smolseek.data.splits import training_documents
 from smolseek.data.tokenizer import train_tokenizer
+from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.skeleton import draw_weights
 
@@ -44,8 +44,8 @@ def random_skeleton(recipe: Recipe, tokenizer: Any) -> DeepseekV3 | StockModel:
             raise ValueError(f"recipe key model.{key}: the tokenizer gives it, here {own[key]}; leave it out")
         if key not in known:
             raise ValueError(f"recipe key model.{key}: unknown to the config of {model_type}")
-    config = kinds[model_type](**own, **tree)
-    with torch.device("meta"):
+    with refusing("recipe key model: no model can be built from it"), torch.device("meta"):
+        config = kinds[model_type](**own, **tree)
         if model_type == "deepseek_v3":
             return DeepseekV3(config)
         return StockModel(transformers.LlamaForCausalLM(config).float())
@@ -55,16 +55,3 @@ def corpus_tokenizer(recipe: Recipe) -> Any:
     """Returns a byte-level BPE tokenizer of `train_tokenizer_entries` entries, trained on the training documents."""
     texts = (document.text for document in training_documents(recipe.data))
     return train_tokenizer(texts, recipe.train_tokenizer_entries)
-
-
-def calibration_text(recipe: Recipe) -> DataSettings:
-    """Returns how the text that calibrates a recipe's conversion is read: its `calibration`, else the training text.
-
-    What the run holds out never calibrates.
-    """
-    assert recipe.convert is not None
-    own = recipe.convert.calibration
-    if not own:
-        return recipe.data
-    weights, separator = recipe.convert.calibration_weights, recipe.convert.separator
-    return dataclasses.replace(recipe.data, train=own, weights=weights, separator=separator)

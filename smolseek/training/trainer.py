@@ -126,7 +126,7 @@ class Trainer:
             if self.stages.ends(self.step):
                 self._end_stage()
             watcher.on_step(Progress(self.step, self.stages.steps, loss, held_out, tokens_per_second))
-            stop = self.processes.any_of(watcher.should_stop()) and not self.stages.done
+            stop = self.processes.any_of(watcher.should_stop())
             good = not self.guard.in_a_row  # no checkpoint right after a skipped step
             due = good and self.step % self.settings.checkpoint_every == 0
             if stop or due or self.stages.done:

@@ -1,6 +1,12 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from smolseek.checkpoint.atomic import atomic_file, atomic_folder, remove_leftovers
+
+DEAD = 9_999_999
+"""No process has this number: it is above the highest."""
 
 
 def test_a_folder_appears_when_the_block_ends(tmp_path):
@@ -47,11 +53,41 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 
 def test_leftovers_of_killed_writers_go(tmp_path):
-    (tmp_path / ".model.partial-1-a").mkdir()
-    (tmp_path / ".run.json.partial-1-a").write_text("{")
+    (tmp_path / f".model.partial-{DEAD}-a").mkdir()
+    (tmp_path / f".run.json.partial-{DEAD}-a").write_text("{")
+    (tmp_path / f".other.partial-{os.getppid()}-a").mkdir()
     (tmp_path / "run.json").write_text("{}")
+    remove_leftovers(tmp_path, "run.json")
+    assert len(list(tmp_path.iterdir())) == 3
     remove_leftovers(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f".other.partial-{os.getppid()}-a", "run.json"], "its writer lives"
+
+
+def test_a_folder_whose_successor_never_came_is_back(tmp_path):
+    for name in (f".best.old-{DEAD}-a", f".model.old-{DEAD}-a", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "model"}
+    assert (tmp_path / "model" / "weights").read_text() == "model"
+
+
+def test_an_error_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").write_text("old")
+    rename = Path.rename
+
+    def fail(path, target):
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, force=True) as folder:
+        (folder / "file").write_text("new")
+    assert (out / "file").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_file_never_replaces_a_folder(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from smolseek.checkpoint.source import (
     check_tokenizer,
@@ -54,6 +55,15 @@ def test_a_source_is_pinned_to_the_commit_that_it_means_now(asked, tmp_path):
     assert [options["allow_patterns"] for _, options in asked] == [["config.json"]] * 2
     assert pinned(tmp_path) == str(tmp_path) and pinned("builtin:base") == "builtin:base"
     assert len(asked) == 2
+
+
+def test_a_gated_model_says_what_opens_it(monkeypatch):
+    def refuse(*_, **__):
+        raise GatedRepoError.__new__(GatedRepoError)  # its __init__ wants the hub's answer
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"owner/name: .*accept them on its page, and log in"):
+        resolve_folder("owner/name")
 
 
 def test_a_pinned_source_in_its_parts(tmp_path):

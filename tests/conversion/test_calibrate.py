@@ -8,7 +8,7 @@ import torch
 
 from smolseek.config import ConvertSettings
 from smolseek.conversion import calibrate, distill
-from smolseek.conversion.calibrate import read_calibration, read_text
+from smolseek.conversion.calibrate import read_calibration, read_named_text
 from smolseek.conversion.job import read_job
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.self_text import Openings
@@ -19,7 +19,7 @@ from tests.text import write_stories
 def read(source, out, settings, told=lambda *_: None):
     """Returns the calibration of a conversion of `source`."""
     job = read_job(source, out, settings, device="cpu", force=False, on_progress=told)
-    text = read_text(job)
+    text = read_named_text(job)
     with WorkFolder(out, {}) as work:
         return read_calibration(job, text, work)
 

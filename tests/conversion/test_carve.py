@@ -12,12 +12,12 @@ from smolseek.conversion.carve import (
     balanced_clusters,
     carve,
     carving_loss,
+    error_weights,
     fit_router,
     load_carving,
     move_neurons,
     refine_carving,
     split,
-    token_weights,
 )
 from smolseek.model.balance import max_violation
 from smolseek.model.experts import MixtureOfExperts
@@ -92,10 +92,10 @@ def test_a_sink_does_not_outweigh_other_tokens():
     behind = torch.ones(5, 4)
     behind[1] *= 1000
     behind[2] = 0
-    weight = token_weights(behind)
+    weight = error_weights(behind)
     error = behind.square().sum(-1) * weight
     assert torch.allclose(error[[0, 1, 3, 4]], torch.ones(4)) and torch.isfinite(weight).all()
-    assert not torch.isnan(token_weights(torch.zeros(3, 4))).any()
+    assert not torch.isnan(error_weights(torch.zeros(3, 4))).any()
 
 
 def test_the_router_learns_a_linear_oracle():

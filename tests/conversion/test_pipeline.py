@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 import smolseek
 from smolseek.checkpoint.hub import save
 from smolseek.config import ConvertSettings, DataSettings
-from smolseek.conversion import pipeline, refine
+from smolseek.conversion import job, pipeline, refine
 from smolseek.conversion.distill import dense_states
 from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
@@ -244,6 +244,39 @@ def test_stories260k_exact_on_real_text(tmp_path):
 def test_too_little_space_for_the_blocks_inputs_is_said_before_they_are_made(source, quick, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match=r"0\.0 GB free.*for the converted weights"):
+        convert(source, tmp_path / "deeper" / "out", settings=quick())
+    monkeypatch.setattr(job, "check_space", lambda *_: None)
     with pytest.raises(ValueError, match=r"0\.0 GB free.*free some space or lower calibration_windows"):
         convert(source, tmp_path / "out", settings=quick())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_the_dtype_does_not_hold_is_refused(source, quick, tmp_path, monkeypatch):
+    def tensors(*_):
+        yield "model.norm.weight", torch.tensor([1.0, float("inf")])
+
+    monkeypatch.setattr(pipeline, "student_tensors", tensors)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: NaN or infinite as float32"):
+        convert(source, tmp_path / "out", settings=quick())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_conversion_left_goes(source, quick, tmp_path):
+    (tmp_path / ".out.partial-9999999-abc").mkdir()  # no process has such a number
+    convert(source, tmp_path / "out", settings=quick(exact=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_source_is_told_from_everywhere_alike(source, quick, tmp_path, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    out = convert(source.name, tmp_path / "out", settings=quick(exact=True))
+    assert json.loads((out / "conversion.json").read_text())["source"] == str(source)
+
+
+def test_a_runs_text_calibrates_where_the_settings_name_none(source, text, tmp_path):
+    settings = ConvertSettings(calibration_windows=12, calibration_window_tokens=32, refine_steps=0)
+    data = DataSettings(train=(text,), held_out_share=0.0)
+    out = convert(source, tmp_path / "out", settings=settings, data=data)
+    (record,) = json.loads((out / "conversion.json").read_text())["calibration"]["sources"]
+    assert record["source"] == text

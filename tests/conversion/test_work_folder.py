@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from smolseek.conversion import work_folder
 from smolseek.conversion.work_folder import WorkFolder
 
 
@@ -26,7 +28,7 @@ def test_other_inputs_start_afresh_and_leave_finished_work_alone(tmp_path, caplo
         raise KeyboardInterrupt
     with WorkFolder(tmp_path / "out", {"seed": 1}) as work:
         assert work.get("layer-0") is None
-    assert "holds finished work of other settings" in caplog.text
+    assert "holds work of other settings" in caplog.text
     with WorkFolder(tmp_path / "out", {"seed": 0}) as work:
         assert work.get("layer-0") is not None
 
@@ -56,6 +58,21 @@ def test_half_a_part_is_no_part(tmp_path):
     with WorkFolder(tmp_path / "out", {}) as work:
         (work.path / "layer-0.partial").write_bytes(b"half")
         assert work.get("layer-0") is None
+
+
+def test_a_damaged_part_is_made_again(tmp_path, caplog):
+    with WorkFolder(tmp_path / "out", {}) as work:
+        (work.path / "layer-0").write_bytes(b"")
+        assert work.get("layer-0") is None and "is made again" in caplog.text
+
+
+def test_a_full_disk_is_said_in_a_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(work_folder, "save_file", fail)
+    with WorkFolder(tmp_path / "out", {}) as work, pytest.raises(OSError, match=r"layer-0.*free some space"):
+        work.put("layer-0", {}, {})
 
 
 def test_a_process_that_does_not_see_the_folder_says_so(tmp_path):

@@ -13,7 +13,7 @@ from tests.text import stories, tiny_tokenizer, write_stories
 
 
 def recipe_of(*sources, **data):
-    train = TrainSettings(steps=10, batch_windows=2, gradient_accumulation=3, window_tokens=16)
+    train = TrainSettings(window_tokens=16)
     return Recipe(source="unused", data=DataSettings(train=sources, held_out_share=0.2, **data), train=train)
 
 
@@ -25,7 +25,7 @@ def files(tmp_path):
 
 def test_counts_are_those_of_the_training_split(files):
     recipe = recipe_of(*files)
-    statistics = measure_data(recipe, tiny_tokenizer(), limit=1)
+    statistics = measure_data(recipe, tiny_tokenizer(), limit=1, trained_tokens=960)
     kept_out = {document.text for document in held_out_documents(recipe.data)}
     for source, texts in zip(statistics.sources, (stories(), stories(9, seed=3)), strict=True):
         kept = [text for text in texts if text not in kept_out]
@@ -37,14 +37,16 @@ def test_counts_are_those_of_the_training_split(files):
     assert [source.malformed for source in statistics.sources] == [0, 2]
     held_out = sum(len(encode_text(tiny_tokenizer(), text)) + 1 for text in kept_out)
     assert statistics.held_out_tokens == held_out - 2  # an EOS between two documents of a source
-    assert statistics.trained_tokens == 10 * 2 * 3 * 16
+    assert statistics.trained_tokens == 960
     sizes = [Path(source.source).stat().st_size for source in statistics.sources]
     for source, size in zip(statistics.sources, sizes, strict=True):  # mixed by size
         assert source.epochs == pytest.approx(960 * size / sum(sizes) / source.tokens)
 
 
 def test_epochs_follow_the_weights(files):
-    first, second = measure_data(recipe_of(*files, weights=(1.0, 3.0)), tiny_tokenizer(), limit=1).sources
+    first, second = measure_data(
+        recipe_of(*files, weights=(1.0, 3.0)), tiny_tokenizer(), limit=1, trained_tokens=960
+    ).sources
     assert first.epochs == pytest.approx(240 / first.tokens) and second.epochs == pytest.approx(720 / second.tokens)
 
 
@@ -55,8 +57,10 @@ def test_a_hub_data_set_is_cut_and_says_so(files, monkeypatch):
     monkeypatch.setattr(HubSource, "_open", lambda self: datasets.Dataset.from_dict(rows).to_iterable_dataset())
     monkeypatch.setattr(HubSource, "size", lambda self: None)
     with pytest.raises(ValueError, match=r"hub:some/text: its size is not known.*set data\.weights"):
-        measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7)
-    statistics = measure_data(recipe_of(files[0], "hub:some/text", weights=(1.0, 1.0)), tiny_tokenizer(), limit=7)
+        measure_data(recipe_of(files[0], "hub:some/text"), tiny_tokenizer(), limit=7, trained_tokens=960)
+    statistics = measure_data(
+        recipe_of(files[0], "hub:some/text", weights=(1.0, 1.0)), tiny_tokenizer(), limit=7, trained_tokens=960
+    )
     local, hub = statistics.sources
     assert local.complete and not hub.complete and hub.documents == 7 and hub.epochs is None
     assert "hub:some/text: cut at 7 documents (--limit)" in render(statistics)
@@ -65,7 +69,7 @@ def test_a_hub_data_set_is_cut_and_says_so(files, monkeypatch):
 def test_conversations_tell_the_share_that_is_learnt(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps({"messages": MESSAGES})] * 5 + ["{}"]))
     recipe = recipe_of(str(tmp_path / "a.jsonl"), held_out=(str(tmp_path / "a.jsonl"),))
-    (source,) = measure_data(recipe, tokenizer_with(CHATML), limit=1).sources
+    (source,) = measure_data(recipe, tokenizer_with(CHATML), limit=1, trained_tokens=960).sources
     assert source.documents == 5 and source.malformed == 1 and 0.1 < source.loss_share < 0.9
     assert "Anna sees a ball" in source.first_rows[0]
 
@@ -73,4 +77,4 @@ def test_conversations_tell_the_share_that_is_learnt(tmp_path):
 def test_nothing_but_malformed_lines_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n[]\n")
     with pytest.raises(ValueError, match="no training text in it \\(2 malformed lines\\)"):
-        measure_data(recipe_of(str(tmp_path / "a.jsonl")), tiny_tokenizer(), limit=1)
+        measure_data(recipe_of(str(tmp_path / "a.jsonl")), tiny_tokenizer(), limit=1, trained_tokens=960)

@@ -89,6 +89,9 @@ def test_only_steps_that_read_no_number_are_captured() -> None:
         assert has_fixed_steps(cuda_model(first_k_dense_replace=3))
         assert has_fixed_steps(cuda_model(torch.bfloat16))
         assert not has_fixed_steps(cuda_model())  # fp32 experts
+        divided = cuda_model(first_k_dense_replace=3)
+        divided.reshard = lambda: None  # as FSDP2 makes it
+        assert not has_fixed_steps(divided)
         for rope in ("dynamic", "longrope"):
             assert not has_fixed_steps(cuda_model(rope_parameters=LIVELY_ROPE[rope], first_k_dense_replace=3))
 

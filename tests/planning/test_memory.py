@@ -37,7 +37,7 @@ def test_what_a_recipe_trains_with_counts() -> None:
     distilled = memory(precision="float32", distill_weight=0.9)
     assert distilled.teacher > 4 * 134_515_008 / 2 and distilled.logits > plain.logits
     assert memory(precision="float32", distill_weight=0.9, processes=8).teacher < 0.6 * distilled.teacher
-    cuda = Machine(1e15, 1e12, device="cuda")
+    cuda = Machine(1e15, 1e12, device="cuda", bfloat16=True)
     assert plan(SMOLLM2_135M, ConvertSettings(), cuda).heal_memory.casts  # bf16 by itself
     assert plan(SMOLLM2_135M, ConvertSettings(), FAST_COMPUTE, processes=3).heal_memory.state == 16 * 139_633_488 // 3
 

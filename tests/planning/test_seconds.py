@@ -10,7 +10,7 @@ from smolseek.planning import plan, render
 from tests.configs import SMOLLM2_135M
 
 FAST_COMPUTE = Machine(flops_per_second=1e15, bytes_per_second=1e12)
-MEASURED_MACHINE = Machine(flops_per_second=385e9, bytes_per_second=36.26e9, float64_share=0.25)
+MEASURED_MACHINE = Machine(flops_per_second=385e9, bytes_per_second=36.26e9, float64_share=0.25, bfloat16=True)
 """What `measure_machine` says of the two cores of the measurements below, with nothing beside."""
 
 

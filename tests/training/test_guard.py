@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from smolseek.checkpoint.state import newest_state
+from smolseek.config import TrainSettings
+from smolseek.training.guard import StepGuard
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.training.trainers import metrics, model_of, stop_at, trainer_of, with_train
 
@@ -46,6 +48,12 @@ def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, val
     assert (tmp_path / "run" / "logs.txt").read_text().count("skipped: the loss is") == 3
     resumed = trainer_of(recipe, tmp_path / "run")
     assert resumed.resume() and resumed.guard.skipped == 3 and len(resumed.guard.recent) == 21
+
+
+def test_a_batch_without_anything_to_learn_is_no_measure_of_others():
+    guard = StepGuard(TrainSettings())
+    assert not any(guard.objection(0.0, 0.0) or guard.objection(2.0, 1.0) for _ in range(12))
+    assert guard.objection(2.1, 1.0) is None and list(guard.recent) == [2.0] * 12 + [2.1]
 
 
 def test_the_losses_that_a_spike_is_compared_with_are_saved(recipe, tmp_path):

@@ -64,11 +64,11 @@ def test_a_tokenizer_beyond_the_model_is_named(recipe):
 
 def test_a_teacher_must_have_the_same_tokens():
     ours = kind_of_tokenizer("adds")
-    check_teacher(CONFIG, ours, CONFIG, kind_of_tokenizer("has"))
+    check_teacher(ENTRIES, ours, ENTRIES, kind_of_tokenizer("has"))
     with pytest.raises(ValueError, match="teacher with 99 vocabulary entries for a model with 300"):
-        check_teacher(SimpleNamespace(vocab_size=99), ours, CONFIG, ours)
+        check_teacher(99, ours, ENTRIES, ours)
     with pytest.raises(ValueError, match=r"teacher: token .* in its tokenizer, and .* in the model's; they must share"):
-        check_teacher(CONFIG, tiny_tokenizer(), CONFIG, ours)
+        check_teacher(ENTRIES, tiny_tokenizer(), ENTRIES, ours)
 
 
 @pytest.mark.parametrize(
