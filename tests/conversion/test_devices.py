@@ -187,7 +187,7 @@ def test_carving(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carve, "split", lambda *_: [list(range(8 * part, 8 * part + 8)) for part in range(6)])
     monkeypatch.setattr(carve, "move_neurons", lambda routed, *_: routed)
     x_ND = numbers(100, HIDDEN, dtype=torch.float32)
-    sample = carve.MlpSample(x_ND, x_ND, carve.token_weights(x_ND))
+    sample = carve.MlpSample(x_ND, x_ND, carve.error_weights(x_ND))
     names = ("n_shared_experts", "num_experts_per_tok", "n_routed_experts", "moe_intermediate_size")
     carving = carve.carve(dense_mlp(), sample, dict(zip(names, (2, 2, 4, 8), strict=True)))
     loss, counts_E = carve.carving_loss(carving, sample, 2)

@@ -1,8 +1,9 @@
 """The end-to-end stage: nearer to the dense model, with routing biases that balance."""
 
+import pytest
 import torch
 
-from smolseek.conversion.distill import NewStates, dense_states, distill, distillation_loss, draw
+from smolseek.conversion.distill import NewStates, dense_states, distill, distillation_loss, draw, go_to_lowest
 from tests.factories import layers_of, random_ids, tiny_v3
 
 
@@ -74,3 +75,29 @@ def test_states_are_the_same_whether_they_are_kept_or_computed_when_they_are_met
     torch.testing.assert_close(new.final_BTD, kept.final_BTD, rtol=0.02, atol=0.1)
     torch.testing.assert_close(new.behind_BTD, kept.behind_BTD, rtol=0.02, atol=0.1)
     assert torch.equal(new.ids_BT, kept.ids_BT)
+
+
+@pytest.mark.parametrize(
+    ("best", "before", "place", "tries"),
+    [
+        (0.9, 0.81, 1.0, [1, 0.5]),
+        (0.6, 0.36, 0.5, [1, 0.5, 0.25]),
+        (0.2, 0.04, 0.25, [1, 0.5, 0.25]),
+        (0.1, 0.01, 0.0, [1, 0.5, 0.25]),
+        (float("nan"), 0.01, 0.0, [1]),
+    ],
+)
+def test_of_the_way_the_best_point_stays(best, before, place, tries):
+    """The divergence is a parabola along the way, `best` its lowest point and `before` what the start has."""
+    start, end = torch.randn(7), torch.randn(7)
+    tensor, tried = end.clone(), []
+
+    def judged():
+        share = float(((tensor - start) / (end - start)).mean())
+        tried.append(round(share, 4))
+        return (share - best) ** 2
+
+    assert go_to_lowest({"w": tensor}, {"w": start}, judged, before) == (place > 0)
+    torch.testing.assert_close(tensor, start + place * (end - start))
+    assert tried == tries
+    assert place > 0 or torch.equal(tensor, start)
