@@ -96,7 +96,7 @@ def go_to_lowest(
 ) -> bool:
     """Move tensors to where `judged()` is lowest on the way from `start` to where they are; returns whether they moved.
 
-    The way's end is tried, then a half and a quarter of it while that is lower. `before` is what the start was judged.
+    The way's end is tried, then three quarters of it and less, while that is lower. `before` is what the start was judged.
     The few tokens of a step also lead astray: what that costs grows with the square of the way, and what is gained, at
     first, with the way itself (docs/method.md, "End-to-end KL").
     """
@@ -107,7 +107,7 @@ def go_to_lowest(
             tensor.copy_(torch.lerp(start[name], tensor, share / here) if share else start[name])
         return share
 
-    for share in (1.0, 0.5, 0.25):
+    for share in (1.0, 0.75, 0.5, 0.25):
         here, found = go(share), judged()
         if found < lowest:
             best, lowest = share, found
