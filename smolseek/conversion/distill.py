@@ -96,9 +96,9 @@ def go_to_lowest(
 ) -> bool:
     """Move tensors to where `judged()` is lowest on the way from `start` to where they are; returns whether they moved.
 
-    The way's end is tried, then three quarters of it and less, while that is lower. `before` is what the start was judged.
-    The few tokens of a step also lead astray: what that costs grows with the square of the way, and what is gained, at
-    first, with the way itself (docs/method.md, "End-to-end KL").
+    The way's end is tried, then three quarters of it and less, while that is lower. `before` is what the start was
+    judged. The few tokens of a step also lead astray: what that costs grows with the square of the way, and what is
+    gained, at first, with the way itself (docs/method.md, "End-to-end KL").
     """
     here, best, lowest, last = 1.0, 0.0, before, math.inf
 
