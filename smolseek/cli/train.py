@@ -7,7 +7,7 @@ import json
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolseek.cli.shared import (
     Device,
@@ -19,6 +19,11 @@ from smolseek.cli.shared import (
     said_once,
 )
 from smolseek.config import Recipe
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from smolseek.training.watcher import Progress
 
 
 @dataclass(frozen=True)
@@ -45,46 +50,57 @@ class Data(Recipe):
     """Print JSON."""
 
 
+class StepBar:
+    """What a run shows on the terminal: its stages line by line, and a bar while it trains."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: tqdm[Any] | None = None
+
+    def on_stage(self, stage: str) -> None:
+        """End the bar, and print the stage."""
+        self.close()
+        if leads():
+            print(f"[{self.name}] {stage}", flush=True)
+
+    def on_step(self, progress: Progress) -> None:
+        """Move the bar on by a step; begin it if there is none."""
+        from tqdm import tqdm
+
+        if self.bar is None:
+            self.bar = tqdm(
+                total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads()
+            )
+        self.bar.total = progress.steps  # fewer if a stage ended early
+        held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
+        self.bar.set_postfix_str(
+            f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
+        )
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar if there is one."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
 def run_train(command: Train) -> int | None:
     quiet_libraries()
-    from tqdm import tqdm
-
     from smolseek.numerics.precision import check_device
     from smolseek.numerics.shares import FailedElsewhere
     from smolseek.run import run_recipe
     from smolseek.summary import render_summary
-    from smolseek.training.watcher import Interrupted, Progress, Watcher
+    from smolseek.training.watcher import Interrupted, Watcher
 
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
     with said_once():
         check_device(command.device)
-    folder = command.runs / recipe.name
-    bar: tqdm[Any] | None = None
-
-    def on_stage(stage: str) -> None:
-        nonlocal bar
-        if bar is not None:
-            bar.close()
-            bar = None
-        if leads():
-            print(f"[{recipe.name}] {stage}", flush=True)
-
-    def on_step(progress: Progress) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(
-                total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads()
-            )
-        bar.total = progress.steps  # fewer if a stage ended early
-        held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
-        bar.set_postfix_str(
-            f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
-        )
-        bar.update()
+    folder, steps = command.runs / recipe.name, StepBar(recipe.name)
 
     # There is a bar while steps are being trained. A signal then waits for the end of the step, and the state is saved.
-    with deferred_signals(defer=lambda: bar is not None) as received, progress_bars() as on_progress:
-        watcher = Watcher(on_stage, on_step, lambda: bool(received), on_progress)
+    with deferred_signals(defer=lambda: steps.bar is not None) as received, progress_bars() as on_progress:
+        watcher = Watcher(steps.on_stage, steps.on_step, lambda: bool(received), on_progress)
         try:
             summary = run_recipe(
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
@@ -94,8 +110,7 @@ def run_train(command: Train) -> int | None:
         except FailedElsewhere:
             return 2
         finally:
-            if bar is not None:
-                bar.close()
+            steps.close()
     if not leads():
         return None
     print(f"\n{render_summary(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
