@@ -128,7 +128,6 @@ def _train_and_compare(
         write_about(folder, recipe, pins, processes.size)
     _card(trainer).render()  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
-    watcher.on_stage("write the model")
     before, card = _before(recipe, folder, trainer.model), _card(trainer)
     trained = "healed" if before else "trained"
     folders = before | {trained: trainer.save_model("model", card.render())}
@@ -269,6 +268,7 @@ def _fit(trainer: Trainer, verb: str, resumed: bool, watcher: Watcher) -> None:
     watcher.on_stage(f"{verb}: steps {trainer.step} to {trainer.stages.steps}" + (" (resumed)" if resumed else ""))
     with contextlib.closing(trainer.log):
         trainer.fit(watcher)
+    watcher.on_stage("write the model")
 
 
 def _train_dense(healed: Trainer, source: Path, resume: bool, watcher: Watcher) -> Path:

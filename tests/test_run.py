@@ -98,7 +98,7 @@ def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert summary["maxvio"] >= 0
     assert "healed" in render_summary(summary) and summary["healed"]["samples"]["Anna "] in render_summary(summary)
     started = [stage.split()[0] for stage in stages if not stage.startswith("convert:")]
-    assert started == ["convert", "heal:", "train", "measure"]
+    assert started == ["convert", "heal:", "write", "train", "write", "measure"]
     assert {stage for stage, done, count in told if done == count} == {"closed form", "refine layers", "end-to-end KL"}
     for name in ("model", "best", "converted", "checkpoints", "logs.txt", "metrics.jsonl"):
         assert (folder / name).exists()
