@@ -74,8 +74,8 @@ class Trainer:
         tokenizer_from: Path | None = None,
         processes: Processes = OneProcess(),  # noqa: B008  (has no state)
     ) -> None:
-        check_settings(model, recipe, teacher)
         self.stages, self.teacher = StageProgress(stages_of(recipe.train)), teacher
+        check_settings(model, recipe, teacher)
         for stage in self.stages.settings_of_each:
             processes.check_settings(stage)
         self.processes, self.model = processes, model

@@ -24,7 +24,7 @@ CONVERT = """
             return compute(*arguments, **how)
         return late
 
-    pipeline.read_text, pipeline.write_folder = slowly(pipeline.read_text), slowly(pipeline.write_folder)
+    pipeline.read_named_text, pipeline.write_folder = slowly(pipeline.read_named_text), slowly(pipeline.write_folder)
     for name, fields in cases.items():
         pipeline.convert(source, f"{out}/{name}", shares=shares, **fields)
 
