@@ -68,16 +68,17 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes the unfinished files and folders of killed writers in `folder`, of all names or of one.
 
     A folder that was being replaced, and whose successor is not there, comes back. What a living process of this
     machine writes stays.
     """
-    for old in folder.glob(f".{name}.old-*"):
+    pattern = "*" if name is None else glob.escape(name)
+    for old in folder.glob(f".{pattern}.old-*"):
         if _is_dead(old):
             _put_back_or_remove(old, folder / old.name[1:].rpartition(".old-")[0])
-    for partial in folder.glob(f".{name}.partial-*"):
+    for partial in folder.glob(f".{pattern}.partial-*"):
         if partial.is_dir() and _is_dead(partial):
             shutil.rmtree(partial, ignore_errors=True)
         elif _is_dead(partial):
