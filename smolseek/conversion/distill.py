@@ -51,11 +51,14 @@ def distill_model(
 
     `states` are the dense model's on the refinement windows, if they are known.
 
-    Returns None where the judged windows moved away from the dense model by it: then the training is undone.
+    Returns None where the sum of KL and loss on the judged windows got no lower: then the training is undone.
     """
 
-    def judged() -> float:
-        return job.shares.by_leader(lambda: mean_divergence(student, dense, calibration.judged_BT))
+    def judged() -> tuple[float, float]:
+        windows_BT = calibration.judged_BT
+        return job.shares.by_leader(
+            lambda: (mean_divergence(student, dense, windows_BT), mean_loss(student, windows_BT))
+        )
 
     job.on_progress("end-to-end KL", 0, job.distill_steps)
     before = judged()
@@ -79,14 +82,15 @@ def distill_model(
         zip(*parts_of_steps, strict=True),
         trained,
         steps=steps,
-        rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before**0.5,
+        rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before[0] ** 0.5,
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
         shares=job.shares,
     )
-    if go_to_lowest(changing, start, judged, before):
+    if go_to_lowest(changing, start, lambda: sum(judged()), sum(before)):
         return job.shares.by_leader(lambda: mean_loss(student, calibration.judged_BT))
     if job.shares.leads:
-        log.warning("end-to-end training: no lower KL on other text than %.4f; it is undone, name more text", before)
+        told = "end-to-end training: KL %.4f and loss %.4f on other text get no lower; it is undone, name more text"
+        log.warning(told, *before)
     return None
 
 
