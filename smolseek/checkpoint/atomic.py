@@ -79,9 +79,11 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
         if _is_dead(old):
             _put_back_or_remove(old, folder / old.name[1:].rpartition(".old-")[0])
     for partial in folder.glob(f".{pattern}.partial-*"):
-        if partial.is_dir() and _is_dead(partial):
+        if not _is_dead(partial):
+            continue
+        if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
-        elif _is_dead(partial):
+        else:
             partial.unlink(missing_ok=True)
 
 

@@ -50,7 +50,7 @@ class Data(Recipe):
     """Print JSON."""
 
 
-class StepBar:
+class RunDisplay:
     """What a run shows on the terminal: its stages line by line, and a bar while it trains."""
 
     def __init__(self, name: str) -> None:
@@ -96,11 +96,11 @@ def run_train(command: Train) -> int | None:
     recipe = Recipe(**{f.name: getattr(command, f.name) for f in dataclasses.fields(Recipe)})
     with said_once():
         check_device(command.device)
-    folder, steps = command.runs / recipe.name, StepBar(recipe.name)
+    folder, display = command.runs / recipe.name, RunDisplay(recipe.name)
 
     # There is a bar while steps are being trained. A signal then waits for the end of the step, and the state is saved.
-    with deferred_signals(defer=lambda: steps.bar is not None) as received, progress_bars() as on_progress:
-        watcher = Watcher(steps.on_stage, steps.on_step, lambda: bool(received), on_progress)
+    with deferred_signals(defer=lambda: display.bar is not None) as received, progress_bars() as on_progress:
+        watcher = Watcher(display.on_stage, display.on_step, lambda: bool(received), on_progress)
         try:
             summary = run_recipe(
                 recipe, folder, device=command.device, resume=command.resume, force=command.force, watcher=watcher
@@ -110,7 +110,7 @@ def run_train(command: Train) -> int | None:
         except FailedElsewhere:
             return 2
         finally:
-            steps.close()
+            display.close()
     if not leads():
         return None
     print(f"\n{render_summary(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")

@@ -45,7 +45,7 @@ def _fill(items: Iterator[Any], into: queue.Queue[Any], stop: threading.Event) -
             if not _put(into, item, stop):
                 return
         _put(into, _Failure(StopIteration()), stop)
-    except BaseException as error:  # noqa: BLE001  (any must reach the caller of next: tokenizers' panic is none of Exception)
+    except BaseException as error:  # noqa: BLE001  (a panic of tokenizers, too, must reach the caller of next)
         _put(into, _Failure(error), stop)
 
 

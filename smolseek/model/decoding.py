@@ -81,8 +81,8 @@ def has_fixed_steps(model: nn.Module) -> TypeGuard[DeepseekV3]:
     """Returns whether a `DecodeStep` of this model is a CUDA graph: the CPU reads no number of the GPU on the way.
 
     It would for a rope that depends on the length, and for experts that are not in bf16 or whose GPU has no grouped
-    product (Hopper and Blackwell have one; the substitute reads the experts' sizes). What several processes divide is
-    gathered by the CPU's orders.
+    product (Hopper and Blackwell have one; the substitute reads the experts' sizes). A model that several processes
+    divide gathers its weights between kernels, which no graph may hold.
     """
     if not isinstance(model, DeepseekV3) or model.lm_head.weight.device.type != "cuda" or gathers_weights(model):
         return False
