@@ -86,6 +86,11 @@ class LoopedExperts(nn.Module):
         return self.experts[index](x_MD)
 
 
+def packs_bfloat16() -> bool:
+    """Returns whether oneDNN multiplies bf16 on this CPU; on one with AVX2 alone it refuses to pack bf16 weights."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @torch.no_grad()
 def prepare_for_generation(model: nn.Module) -> None:
     """Replaces the linear layers of `model` in place, and our own MLPs, experts and attentions as a whole.
@@ -94,8 +99,8 @@ def prepare_for_generation(model: nn.Module) -> None:
     embedding gets a weight of its own.
     """
     weight = next(model.parameters())
-    packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    layout: LinearLayout = PackedLinear if packs else PlainLinear
+    packs = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    layout: LinearLayout = PackedLinear if packs and packs_bfloat16() else PlainLinear
     for module in model.modules():
         if isinstance(module, MultiheadLatentAttention):
             up_k_HUC, up_v_HCv = module.up_projections()

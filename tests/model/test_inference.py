@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.model import DeepseekV3, attention
+from smolseek.model import DeepseekV3, attention, inference
 from smolseek.model.attention import _attend_one_token
-from smolseek.model.inference import PackedLinear, PlainLinear, prepare_for_generation
+from smolseek.model.inference import PackedLinear, PlainLinear, packs_bfloat16, prepare_for_generation
 from tests.factories import random_ids, tiny_llama, tiny_v3
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -73,10 +73,25 @@ def test_a_dense_model_of_transformers_too() -> None:
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("packs", [False, True])
+def test_bf16_weights_are_packed_where_the_cpu_multiplies_them(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if packs and not packs_bfloat16():
+        pytest.skip("this CPU has no bf16 products in oneDNN")
+    monkeypatch.setattr(inference, "packs_bfloat16", lambda: packs)
+    model, ids = tiny_llama().bfloat16(), random_ids(2, 9)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        prepare_for_generation(model)
+        assert isinstance(model.lm_head, PackedLinear if packs else PlainLinear)
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0.03)
+
+
 @pytest.mark.parametrize("layout", [PackedLinear, PlainLinear])
 @pytest.mark.parametrize("rows", [1, 4, 9])
 @pytest.mark.parametrize("width", [16, 40, 96])
 def test_every_layout_computes_the_linear_layer(layout: Any, rows: int, width: int) -> None:
+    if layout is PackedLinear and not packs_bfloat16():
+        pytest.skip("this CPU has no bf16 products in oneDNN")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, rows, width, generator=generator).bfloat16()
     weight, bias = (
