@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from smolseek.config import Recipe
 from smolseek.formats.deepseek_v3 import has_stock_router, is_latent
 from smolseek.formats.paths import plain_name, plain_names
 from smolseek.formats.runtimes import check, verdict
+from smolseek.numerics.perplexity import perplexity
 
 _LOADING = {
     "transformers": '`AutoModelForCausalLM.from_pretrained("{name}")`',
@@ -227,9 +227,7 @@ def _approximations(layers: list[dict[str, Any]]) -> list[str]:
 
 
 def _losses(losses: Mapping[str, float]) -> str:
-    rows = [
-        f"| {name.replace('_', ' ')} | {loss:.4f} | {math.exp(min(loss, 700.0)):.3f} |" for name, loss in losses.items()
-    ]
+    rows = [f"| {name.replace('_', ' ')} | {loss:.4f} | {perplexity(loss):.3f} |" for name, loss in losses.items()]
     return "\n".join(["| | loss | perplexity |", "|---|---|---|", *rows])
 
 

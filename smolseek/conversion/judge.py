@@ -21,6 +21,7 @@ from smolseek.data.packing import Packed
 from smolseek.data.sources import FileSource, HubSource, open_sources
 from smolseek.evaluation import WINDOW_TOKENS, Difference, compare
 from smolseek.evaluation.quality import check_counted, cut_windows
+from smolseek.numerics.perplexity import perplexity
 
 _TOKENS = 8192  # of each text
 _BUILTIN = "builtin:python"
@@ -81,7 +82,7 @@ def perplexity_ratios(report: Mapping[str, Any]) -> dict[str, float]:
     losses, ratios = report["losses"], {}
     last = next((losses[stage] for stage in ("distilled", "refined", "closed_form") if stage in losses), None)
     if last is not None:
-        ratios["the calibration text"] = _exp(last - losses["dense"])
+        ratios["the calibration text"] = perplexity(last - losses["dense"])
     return ratios | {record["source"]: record["ratio"] for record in report.get("judged", ())}
 
 
@@ -121,13 +122,9 @@ def _record(job: Job, name: str, difference: Difference) -> dict[str, Any]:
     return {
         "source": name,
         "tokens": difference.tokens,
-        "dense_perplexity": _exp(dense_loss),
-        "perplexity": _exp(loss),
-        "ratio": _exp(loss - dense_loss),
+        "dense_perplexity": perplexity(dense_loss),
+        "perplexity": perplexity(loss),
+        "ratio": perplexity(loss - dense_loss),
         "kl": difference.kl,
         "agreement": difference.agreement,
     }
-
-
-def _exp(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # exp overflows above 709

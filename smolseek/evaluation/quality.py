@@ -17,6 +17,7 @@ from torch import Tensor
 from smolseek.data.encoding import check_vocabulary
 from smolseek.generation import evaluating
 from smolseek.model import DeepseekV3, StockModel
+from smolseek.numerics.perplexity import perplexity
 from smolseek.numerics.shares import ALONE, Shares
 
 WINDOW_TOKENS = 512
@@ -51,7 +52,7 @@ class Quality:
                 f"the loss is {loss}: the weights hold NaN, or overflow; fetch the checkpoint again, or use float32"
             )
         bits_per_byte = loss * text_tokens / (math.log(2) * max(1, text_bytes))
-        return cls(loss, _perplexity(loss), bits_per_byte, tokens)
+        return cls(loss, perplexity(loss), bits_per_byte, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-able dict."""
@@ -177,8 +178,4 @@ def combine_qualities(parts: Sequence[tuple[Quality, int]]) -> Quality:
     tokens = sum(quality.tokens for quality, _ in parts)
     loss = sum(quality.loss * quality.tokens for quality, _ in parts) / tokens
     bits = sum(quality.bits_per_byte * text_bytes for quality, text_bytes in parts)
-    return Quality(loss, _perplexity(loss), bits / max(1, sum(size for _, size in parts)), tokens)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # exp overflows above 709
+    return Quality(loss, perplexity(loss), bits / max(1, sum(size for _, size in parts)), tokens)

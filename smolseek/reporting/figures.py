@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from smolseek.numerics.perplexity import perplexity
 from smolseek.reporting.charts import Chart, HeatMap, HeatPanel, Line, LineChart
-from smolseek.reporting.read import Conversion, Run, fair_shares, perplexities
+from smolseek.reporting.read import Conversion, Run, fair_shares
 
 STAGES = ("closed_form", "refined", "distilled", "healed")
 """The stages of a conversion in order, and healing, which comes after them."""
@@ -159,9 +160,9 @@ def cache_charts(runs: Sequence[Run], conversions: Sequence[Conversion]) -> list
     for source, group in by_source.items():
         points: dict[str, list[tuple[float, float]]] = {}
         for conversion in group:
-            by_stage = perplexities(conversion.losses)
-            shown = [stage for stage in STAGES if stage in by_stage and "dense" in by_stage]
-            ratios = {stage: by_stage[stage] / by_stage["dense"] for stage in shown}
+            losses = conversion.losses
+            shown = [stage for stage in STAGES if stage in losses and "dense" in losses]
+            ratios = {stage: perplexity(losses[stage]) / perplexity(losses["dense"]) for stage in shown}
             if models := healed.get(conversion.name):
                 ratios["healed"] = models["healed"]["perplexity"] / models["dense"]["perplexity"]
             for stage, ratio in ratios.items():

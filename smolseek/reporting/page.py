@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from smolseek.numerics.perplexity import perplexity
 from smolseek.reporting.charts import Chart, HeatMap
 from smolseek.reporting.draw import collapsible, figure, table
 from smolseek.reporting.figures import STAGES, conversion_charts, expert_charts, in_words, training_charts
-from smolseek.reporting.read import Conversion, Run, perplexities
+from smolseek.reporting.read import Conversion, Run
 
 HEAT_CELLS = 40000
 """Most cells of all heat maps together; this keeps every page below a megabyte."""
@@ -123,9 +124,8 @@ def _stages(conversions: Sequence[Conversion]) -> str:
     order = [stage for stage in ("dense", *STAGES) if stage in stages]
     rows = [
         [conversion.name, conversion.source, f"{conversion.cache_share:.1%}"]
-        + [f"{by_stage[stage]:.3f}" if stage in by_stage else "" for stage in order]
+        + [f"{perplexity(conversion.losses[stage]):.3f}" if stage in conversion.losses else "" for stage in order]
         for conversion in conversions
-        for by_stage in [perplexities(conversion.losses)]
     ]
     heads = ["", "source", "cache kept", *map(in_words, order)]
     note = '<p class="note">Perplexity by stage, on text that the conversion kept aside.</p>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,11 +183,6 @@ def _conversion(folder: Path, name: str) -> Conversion:
 def fair_shares(loads: Iterable[Sequence[float]]) -> list[list[float]]:
     """Returns the experts' shares of the choices at each step as multiples of the fair share, 1 / experts."""
     return [[share * len(step) for share in step] for step in loads]
-
-
-def perplexities(losses: dict[str, float]) -> dict[str, float]:
-    """Returns perplexities by stage from losses by stage."""
-    return {stage: math.exp(min(loss, 700.0)) for stage, loss in losses.items()}
 
 
 def _is_unique_ending(end: tuple[str, ...], parts: Sequence[tuple[str, ...]]) -> bool:
