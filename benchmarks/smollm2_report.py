@@ -212,7 +212,8 @@ def _draw(axes: Sequence[Any], dense: Row, line: list[Row], places: list[float],
     if dense["tasks"]:
         apart = [task_difference(dense, row) or Estimate(math.nan, None) for row in line]
         errors = [100 * (one.error or 0) for one in apart]
-        axes[1].errorbar(places, [100 * one.mean for one in apart], errors, marker="o", linestyle=style, label=label)
+        seen = label if any(row["tasks"] for row in line) else None
+        axes[1].errorbar(places, [100 * one.mean for one in apart], errors, marker="o", linestyle=style, label=seen)
 
 
 def _draw_published(axes: Sequence[Any]) -> None:
