@@ -69,21 +69,12 @@ def distill_model(
     names = {*trained, *dict(student.named_buffers())}  # routing biases among the latter
     changing = {name: tensor for name, tensor in student.state_dict().items() if name in names}
     start = {name: tensor.clone() for name, tensor in changing.items()}
-    layers = matched_layers(job.source)
-    steps, seed = job.distill_steps, job.settings.seed
-    texts: list[States] = [states or dense_states(dense, calibration.refined_BT, layers)]
-    if len(calibration.more_BT):
-        texts.append(NewStates(dense, calibration.more_BT, layers))
-    parts_of_steps = [draw(texts, DISTILL_BATCH_TOKENS[is_small(job.source)], steps, seed)]
-    if len(calibration.beginnings_BT):
-        beginnings = NewStates(dense, calibration.beginnings_BT, layers)
-        parts_of_steps.append(draw([beginnings], BEGINNING_BATCH_TOKENS, steps, seed))
     distill(
         student,
         dense.get_output_embeddings().weight,
-        zip(*parts_of_steps, strict=True),
+        _draw_steps(job, dense, calibration, states),
         trained,
-        steps=steps,
+        steps=job.distill_steps,
         rate=_RATE if is_small(job.source) else _RATE_PER_ROOT * before[0] ** 0.5,
         on_step=lambda done: job.on_progress("end-to-end KL", done, job.distill_steps),
         shares=job.shares,
@@ -92,9 +83,24 @@ def distill_model(
         return job.shares.by_leader(lambda: mean_loss(student, calibration.judged_BT))
     if job.shares.leads:
         measured = "KL" if is_small(job.source) else "KL and loss"
-        told = "end-to-end training: %s on other text get no lower than %.4f; it is undone, name more text"
+        told = "end-to-end training: %s of %.4f on other text did not get lower; it is undone, name more text"
         log.warning(told, measured, sum(before))
     return None
+
+
+def _draw_steps(
+    job: Job, dense: Any, calibration: Calibration, states: DenseStates | None
+) -> Iterable[Sequence[tuple[States, Tensor]]]:
+    """Returns what each step learns from: windows of the text, and where there are any, beginnings beside them."""
+    layers, steps, seed = matched_layers(job.source), job.distill_steps, job.settings.seed
+    texts: list[States] = [states or dense_states(dense, calibration.refined_BT, layers)]
+    if len(calibration.more_BT):
+        texts.append(NewStates(dense, calibration.more_BT, layers))
+    parts_of_steps = [draw(texts, DISTILL_BATCH_TOKENS[is_small(job.source)], steps, seed)]
+    if len(calibration.beginnings_BT):
+        beginnings = NewStates(dense, calibration.beginnings_BT, layers)
+        parts_of_steps.append(draw([beginnings], BEGINNING_BATCH_TOKENS, steps, seed))
+    return zip(*parts_of_steps, strict=True)
 
 
 @torch.no_grad()
