@@ -6,7 +6,5 @@ import math
 
 
 def perplexity(loss: float) -> float:
-    """Returns e^loss, for a loss in nats per token, or of a difference of two losses; e^700 above that, for floats end
-    at e^709.
-    """
+    """Returns e^loss, of a loss in nats per token or a difference of two; at most e^700, for floats end at e^709."""
     return math.exp(min(loss, 700.0))
