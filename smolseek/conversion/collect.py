@@ -48,23 +48,9 @@ def collect_moments(
     Raises:
         ValueError: `folder` has less free space than that takes.
     """
-    device = model.device
+    device, layers = model.device, model.model.layers
     generator = torch.Generator().manual_seed(seed)
-    layers = model.model.layers
-    width = layers[0].self_attn.k_proj.out_features
-    moment_bytes = 8 * len(layers) * (4 * width) ** 2
-    large = moment_bytes > SPILL_BYTES
-    qk_norms = hasattr(layers[0].self_attn, "k_norm")
-    if qk_norms:
-        queries = layers[0].self_attn.q_proj.out_features
-        moment_bytes += 8 * len(layers) * (queries + width) * model.config.hidden_size
-    angles_F = slot_angles_F.to(device)
-    own_folder = folder if shares.leads else folder / f"process-{shares.rank}"
-    own_folder.mkdir(exist_ok=True)
-    probes = [Probe(angles_F, own_folder / str(index), spills=large, qk_norms=qk_norms) for index in range(len(layers))]
-    needed_bytes = 4 * len(layers) * model.config.hidden_size * windows_BT.numel() + large * moment_bytes * shares.size
-    remedy = "until the blocks are fitted; free some space or lower calibration_windows"
-    shares.by_leader(lambda: check_space(folder, needed_bytes, remedy))
+    probes = _probes(model, windows_BT, slot_angles_F.to(device), folder, shares)
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [(model.get_input_embeddings(), _require_grad)]
     for layer, probe in zip(layers, probes, strict=True):
         hooks += probe.hooks(layer.self_attn)
@@ -82,6 +68,23 @@ def collect_moments(
     for probe in probes:
         probe.end(shares)
     return [probe.moments for probe in probes]
+
+
+def _probes(model: Any, windows_BT: Tensor, angles_F: Tensor, folder: Path, shares: Shares) -> list[Probe]:
+    """Returns one probe per layer, with files in `folder`; raises ValueError if it has too little space for them."""
+    layers, hidden = model.model.layers, model.config.hidden_size
+    width = layers[0].self_attn.k_proj.out_features
+    moment_bytes = 8 * len(layers) * (4 * width) ** 2
+    large = moment_bytes > SPILL_BYTES
+    qk_norms = hasattr(layers[0].self_attn, "k_norm")
+    if qk_norms:
+        moment_bytes += 8 * len(layers) * (layers[0].self_attn.q_proj.out_features + width) * hidden
+    own_folder = folder if shares.leads else folder / f"process-{shares.rank}"
+    own_folder.mkdir(exist_ok=True)
+    needed_bytes = 4 * len(layers) * hidden * windows_BT.numel() + large * moment_bytes * shares.size
+    remedy = "until the blocks are fitted; free some space or lower calibration_windows"
+    shares.by_leader(lambda: check_space(folder, needed_bytes, remedy))
+    return [Probe(angles_F, own_folder / str(index), spills=large, qk_norms=qk_norms) for index in range(len(layers))]
 
 
 def _probe_batch(

@@ -85,13 +85,7 @@ def export_gguf(
     """
     source, out = resolve_folder(folder), Path(out)
     _check_out(out, source, force)
-    config, tensors = read_config(source), TensorFolder(source)
-    if config.get("tie_word_embeddings") and tensors.has_own_head():
-        config["tie_word_embeddings"] = False  # as transformers loads it
-    findings = check(config, tensors.headers)["llama.cpp"]
-    if any(finding.refuses for finding in findings):
-        raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")
-    config = with_defaults(config)
+    config, tensors = _read_checkpoint(folder, source)
     if type in BASES:
         quantiser()  # raises before anything is written
     planned = [_Plan.of(tensor, type, config) for tensor in export_tensors(tensors, config)]
@@ -106,21 +100,37 @@ def export_gguf(
     except OSError as error:
         raise OSError(f"{out}: cannot be written ({error.strerror or error})") from error
     fallen = [plan for plan in planned if plan.encoding != plan.wanted]
-    bits = _bits_per_weight((plan.tensor, plan.encoding) for plan in planned)
     if type in BASES and fallen:
-        meant = _bits_per_weight((plan.tensor, plan.wanted) for plan in planned)
-        log.warning(
-            "%s: %.2f bits per weight, where %s would take %.2f if 256 divided all rows; %d of %d tensors have others",
-            *(out, bits, type, meant, len(fallen), len(planned)),
-        )
+        _warn_of_fallen(out, type, planned, len(fallen))
     return GgufExport(
         path=out,
         size_bytes=out.stat().st_size,
         tensors=len(planned),
-        bits_per_weight=bits,
+        bits_per_weight=_bits_per_weight((plan.tensor, plan.encoding) for plan in planned),
         fallbacks=tuple(plan.tensor.name for plan in fallen),
         fallback_encodings=tuple(dict.fromkeys(plan.encoding.name.lower() for plan in fallen)),
         has_chat_template=has_chat_template,
+    )
+
+
+def _read_checkpoint(folder: str | Path, source: Path) -> tuple[dict[str, Any], TensorFolder]:
+    """Returns the whole config of a folder that llama.cpp loads, and its tensors; raises ValueError for another."""
+    config, tensors = read_config(source), TensorFolder(source)
+    if config.get("tie_word_embeddings") and tensors.has_own_head():
+        config["tie_word_embeddings"] = False  # as transformers loads it
+    findings = check(config, tensors.headers)["llama.cpp"]
+    if any(finding.refuses for finding in findings):
+        raise ValueError(f"checkpoint {folder}: llama.cpp {verdict(findings)}")
+    return with_defaults(config), tensors
+
+
+def _warn_of_fallen(out: Path, type: GgufType, planned: list[_Plan], fallen: int) -> None:
+    """Say what tensors cost that could not be written in the encoding of a k-quant."""
+    bits = _bits_per_weight((plan.tensor, plan.encoding) for plan in planned)
+    meant = _bits_per_weight((plan.tensor, plan.wanted) for plan in planned)
+    log.warning(
+        "%s: %.2f bits per weight, where %s would take %.2f if 256 divided all rows; %d of %d tensors have others",
+        *(out, bits, type, meant, fallen, len(planned)),
     )
 
 

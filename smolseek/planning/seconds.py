@@ -5,6 +5,8 @@ Symbols: D hidden_size, Y = 2 k (keys and values of a token).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from smolseek.config import ConvertSettings
 from smolseek.conversion.sizes import (
     CARVE_BATCH_TOKENS,
@@ -38,66 +40,115 @@ def convert_seconds(
 ) -> dict[str, float]:
     """Returns the seconds of a conversion's parts, called as its progress bars are.
 
-    Calibration is a forward and a backward pass to activations (4 flops a weight and token). Moments are float64
-    (2 (D² + (2 Y)²) a token and layer, for keys on three paths and values), and so are about 15 (D³ + Y³) a layer for
-    the decompositions. Each step of refinement takes 8 flops for an attention weight and token (6, and Muon's), and
-    both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head (2
-    flops); on more text that is a pass of its own. There each step takes 4 flops for every weight and 2 more for those
-    that it trains. Then activations take time to move, and fp32 weights to read and write. The exact form calibrates
-    nothing unless experts do, and has no moments. Carving is in fp32 (on a CPU twice as fast as float64): 24 flops a
-    weight and token in closed form (router, moves, outputs), whose least squares are float64 (2 I² a token, I³), and 18
-    in each step of its refinement.
+    The exact form calibrates nothing unless experts do.
     """
-    layers, hidden, width = source.layers, source.hidden, source.cache_numbers
-    window, length = window_lengths(dense_source, settings)
-    copied = {"copy weights": 4 * (source.total + target.total) / machine.bytes_per_second}
+    copied = 4 * (source.total + target.total) / machine.bytes_per_second
     if settings.exact and settings.experts == "none":
-        return copied
-    calibrated = 0 if settings.exact else settings.calibration_windows * window
-    moments = hidden**2 + (2 * width) ** 2
-    float64 = 0 if settings.exact else calibrated * 2 * layers * moments + 15 * layers * (hidden**3 + width**3)
-    steps = refine_steps(dense_source, settings)
-    opens = not (settings.exact or is_small(dense_source))
-    refined = 0 if settings.exact else steps * (REFINE_BATCH_TOKENS + opens * OPENING_BATCH_TOKENS)
-    carves = settings.experts == "carve"
-    learns = carves or not settings.exact
-    distilled = distill_steps(dense_source, settings) * DISTILL_BATCH_TOKENS[is_small(dense_source)] * learns
-    read = wanted_windows(dense_source, settings) * length
-    written = min(int(read * own_share(dense_source, settings)), WRITTEN_TOKENS)
-    passed = (read + opens * OPENINGS) * bool(refined or carves)
-    more, long = more_windows(dense_source, settings)
-    new = distilled if more else 0
-    trained = distilled_weights(dense_source, target, settings)
-    carved = layers * _carve_flops(hidden, source.neurons, min(read, CARVE_TOKENS), machine) * carves
-    carved_tokens = carve_steps(dense_source, settings) * CARVE_BATCH_TOKENS[is_small(dense_source)] * carves
-    carved += carved_tokens * 18 * layers * hidden * source.neurons
-
-    def seconds(flops: float, moved: float = 0) -> float:
-        return flops / (EFFICIENCY * machine.flops_per_second) + moved / machine.bytes_per_second
-
+        return {"copy weights": copied}
+    work = _Work(dense_source, source, target, settings, machine)
     parts = {
-        "sample text": seconds(written * _WRITING_FLOPS * source.weights),
-        "closed form": seconds(
-            calibrated * 4 * source.weights + float64 / machine.float64_share,
-            calibrated * _moved_bytes(source, window),
-        ),
-        "refine layers": seconds(
-            refined * 8 * layers * target.attention + carved + passed * 4 * source.weights,
-            refined * _moved_bytes(source, length, mlp=False),
-        ),
-        "end-to-end KL": seconds(
-            distilled * (4 * source.weights + 2 * trained + 2 * hidden * source.vocabulary) + new * 2 * source.weights,
-            distilled * _moved_bytes(source, long if more else length),
-        ),
+        "sample text": work.sample_text(),
+        "closed form": work.closed_form(),
+        "refine layers": work.refine_layers(),
+        "end-to-end KL": work.end_to_end(),
     }
-    return {name: part for name, part in (parts | copied).items() if part}
+    rate = EFFICIENCY * machine.flops_per_second
+    seconds = {name: flops / rate + moved / machine.bytes_per_second for name, (flops, moved) in parts.items()}
+    return {name: part for name, part in (seconds | {"copy weights": copied}).items() if part}
 
 
-def _carve_flops(hidden: int, neurons: int, tokens: int, machine: Machine) -> float:
-    """Returns the flops of carving one layer in closed form, as if in the dtype that the machine multiplies fastest."""
-    single = 24 * hidden * neurons * tokens
-    double = 2 * tokens * neurons**2 + neurons**3
-    return single / (2 * machine.float64_share) + double / machine.float64_share
+@dataclass(frozen=True)
+class _Work:
+    """A conversion that calibrates. Each stage is a method that returns its flops, and the bytes that it moves."""
+
+    dense_source: DenseSource
+    source: Shape
+    target: Shape
+    settings: ConvertSettings
+    machine: Machine
+
+    @property
+    def _fits(self) -> bool:
+        """Whether attention gets a latent."""
+        return not self.settings.exact
+
+    @property
+    def _carves(self) -> bool:
+        return self.settings.experts == "carve"
+
+    @property
+    def _opens(self) -> bool:
+        """Whether refinement reads the shortest texts, too."""
+        return self._fits and not is_small(self.dense_source)
+
+    @property
+    def _read_tokens(self) -> int:
+        """Tokens of the refinement windows."""
+        return wanted_windows(self.dense_source, self.settings) * window_lengths(self.dense_source, self.settings)[1]
+
+    def sample_text(self) -> tuple[float, float]:
+        """The model writes its own share of the text, up to a limit."""
+        written = min(int(self._read_tokens * own_share(self.dense_source, self.settings)), WRITTEN_TOKENS)
+        return written * _WRITING_FLOPS * self.source.weights, 0
+
+    def closed_form(self) -> tuple[float, float]:
+        """A forward and a backward pass to activations, moments, and decompositions.
+
+        The passes take 4 flops a weight and token. Moments are float64 (2 (D² + (2 Y)²) a token and layer, for keys on
+        three paths and values), and so are about 15 (D³ + Y³) a layer for the decompositions. Exact attention has none.
+        """
+        if not self._fits:
+            return 0, 0
+        source, window = self.source, window_lengths(self.dense_source, self.settings)[0]
+        hidden, width, tokens = source.hidden, source.cache_numbers, self.settings.calibration_windows * window
+        moments = tokens * 2 * source.layers * (hidden**2 + (2 * width) ** 2)
+        float64 = moments + 15 * source.layers * (hidden**3 + width**3)
+        flops = tokens * 4 * source.weights + float64 / self.machine.float64_share
+        return flops, tokens * _moved_bytes(source, window)
+
+    def refine_layers(self) -> tuple[float, float]:
+        """A step takes 8 flops for an attention weight and token: 6, and Muon's.
+
+        Both streams pass all weights once, which gives the dense model's part of the end-to-end stage but for its head.
+        """
+        steps, source = refine_steps(self.dense_source, self.settings), self.source
+        refined = self._fits * steps * (REFINE_BATCH_TOKENS + self._opens * OPENING_BATCH_TOKENS)
+        flops: float = refined * 8 * source.layers * self.target.attention
+        if refined or self._carves:
+            flops += (self._read_tokens + self._opens * OPENINGS) * 4 * source.weights
+        if self._carves:
+            flops += self._carve_flops()
+        length = window_lengths(self.dense_source, self.settings)[1]
+        return flops, refined * _moved_bytes(source, length, mlp=False)
+
+    def _carve_flops(self) -> float:
+        """Returns the flops of carving all layers, as if all in the dtype that the machine multiplies fastest.
+
+        The closed form is in fp32, on a CPU twice as fast as float64: 24 flops a weight and token (router, moves,
+        outputs). Its least squares are float64: 2 I² a token, and I³. Each step of the refinement takes 18 a weight.
+        """
+        hidden, neurons = self.source.hidden, self.source.neurons
+        tokens = min(self._read_tokens, CARVE_TOKENS)
+        single, double = 24 * hidden * neurons * tokens, 2 * tokens * neurons**2 + neurons**3
+        closed = single / (2 * self.machine.float64_share) + double / self.machine.float64_share
+        steps = carve_steps(self.dense_source, self.settings)
+        refined = steps * CARVE_BATCH_TOKENS[is_small(self.dense_source)] * 18 * hidden * neurons
+        return self.source.layers * (closed + refined)
+
+    def end_to_end(self) -> tuple[float, float]:
+        """Each step takes 4 flops for every weight, 2 more for those that it trains, and 2 for the dense head.
+
+        The dense model's states are known but on text that refinement did not read: 2 flops a weight more.
+        """
+        if not (self._carves or self._fits):
+            return 0, 0
+        source = self.source
+        tokens = distill_steps(self.dense_source, self.settings) * DISTILL_BATCH_TOKENS[is_small(self.dense_source)]
+        trained = distilled_weights(self.dense_source, self.target, self.settings)
+        more, long = more_windows(self.dense_source, self.settings)
+        dense = 2 * source.hidden * source.vocabulary + 2 * source.weights * bool(more)
+        window = long if more else window_lengths(self.dense_source, self.settings)[1]
+        return tokens * (4 * source.weights + 2 * trained + dense), tokens * _moved_bytes(source, window)
 
 
 def heal_seconds(target: Shape, machine: Machine, tokens: int, window: int) -> float:
