@@ -21,6 +21,7 @@ from smolseek.conversion.self_text import read_openings, sample_windows
 from smolseek.conversion.sizes import (
     BEGINNING_TOKENS,
     BEGINNINGS,
+    JUDGED_WINDOWS,
     OPENINGS,
     WRITTEN_TOKENS,
     is_small,
@@ -35,9 +36,6 @@ from smolseek.data.encoding import check_vocabulary
 from smolseek.generation import end_tokens
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import compute_dtype
-
-_JUDGED_WINDOWS = {True: 8, False: 16}
-"""Windows to judge by: of a small source, and of others, whose windows are half as long."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def read_named_text(job: Job) -> NamedText:
     data, (_, length) = job.data, window_lengths(job.source, job.settings)
     check_weights(data, "calibration", "calibration_weights")
     tokenizer = load_tokenizer(job.folder)
-    refined, judged = wanted_windows(job.source, job.settings), _JUDGED_WINDOWS[is_small(job.source)]
+    refined, judged = wanted_windows(job.source, job.settings), JUDGED_WINDOWS[is_small(job.source)]
     weighted = zip(data.train, data.weights or (1.0,) * len(data.train), strict=True)
     shares = [(name, weight) for name, weight in weighted if name != SELF]
     most = max(1, WRITTEN_TOKENS // length)
@@ -136,7 +134,7 @@ def read_calibration(job: Job, text: NamedText, work: WorkFolder) -> Calibration
     judged_BT, refined_BT, sources = text.judged_BT, text.windows_BT, text.sources
     if text.sampled:
         own_BT, documents = _sampled(job, text.sampled, length, work)
-        apart = _count_aside(len(own_BT), _JUDGED_WINDOWS[is_small(job.source)] - len(judged_BT))
+        apart = _count_aside(len(own_BT), JUDGED_WINDOWS[is_small(job.source)] - len(judged_BT))
         judged_BT, refined_BT = torch.cat([judged_BT, own_BT[:apart]]), torch.cat([refined_BT, own_BT[apart:]])
         refined_BT = refined_BT[torch.randperm(len(refined_BT), generator=torch.Generator().manual_seed(settings.seed))]
         sources = [*sources, {"source": SELF, "documents": documents, "windows": len(own_BT)}]

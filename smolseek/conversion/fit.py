@@ -22,7 +22,7 @@ from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import Heads, QueryLatent, exact_query, fit_heads, query_encoder
 from smolseek.conversion.mla.latent import Compression, Latent, compress, fit_latent, pad_latent
 from smolseek.conversion.mla.layout import low_rank_tensors
-from smolseek.conversion.mla.rope_slots import RopePlan, rope_plans
+from smolseek.conversion.mla.plans import RopePlan, rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.source_weights import read_projections

@@ -56,6 +56,8 @@ _MORE_WINDOW_TOKENS = 1024
 """Length of the windows of named text in a large source's end-to-end stage. One of them in a step teaches more than
 four of a quarter its length, also about short ones (LOG.md)."""
 
+JUDGED_WINDOWS = {True: 8, False: 16}
+"""Windows to judge by: of a small source, and of others, whose windows are half as long."""
 WRITTEN_TOKENS = 2**16
 """Most tokens of calibration text that the model writes itself: on a CPU some hundred a second."""
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from smolseek.config import ConvertSettings
+from smolseek.conversion.mla.plans import rope_plans
 from smolseek.conversion.sizes import (
     CARVE_BATCH_TOKENS,
     CARVE_TOKENS,
     DISTILL_BATCH_TOKENS,
+    JUDGED_WINDOWS,
     OPENING_BATCH_TOKENS,
     OPENINGS,
     REFINE_BATCH_TOKENS,
@@ -19,6 +21,7 @@ from smolseek.conversion.sizes import (
     carve_steps,
     distill_steps,
     is_small,
+    latent_sizes,
     more_windows,
     own_share,
     refine_steps,
@@ -92,18 +95,22 @@ class _Work:
         return written * _WRITING_FLOPS * self.source.weights, 0
 
     def closed_form(self) -> tuple[float, float]:
-        """A forward and a backward pass to activations, moments, and decompositions.
+        """For every stride of the rope slots a forward and a backward pass to activations, and moments.
 
         The passes take 4 flops a weight and token. Moments are float64 (2 (D² + (2 Y)²) a token and layer, for keys on
-        three paths and values), and so are about 15 (D³ + Y³) a layer for the decompositions. Exact attention has none.
+        three paths and values), and so are about 15 (D³ + Y³) a layer for the decompositions of every plan of slots.
+        Where there are several plans, both models judge each: 4 flops a weight and token. Exact attention has none.
         """
         if not self._fits:
             return 0, 0
-        source, window = self.source, window_lengths(self.dense_source, self.settings)[0]
-        hidden, width, tokens = source.hidden, source.cache_numbers, self.settings.calibration_windows * window
+        source, (window, length) = self.source, window_lengths(self.dense_source, self.settings)
+        plans = rope_plans(self.dense_source.head_dim, latent_sizes(self.dense_source, self.settings)[1])
+        hidden, width = source.hidden, source.cache_numbers
+        tokens = len({plan.stride for plan in plans}) * self.settings.calibration_windows * window
         moments = tokens * 2 * source.layers * (hidden**2 + (2 * width) ** 2)
-        float64 = moments + 15 * source.layers * (hidden**3 + width**3)
-        flops = tokens * 4 * source.weights + float64 / self.machine.float64_share
+        float64 = moments + len(plans) * 15 * source.layers * (hidden**3 + width**3)
+        judged = len(plans) * JUDGED_WINDOWS[is_small(self.dense_source)] * length * (len(plans) > 1)
+        flops = (tokens + judged) * 4 * source.weights + float64 / self.machine.float64_share
         return flops, tokens * _moved_bytes(source, window)
 
     def refine_layers(self) -> tuple[float, float]:

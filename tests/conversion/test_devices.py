@@ -18,7 +18,7 @@ from smolseek.conversion.mla.folding import fold_bias, fold_norms
 from smolseek.conversion.mla.heads import fit_heads, query_encoder
 from smolseek.conversion.mla.latent import compress, fit_latent
 from smolseek.conversion.mla.layout import low_rank_tensors
-from smolseek.conversion.mla.rope_slots import rope_plans
+from smolseek.conversion.mla.plans import rope_plans
 from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.probe import Probe, ProbedAttention, probed_attention

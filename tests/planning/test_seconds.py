@@ -49,3 +49,12 @@ def test_costs_grow_with_the_work() -> None:
     # Six flops per weight and token, at half the peak; activations and scores are moved twenty times, in fp32.
     moved = 20 * 4 * 30 * (12 * 576 + 4 * 1536 + 9 * 256)
     assert heal == pytest.approx(1000 * (6 * 139_633_488 / 5e14 + moved / FAST_COMPUTE.bytes_per_second))
+
+
+def test_the_closed_form_takes_a_pass_for_each_stride_of_the_rope_slots() -> None:
+    """A head of 64 has one plan of slots for a rotated key of 32, and five with three strides for one of 16."""
+    wide, narrow = (
+        plan(SMOLLM2_135M, ConvertSettings(kv_lora_rank=32, qk_rope_head_dim=rope_dim), MEASURED_MACHINE)
+        for rope_dim in (32, 16)
+    )
+    assert 3 < narrow.stages["closed form"] / wide.stages["closed form"] < 5

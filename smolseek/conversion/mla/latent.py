@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smolseek.conversion.mla.algebra import damping, regress, weighted_energy
-from smolseek.conversion.mla.rope_slots import RopePlan, complex_moment, fit_rope_slots, to_complex, to_real
+from smolseek.conversion.mla.plans import RopePlan
+from smolseek.conversion.mla.rope_slots import complex_moment, fit_rope_slots, to_complex, to_real
 from smolseek.conversion.mla.weights import Projections
 from smolseek.conversion.moments import (
     ROTATED,

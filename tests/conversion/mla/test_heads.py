@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from smolseek.conversion.mla.heads import QueryLatent, exact_query, fit_heads, query_encoder, resize_heads
 from smolseek.conversion.mla.latent import LATENT_RMS, compress
 from smolseek.conversion.mla.layout import low_rank_tensors
-from smolseek.conversion.mla.rope_slots import rope_plans, to_complex
+from smolseek.conversion.mla.plans import rope_plans
+from smolseek.conversion.mla.rope_slots import to_complex
 from smolseek.conversion.mla.weights import HeadSizes
 from tests.conversion.mla.blocks import (
     angles,

@@ -17,7 +17,8 @@ from smolseek.conversion.mla.latent import (
     pad_latent,
     refit_decoder,
 )
-from smolseek.conversion.mla.rope_slots import rope_plans, to_complex, to_real
+from smolseek.conversion.mla.plans import rope_plans
+from smolseek.conversion.mla.rope_slots import to_complex, to_real
 from smolseek.conversion.moments import NormMoments, norm_moments
 from tests.conversion.mla.blocks import in_source_sizes, quick, random_layer, shapes, unweighted
 

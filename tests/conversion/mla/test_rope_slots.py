@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 
 from smolseek.conversion.mla.latent import compress
-from smolseek.conversion.mla.rope_slots import RopePlan, complex_moment, interleave, rope_plans, to_complex, to_real
+from smolseek.conversion.mla.plans import RopePlan, rope_plans
+from smolseek.conversion.mla.rope_slots import complex_moment, interleave, to_complex, to_real
 from smolseek.conversion.probe import rotate_by_angles
 from tests.conversion.mla.blocks import (
     angles,
