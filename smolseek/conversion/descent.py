@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from smolseek.conversion.mla.heads import CONSTANT
 from smolseek.model.attention import MultiheadLatentAttention
 from smolseek.numerics.muon import Muon
 from smolseek.numerics.schedule import warmed_cosine
@@ -20,6 +24,7 @@ class Descent:
     The rate is relative because checkpoints differ in the scale of their weights, and so do the matrices of one block.
     It warms up over the first twentieth of the steps and falls to zero by a cosine. The optimizer is Adam, or Muon
     where a number of heads is given. Several processes take every step together, each with the gradient of its rows.
+    What is `held`, parts of parameters by index, stays as it is.
     """
 
     def __init__(
@@ -29,9 +34,10 @@ class Descent:
         rate: float,
         steps: int,
         muon_heads: int | None = None,
+        held: Iterable[tuple[Tensor, Any]] = (),
         shares: Shares = ALONE,
     ) -> None:
-        self.parameters, self.shares = list(parameters.values()), shares
+        self.parameters, self.held, self.shares = list(parameters.values()), list(held), shares
         groups = []
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
@@ -47,6 +53,9 @@ class Descent:
         """One step down: along the mean over the processes; no loss where one has no rows."""
         if loss is not None:
             loss.backward()
+            for parameter, part in self.held:
+                if parameter.grad is not None:
+                    parameter.grad[part] = 0
         self.shares.mean_gradients_(self.parameters, 1.0)
         self.optimizer.step()
         self.schedule.step()
@@ -69,3 +78,15 @@ def scale_latents(block: MultiheadLatentAttention, factor: float) -> None:
             tensor[: block.kv_lora_rank].mul_(factor)
         elif name.startswith("q_a_proj"):
             tensor.mul_(factor)
+
+
+def constants(block: MultiheadLatentAttention) -> list[tuple[Tensor, Any]]:
+    """Returns what holds the constant coordinate of an exact query latent (`mla.heads.exact_query`); else nothing.
+
+    Behind it stand the queries' biases, in a column of q_b_proj whose entries are thousands of times smaller than the
+    others'. A step by the size of the whole matrix would be one of thousands of biases.
+    """
+    bias = block.q_a_proj.bias if block.q_lora_rank is not None else None
+    if bias is None or not bool((bias >= CONSTANT / 2).any()):
+        return []
+    return [(block.q_a_proj.bias, ...), (block.q_b_proj.weight, (slice(None), bias >= CONSTANT / 2))]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smolseek.conversion.calibrate import Calibration
 from smolseek.conversion.collect import TOKENS_AT_ONCE, batches
-from smolseek.conversion.descent import Descent, scale_latents
+from smolseek.conversion.descent import Descent, constants, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import BEHIND_DTYPE, DenseStates, shuffled
@@ -58,7 +58,7 @@ def distill_model(
     def judged() -> list[float]:
         windows_BT = calibration.judged_BT
         divergence = job.shares.by_leader(lambda: mean_divergence(student, dense, windows_BT))
-        if is_small(job.source):
+        if is_small(job.source) or not math.isfinite(divergence):
             return [divergence]
         return [divergence, job.shares.by_leader(lambda: mean_loss(student, windows_BT))]
 
@@ -148,10 +148,12 @@ def distill(
     all their tokens. `rate` is a step's share of a parameter's size, times the root of the number of layers;
     `on_step(done)` reports progress (docs/method.md, "End-to-end KL"). Several processes divide every step's windows.
     """
-    for layer in layers_of(student):
-        scale_latents(layer.self_attn, 1 / LATENT_RMS)
+    blocks = [layer.self_attn for layer in layers_of(student)]
+    held = [part for block in blocks for part in constants(block)]
+    for block in blocks:
+        scale_latents(block, 1 / LATENT_RMS)
     take_expert_counts(student)
-    descent = Descent(parameters, rate=rate * len(layers_of(student)) ** -0.5, steps=steps, shares=shares)
+    descent = Descent(parameters, rate=rate * len(blocks) ** -0.5, steps=steps, held=held, shares=shares)
     for step, parts in enumerate(batches):
         tokens = [len(rows) * text.ids_BT.shape[1] for text, rows in parts]
         losses = []
@@ -166,8 +168,8 @@ def distill(
         update_biases(student, counts, _BALANCE_SPEED * (1 - step / steps))
         on_step(step + 1)
     descent.end()
-    for layer in layers_of(student):
-        scale_latents(layer.self_attn, LATENT_RMS)
+    for block in blocks:
+        scale_latents(block, LATENT_RMS)
 
 
 def draw(texts: Sequence[States], tokens: int, steps: int, seed: int) -> Iterator[tuple[States, Tensor]]:

@@ -16,7 +16,7 @@ from transformers import DeepseekV3Config
 
 from smolseek.conversion.calibrate import Calibration
 from smolseek.conversion.carve import Carving, carve, carving_loss, load_carving, refine_carving
-from smolseek.conversion.descent import Descent, scale_latents
+from smolseek.conversion.descent import Descent, constants, scale_latents
 from smolseek.conversion.job import Job
 from smolseek.conversion.mla.latent import LATENT_RMS
 from smolseek.conversion.residual_stream import BEHIND_DTYPE, DenseStates, ResidualStream
@@ -106,9 +106,10 @@ def refine_attention(
     form, norm and all (docs/method.md, "Refinement"). Processes that share the streams divide every step's windows.
     """
     shares = streams[0][1].shares
+    held = constants(block)
     scale_latents(block, 1 / LATENT_RMS)
     matrices = {name: p for name, p in block.named_parameters() if p.dim() == 2}  # they can do all that norms could
-    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads, shares=shares)
+    descent = Descent(matrices, rate=rate, steps=steps, muon_heads=block.num_heads, held=held, shares=shares)
     for rows_of_each in zip(*(stream.batches(steps, seed) for _, stream in streams), strict=True):
         parts = [
             (rope, *stream.attention(shares.own(rows)))

@@ -18,7 +18,7 @@ from smolseek.conversion.pipeline import convert
 from smolseek.model import StockModel
 from smolseek.numerics import precision
 from tests.conversion.folders import edit, logits, stock, write_source
-from tests.factories import tiny_llama
+from tests.factories import tiny_dense, tiny_llama
 from tests.text import ENTRIES, tiny_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -128,6 +128,30 @@ def test_an_interrupted_conversion_goes_on_at_the_layer_it_reached(source, quick
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
     reports = [json.loads((tmp_path / n / "conversion.json").read_text()) for n in ("out", "whole")]
     assert reports[0]["layers"] == reports[1]["layers"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_source_with_biases_learns_under_the_transformers_profile(model_type, quick, tmp_path):
+    """Its queries' biases stand behind a constant coordinate, beside weights thousands of times as large."""
+    dense = StockModel(tiny_dense(model_type, attention_bias=True, vocab_size=ENTRIES))
+    source = save(dense, tmp_path / "source", tokenizer_from=tiny_tokenizer())
+    settings = quick(profile="transformers", cache=0.5, refine_steps=40, distill_steps=40)
+    out = convert(source, tmp_path / "out", settings=settings)
+    report = json.loads((out / "conversion.json").read_text())
+    errors = [(layer["attention_error"], layer["attention_error_refined"]) for layer in report["layers"]]
+    assert all(after < 0.95 * before for before, after in errors)
+    assert "distilled" in report["losses"]
+
+
+def test_an_end_to_end_stage_that_ends_in_nan_is_undone(source, quick, tmp_path, monkeypatch):
+    """By the rule of large sources, too, which are judged by their loss beside the KL."""
+    monkeypatch.setattr("smolseek.conversion.distill._RATE", float("nan"))
+    plain = convert(source, tmp_path / "0", settings=quick(refine_steps=1, distill_steps=0))
+    for small in (True, False):
+        monkeypatch.setattr("smolseek.conversion.distill.is_small", lambda _, small=small: small)
+        monkeypatch.setattr("smolseek.conversion.distill._RATE_PER_ROOT", float("nan"))
+        harmed = convert(source, tmp_path / f"1 {small}", settings=quick(refine_steps=1, distill_steps=3))
+        assert (plain / "model.safetensors").read_bytes() == (harmed / "model.safetensors").read_bytes()
 
 
 def test_an_end_to_end_stage_that_does_harm_is_undone(source, quick, tmp_path, monkeypatch):
