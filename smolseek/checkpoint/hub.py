@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.source import check_tokenizer, read_config, read_conversion, read_end_tokens, resolve_folder
+from smolseek.checkpoint.source import (
+    check_tokenizer,
+    read_config,
+    read_conversion,
+    read_end_tokens,
+    read_json,
+    resolve_folder,
+)
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
 from smolseek.formats.fields import Rule, check_fields, number
 from smolseek.formats.refusing import refusing
@@ -28,6 +35,9 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
     "dtype": Rule(lambda name: isinstance(getattr(torch, name, None), torch.dtype), "a dtype of torch").or_null(),
 }
 """Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_EARLIER_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Names of tokenizer classes that transformers 4 knows, too."""
 Part = tuple[str, int | None, slice]
 """Name of a stored tensor, the expert it belongs to, and the rows of the model's tensor that it fills."""
 
@@ -285,11 +295,40 @@ def save(
             tokenizer_from.save_pretrained(writer.path)
         elif tokenizer_from is not None:
             folder = resolve_folder(tokenizer_from)
-            writer.copy_tokenizer(folder)
+            copy_tokenizer(writer, folder)
             writer.copy_generation_config(folder)
         if card is not None:
             writer.write_text("README.md", card)
     return Path(out)
+
+
+def copy_tokenizer(writer: FolderWriter, source: Path) -> None:
+    """Copies the tokenizer of another folder into one that has its config.json, so that it gives the same tokens there.
+
+    The files are the same byte for byte, but for `tokenizer_class` where the other model_type takes it: transformers
+    chooses a tokenizer's class by model_type, too, and reads a Mistral's tokenizer.json otherwise than a DeepSeek's.
+    """
+    writer.copy_tokenizer(source)
+    types = [
+        read_json(path).get("model_type")
+        for path in (source / "config.json", writer.path / "config.json")
+        if path.is_file()
+    ]
+    if len(set(types)) < 2:
+        return
+    wanted, found = _tokenizer_class(source), _tokenizer_class(writer.path)
+    if wanted is not None and wanted != found:
+        path = writer.path / _TOKENIZER_CONFIG
+        given = read_json(path) if path.is_file() else {}
+        writer.write_json(_TOKENIZER_CONFIG, given | {"tokenizer_class": _EARLIER_NAMES.get(wanted, wanted)})
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """Returns the class that transformers reads a folder's tokenizer with, or None where it reads none."""
+    try:
+        return type(load_tokenizer(folder)).__name__
+    except ValueError:
+        return None
 
 
 def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Tensor]]:

@@ -38,6 +38,12 @@ def tokenizer_files(keys: Mapping[str, Any], vocab_size: int) -> dict[str, dict[
             f"tokenizer.ggml.model {shown(kind)}: only byte-level BPE (gpt2) and SentencePiece's BPE (llama) are read; "
             "name the checkpoint that it was made from"
         )
+    cut = _cut(keys)
+    if keys.get("general.architecture") == "qwen2" and (kind, cut) != ("gpt2", "qwen2"):
+        raise ValueError(
+            f"tokenizer.ggml.pre {shown(keys.get('tokenizer.ggml.pre'))}: transformers cuts the text of every qwen2 "
+            "model as Qwen does; name the checkpoint that it was made from"
+        )
     special = {name: _special(keys, key, tokens) for name, key in _NAMES.items()}
     steps = _byte_level(keys, tokens) if kind == "gpt2" else _sentencepiece(keys, tokens, types)
     used = {text: number for number, text in enumerate(tokens) if types[number] != TokenType.UNUSED}
@@ -86,13 +92,18 @@ def _special(keys: Mapping[str, Any], key: str, tokens: list[str]) -> int | None
     return number
 
 
+def _cut(keys: Mapping[str, Any]) -> str:
+    """Returns how the tokenizer cuts text before BPE, by one name for each way."""
+    named = str(keys.get("tokenizer.ggml.pre"))
+    return _SAME_AS.get(named, named)
+
+
 def _byte_level(keys: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     """Returns the parts of tokenizer.json that are byte-level BPE's."""
-    named = keys.get("tokenizer.ggml.pre")
-    cut = _SAME_AS.get(str(named), str(named))
+    cut = _cut(keys)
     if cut not in PRE_TYPES:
         raise ValueError(
-            f"tokenizer.ggml.pre {shown(named)}: it is not known how that cuts text, only how "
+            f"tokenizer.ggml.pre {shown(keys.get('tokenizer.ggml.pre'))}: it is not known how that cuts text, only how "
             f"{', '.join((*PRE_TYPES, *_SAME_AS))} do; name the checkpoint that it was made from"
         )
     before, use_regex = PRE_TYPES[cut]
@@ -161,8 +172,7 @@ def _around(
     keys: Mapping[str, Any], special: Mapping[str, int | None], tokens: list[str], *, is_sentencepiece: bool
 ) -> dict[str, Any]:
     """Returns the step that puts BOS before a text and EOS behind it, where the keys or llama.cpp's defaults say so."""
-    cut = keys.get("tokenizer.ggml.pre")
-    begins = is_sentencepiece or _SAME_AS.get(str(cut), cut) in WHOLE_WORDS
+    begins = is_sentencepiece or _cut(keys) in WHOLE_WORDS
     wanted = {
         "bos_token": keys.get("tokenizer.ggml.add_bos_token", begins),
         "eos_token": keys.get("tokenizer.ggml.add_eos_token", False),

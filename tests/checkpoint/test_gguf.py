@@ -155,6 +155,17 @@ def test_text_is_cut_as_llama_cpp_does(tmp_path, family, cut, llama_cpp):
     assert_cut_as_in_llama_cpp(write_gguf(dense, tmp_path / "m.gguf", keys={"tokenizer.ggml.pre": cut}))
 
 
+@pytest.mark.parametrize("cut", ["smollm", "qwen2", "deepseek-r1-qwen"])
+def test_another_cut_of_a_qwen2_is_refused_for_transformers_would_cut_as_qwen_does(tmp_path, cut):
+    dense = dense_folder(tmp_path / "dense", "qwen2", num_hidden_layers=1)
+    file = write_gguf(dense, tmp_path / "m.gguf", keys={"tokenizer.ggml.pre": cut})
+    if cut != "smollm":
+        assert load_tokenizer(file)("1234 Anna")["input_ids"]
+        return
+    with pytest.raises(ValueError, match="'smollm': transformers cuts the text of every qwen2 model as Qwen does"):
+        load_tokenizer(file)
+
+
 def test_bos_is_added_where_llama_cpp_adds_it_without_a_key(tmp_path):
     dense = dense_folder(tmp_path / "dense", tokenizer=kind_of_tokenizer("has"))
     for cut, adds in (("llama-bpe", True), ("smollm", False)):

@@ -9,14 +9,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smolseek.checkpoint.folder
 import smolseek.checkpoint.hub
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
-from smolseek.checkpoint.hub import as_ours, check_stock, load, load_for_evaluation, load_stock, load_tokenizer, save
+from smolseek.checkpoint.hub import (
+    as_ours,
+    check_stock,
+    copy_tokenizer,
+    load,
+    load_for_evaluation,
+    load_stock,
+    load_tokenizer,
+    save,
+)
 from smolseek.checkpoint.shard import ShardWriter
 from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.shards import own_part
 from tests.factories import random_ids, tiny_llama, tiny_v3_pair
 from tests.fake_processes import process
-from tests.text import tiny_tokenizer
+from tests.text import kind_of_tokenizer, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -439,3 +448,45 @@ def test_parts_are_found_by_transformers_names_only(dense_folder):
     save_file(tensors, dense_folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight.* use one process"):
         load_stock(dense_folder, shard=lambda model: model)
+
+
+def prepended(tree):
+    """A SentencePiece tokenizer.json as older Mistrals have it: a normalizer puts the space in front of a text."""
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    return tree | {"normalizer": normalizer, "pre_tokenizer": None}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "class_name", "change"),
+    [
+        ("mistral", "sentencepiece", "LlamaTokenizer", prepended),
+        ("mistral", "sentencepiece", "LlamaTokenizerFast", prepended),
+        ("qwen2", "has", "PreTrainedTokenizerFast", dict),
+        ("qwen3", "has", None, dict),
+        ("llama", "adds", "PreTrainedTokenizerFast", dict),
+    ],
+)
+def test_a_copied_tokenizer_gives_the_same_tokens(model_type, kind, class_name, change, tmp_path):
+    """transformers chooses the class by model_type, too, and that becomes DeepSeek's."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    kind_of_tokenizer(kind).save_pretrained(source)
+    tree = change(json.loads((source / "tokenizer.json").read_text()))
+    (source / "tokenizer.json").write_text(json.dumps(tree))
+    (source / "config.json").write_text(json.dumps({"model_type": model_type}))
+    edit_tokenizer(source, tokenizer_class=class_name)
+    with FolderWriter(out) as writer:
+        writer.write_json("config.json", {"model_type": "deepseek_v3"})
+        copy_tokenizer(writer, source)
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    for text in (" Anna sees", "</s> Anna", "<s>Anna</s>Ben", "  two  spaces\n\nX", "nai\u0308ve 1234 def f():\n    x"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    config = "tokenizer_config.json"
+    if model_type == "llama":
+        assert (out / config).read_bytes() == (source / config).read_bytes()
+
+
+def edit_tokenizer(folder, **fields):
+    path = folder / "tokenizer_config.json"
+    tree = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({name: value for name, value in tree.items() if value is not None}))
