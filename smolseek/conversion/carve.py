@@ -78,7 +78,7 @@ def carve(weights: dict[str, Tensor], sample: MlpSample, config: dict[str, Any])
         config[field]
         for field in ("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     )
-    parts = split(activations_NI, down_DI, shared, routed, width)
+    parts = split(activations_NI, down_DI, shared, routed)
     rows_ED, bias_E = _balanced_router(inputs_ND, activations_NI, down_DI, parts[shared:], chosen)
     energy_NI = sample.weight_N[:, None] * (activations_NI * down_DI.norm(dim=0)).square()
     for _ in range(_MOVES):
@@ -89,15 +89,15 @@ def carve(weights: dict[str, Tensor], sample: MlpSample, config: dict[str, Any])
     return refit_down(Carving(gate, up, down, rows_ED, bias_E), sample, chosen)
 
 
-def split(activations_NI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int, width: int) -> list[list[int]]:
-    """Returns the neurons of each part, the shared experts first; a part may have fewer than `width`.
+def split(activations_NI: Tensor, down_DI: Tensor, n_shared: int, n_routed: int) -> list[list[int]]:
+    """Returns the neurons of each part, the shared experts first; where they do not come out even, some have one fewer.
 
     C = |h| · ‖d‖, each token's C at norm 1. The neurons of highest mean C are shared. The others fall into balanced
     k-means clusters of the columns of C, each column at norm 1.
     """
     contributions_NI = F.normalize(activations_NI.abs() * down_DI.norm(dim=0), dim=1)
     order_I = contributions_NI.mean(0).argsort(descending=True)
-    assert len(order_I) <= (n_shared + n_routed) * width
+    width = -(-len(order_I) // (n_shared + n_routed))
     shared_I, routed_I = order_I.split([n_shared * width, len(order_I) - n_shared * width])
     points_IN = F.normalize(contributions_NI.index_select(1, routed_I).T, dim=1)
     parts: list[list[int]] = shared_I.view(n_shared, width).tolist()

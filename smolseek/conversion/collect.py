@@ -25,6 +25,7 @@ from smolseek.numerics.shares import ALONE, Shares
 TOKENS_AT_ONCE = 2048
 """Tokens in a forward pass of the dense model alone."""
 _POSITIONS_AT_ONCE = 64  # whose logits are held
+_LEAST_OF_WINDOW = 16
 
 
 def collect_moments(
@@ -135,10 +136,13 @@ def hooked(hooks: Sequence[tuple[nn.Module, Callable[..., None]]]) -> Iterator[N
 def collect_mlp_inputs(model: Any, windows_BT: Tensor, tokens: int) -> list[Tensor]:
     """Returns for each layer the normed MLP inputs (B, T, D) of about `tokens` evenly spread tokens.
 
-    `model` is one of transformers' or ours.
+    Of many windows only some are read, so that of each there are `_LEAST_OF_WINDOW` tokens: a text's first is unlike
+    all others. `model` is one of transformers' or ours.
     """
     device = next(model.parameters()).device
     kept: list[list[Tensor]] = [[] for _ in model.model.layers]
+    most = max(1, tokens // min(_LEAST_OF_WINDOW, windows_BT.shape[1]))
+    windows_BT = windows_BT[:: -(-len(windows_BT) // most)]
     stride = max(1, windows_BT.numel() // tokens)
     hooks: list[tuple[nn.Module, Callable[..., None]]] = [
         (layer.post_attention_layernorm, lambda _, args, out, k=k: k.append(out[:, ::stride].clone()))

@@ -69,8 +69,14 @@ def test_spilled_moments_are_the_same(dense, angles, tmp_path, monkeypatch):
 
 
 def test_mlp_inputs_are_spread_over_the_windows(dense):
-    inputs = collect_mlp_inputs(dense, random_ids(4, 16), tokens=16)
-    assert [tuple(x.shape) for x in inputs] == [(4, 4, 32)] * 2
+    inputs = collect_mlp_inputs(dense, random_ids(4, 64), tokens=64)
+    assert [tuple(x.shape) for x in inputs] == [(4, 16, 32)] * 2
+
+
+@pytest.mark.parametrize(("windows", "shape"), [((64, 2), (4, 2, 32)), ((32, 48), (1, 12, 32))])
+def test_of_many_windows_some_are_read_so_that_more_than_their_first_tokens_are_there(windows, shape, dense):
+    inputs = collect_mlp_inputs(dense, random_ids(*windows), tokens=8 if windows[1] == 2 else 12)
+    assert [tuple(x.shape) for x in inputs] == [shape] * 2
 
 
 def test_labels_come_as_often_as_they_are_likely_and_never_where_they_are_not():
