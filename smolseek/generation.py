@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smolseek.config import SampleSettings
+from smolseek.config import SEEDS, SampleSettings
 from smolseek.data.encoding import check_vocabulary, encode_prompt
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.decoding import DecodeStep, has_fixed_steps
@@ -23,6 +23,10 @@ _COLDEST = 1e-6
 """Temperatures below this are 0: logits over them do not fit fp32, and the likeliest token has all the chance."""
 _PREFILL_TOKENS = 2048
 """Most prompt tokens read at once, so that memory does not grow with the prompt."""
+
+
+_CHARACTER_BYTES = 4
+"""Most bytes of a character in UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Sampling:
             ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 1e-6 <= self.repetition_penalty <= 1e6, "between 1e-6 and 1e6"),
+            ("seed", self.seed is None or self.seed in SEEDS, "a number of 64 bits"),
         )
         for name, holds, rule in rules:
             if not holds:
@@ -119,7 +124,12 @@ def stream_text(
     character, or in text that may become a stop string, is held back until the next tokens decide. `on_token` is called
     with every token as it is drawn; `options` and errors as `stream`. A text ends at the model's own end tokens unless
     `eos_token_id` names others.
+
+    Raises:
+        ValueError: as `stream`, or a stop string is empty.
     """
+    if not all(stop):
+        raise ValueError("stop '': an empty text is everywhere; leave it out")
     options.setdefault("eos_token_id", end_tokens(model, tokenizer))
     decoder, pending = TextDecoder(tokenizer, input_ids[0].tolist()), ""
     for token in stream(model, input_ids, **options):
@@ -147,29 +157,39 @@ class TextDecoder:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self._ids = list(prompt_ids[-self._CONTEXT_TOKENS :])
-        self._said = self._decode()
+        self._ids, self._said = self._context(list(prompt_ids))
 
     def add(self, token: int) -> str:
         """Returns the text that a token adds; none while it ends inside a character."""
         self._ids.append(token)
-        text = self._decode()
+        text = self._decode(self._ids)
         if text.endswith("\ufffd") and len(self._ids) < 4 * self._CONTEXT_TOKENS:
             return ""
         return self._say(text)
 
     def rest(self) -> str:
         """Returns the text that `add` holds back, a broken character."""
-        return self._say(self._decode())
+        return self._say(self._decode(self._ids))
 
     def _say(self, text: str) -> str:
         new = text[len(self._said) :]
-        self._ids = self._ids[-self._CONTEXT_TOKENS :]
-        self._said = self._decode()
+        self._ids, self._said = self._context(self._ids)
         return new
 
-    def _decode(self) -> str:
-        return self.tokenizer.decode(self._ids, skip_special_tokens=True)
+    def _context(self, ids: list[int]) -> tuple[list[int], str]:
+        """Returns the last tokens and their text, with a few more where they would begin inside a character.
+
+        SentencePiece reads nothing of a run of bytes that begins there.
+        """
+        for more in range(_CHARACTER_BYTES):
+            kept = ids[-self._CONTEXT_TOKENS - more :]
+            if "\ufffd" not in (text := self._decode(kept)):
+                return kept, text
+        kept = ids[-self._CONTEXT_TOKENS :]
+        return kept, self._decode(kept)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def end_tokens(model: DeepseekV3 | StockModel, tokenizer: Any) -> tuple[int, ...]:

@@ -169,16 +169,22 @@ def test_decoding_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -
     assert max(decoded) < 40 and sum(decoded) < 40 * len(tokens)
 
 
+TEXTS = (" a ball é 漢 the cat.\n 5 </s> Ben", "안녕하세요 a 안녕하세요", " ❤️❤️❤️ b")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("prompt_text", ["Anna sees", "안녕하"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_behind_a_prompt_is_transformers(kind: str) -> None:
+def test_text_behind_a_prompt_is_transformers(kind: str, prompt_text: str, text: str) -> None:
+    """Words in letters that the vocabulary lacks are long runs of bytes, of which the last few tokens are decoded."""
     tokenizer = kind_of_tokenizer(kind)
-    prompt = tokenizer("Anna sees")["input_ids"]
-    new = tokenizer(" a ball é 漢 the cat.\n 5 </s> Ben")["input_ids"]
+    prompt = tokenizer(prompt_text)["input_ids"]
+    new = tokenizer(text)["input_ids"]
     new = new[1:] if new[0] == tokenizer.bos_token_id else new
     decoder = TextDecoder(tokenizer, prompt)
-    text = "".join(decoder.add(token) for token in new) + decoder.rest()
+    said = "".join(decoder.add(token) for token in new) + decoder.rest()
     whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
-    assert tokenizer.decode(prompt, skip_special_tokens=True) + text == whole
+    assert tokenizer.decode(prompt, skip_special_tokens=True) + said == whole
 
 
 @each_model
@@ -196,11 +202,25 @@ def test_empty_prompts_are_refused(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"min_p": 2.0}, {"repetition_penalty": 0.0}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-45},
+        {"seed": 2**64},
+    ],
 )
 def test_impossible_sampling_is_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         generate(MODELS["V3"], random_ids(1, 3), **options)
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stop '': an empty text is everywhere"):
+        next(stream_text(MODELS["V3"], kind_of_tokenizer("adds"), random_ids(1, 3), stop=("",)))
 
 
 def test_repetition_rate_is_the_share_of_n_grams_seen_before() -> None:

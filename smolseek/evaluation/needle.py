@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smolseek.config import SEEDS
 from smolseek.data.encoding import check_vocabulary
 from smolseek.evaluation.paired import Estimate, estimate
 from smolseek.evaluation.quality import Model
@@ -110,6 +111,8 @@ def measure_retrieval(
     """
     if trials < 1:
         raise ValueError(f"trials {trials}: must be 1 or more")
+    if seed not in SEEDS:
+        raise ValueError(f"seed {seed}: must be a number of 64 bits")
     limit, most = limit_tokens, model.config.max_position_embeddings
     if limit is not None and limit > most:
         raise ValueError(f"a context of {limit} tokens: the model reads {most}; lower it")
