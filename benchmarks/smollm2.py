@@ -227,7 +227,8 @@ def read_tokens(tokenizer: Any, file: str, tokens: int) -> Tensor:
     ids: list[int] = []
     documents = held_out_documents(DataSettings(held_out=(file,), separator=SEPARATOR))
     for document in documents:
-        ids += [*tokenizer(document.text[: 20 * tokens], verbose=False)["input_ids"], tokenizer.eos_token_id]
+        ids += tokenizer(document.text[: 20 * tokens], verbose=False)["input_ids"]
+        ids += [tokenizer.eos_token_id] * document.ends  # a long text comes in parts
         if len(ids) >= tokens:
             break
     return torch.tensor(ids[:tokens])

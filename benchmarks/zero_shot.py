@@ -40,7 +40,7 @@ def write_tasks(documents: Path, out: Path, rows: int) -> Any:
         source = documents / f"{name}.jsonl"
         if not source.is_file():
             raise ValueError(f"--tasks {documents}: no {source.name} in it; it needs one for {', '.join(TEMPLATES)}")
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         drawn = sorted(random.Random(0).sample(range(len(lines)), min(rows, len(lines))))
         own = out / source.name
         own.write_text("".join(lines[number] + "\n" for number in drawn), encoding="utf-8")

@@ -15,6 +15,8 @@ import yaml
 from smolseek.formats.fields import shown
 from smolseek.formats.text import is_text, read_text
 
+SEEDS = range(-(2**63), 2**63)
+"""Seeds, and all other whole numbers, that a recipe or an option may name: those of 64 bits."""
 SEPARATOR = "<|endoftext|>"
 """Default text between the documents of a text file."""
 SELF = "self"
@@ -126,7 +128,7 @@ class StageSettings:
     learning_rate_factors: dict[str, float] | None = None
     """Factors on the learning rate for groups of weights."""
     final_learning_rate_share: float | None = None
-    """Learning rate at the stage's last step, as a share of the peak."""
+    """Learning rate that the stage ends at, after its last step, as a share of the peak."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
     distill_weight: float | None = None
@@ -150,7 +152,7 @@ class TrainSettings:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     final_learning_rate_share: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate that the run ends at, after its last step, as a share of the peak."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     weight_decay: float = 0.1
@@ -402,6 +404,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < 10**300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}: {shown(value)} is not of type {kind.__name__}")
+    if kind is int and value not in SEEDS:
+        raise ValueError(f"{where}: {shown(value)} is no number of 64 bits; use one nearer to 0")
     if kind is str and not is_text(value):
         raise ValueError(f"{where}: {ascii(value)[:80]} is no text that UTF-8 can write; correct it")
     return value

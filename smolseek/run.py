@@ -126,6 +126,8 @@ def _train_and_compare(
     resumed = resume and trainer.resume()
     if resumed and processes.leads:
         write_about(folder, recipe, pins, processes.size)
+        if not trainer.stages.done:  # of fewer steps
+            (folder / "summary.json").unlink(missing_ok=True)
     _card(trainer).render()  # a conversion.json that gives no card is refused before the training
     _fit(trainer, "heal" if recipe.convert else "train", resumed, watcher)
     before, card = _before(recipe, folder, trainer.model), _card(trainer)

@@ -54,6 +54,7 @@ LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 
         ("train: {steps: many}", ["train.steps", "many", "int"]),
         ("train: {steps: 1.5}", ["train.steps", "1.5", "int"]),
         ("train: {steps: true}", ["train.steps", "True", "int"]),
+        (f"seed: {2**64}", ["seed: 18446744073709551616 is no number of 64 bits"]),
         ("train: {precision: fp8}", ["train.precision", "fp8", "bfloat16"]),
         ("train: [1]", ["train", "mapping"]),
         ("- a", ["mapping"]),

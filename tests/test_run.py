@@ -208,6 +208,16 @@ def test_a_finished_run_goes_on_with_more_steps(recipe, tmp_path):
     assert steps == sorted(steps) and max(steps) == 8
 
 
+def test_the_report_of_a_finished_run_that_went_on_and_was_interrupted_says_so(recipe, tmp_path):
+    folder = tmp_path / "run"
+    run_recipe(recipe, folder)
+    longer = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, steps=9))
+    with pytest.raises(Interrupted):
+        run_recipe(longer, folder, resume=True, watcher=Watcher(should_stop=lambda: True))
+    write_report([folder], tmp_path / "report.html")
+    assert "at step 6, going on or interrupted" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("how", ["resume", "force"])
 def test_a_second_run_in_the_same_folder_is_refused(recipe, tmp_path, how):
     folder = tmp_path / "run"

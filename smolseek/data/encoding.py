@@ -78,8 +78,9 @@ def read_marks(windows_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def encode_marked(tokenizer: Any, documents: list[Document]) -> Iterator[Tensor | None]:
     """Yields the marked ids (T,), int32, of each document; None for a conversation without anything to learn.
 
-    A text ends in EOS, so that the model learns to stop, unless the next document goes on with it. All texts are
-    encoded in one call of the tokenizer. A conversation is as the chat template renders it.
+    A text ends in EOS, so that the model learns to stop, unless the next document goes on with it. That one begins as
+    every text does all the same, for it may be met without the part before it. All texts are encoded in one call of the
+    tokenizer. A conversation is as the chat template renders it.
     """
     texts = [document.text for document in documents if not document.messages]
     encoded = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else [])

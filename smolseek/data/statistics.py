@@ -32,8 +32,9 @@ class SourceStatistics:
     """Malformed lines, skipped."""
     padding_share: float
     """Share of the tokens in packed windows that belong to no document."""
-    loss_share: float
-    """Share of the tokens in packed windows on which loss is taken; below 1 if there are conversations."""
+    loss_share: float | None
+    """Share of the tokens in packed windows on which loss is taken; below 1 if there are conversations. None if the
+    source fills no window."""
     epochs: float | None
     """How often the recipe reads the source; None if the source was not read to its end."""
     complete: bool
@@ -115,7 +116,7 @@ def _measure_source(spec: str, recipe: Recipe, tokenizer: Any, limit: int) -> So
         bytes_per_token=round(reading.text_bytes / max(1, reading.tokens), 3),
         malformed=reading.malformed,
         padding_share=1 - filled / max(1, slots) if slots else 0.0,
-        loss_share=round(learnt / max(1, slots), 4),
+        loss_share=round(learnt / slots, 4) if slots else None,
         epochs=None,
         complete=reading.epoch > 0,
         first_rows=[textwrap.shorten(text[:1000], 100) for text in islice(kept, FIRST_ROWS)],
@@ -131,9 +132,10 @@ def render(statistics: Statistics) -> str:
     ]
     for s in statistics.sources:
         epochs = "?" if s.epochs is None else f"{s.epochs:.2f}"
+        loss = "?" if s.loss_share is None else f"{s.loss_share:.1%}"
         lines.append(
             f"{s.source:{width}}{s.documents:12,}{s.tokens:14,}{s.bytes_per_token:13.2f}{s.padding_share:9.1%}"
-            f"{s.malformed:11,}{s.loss_share:9.1%}{epochs:>9}"
+            f"{s.malformed:11,}{loss:>9}{epochs:>9}"
         )
     lines += [f"{s.source}: cut at {s.documents:,} documents (--limit)" for s in statistics.sources if not s.complete]
     lines.append(f"The run trains on {statistics.trained_tokens:,} tokens.")

@@ -17,7 +17,7 @@ def decayed(
     shape: Literal["cosine", "wsd"] = "cosine",
     decay_share: float = 0.2,
 ) -> float:
-    """Returns the share of the peak rate at a step: 1 until the warm-up ends, `final_share` at the last step.
+    """Returns the share of the peak rate at a step: 1 until the warm-up ends, `final_share` after all `steps`.
 
     A cosine leads from one to the other. `wsd` (warm-up, stable, decay; Hu et al. 2024, section 4) stays at 1 and goes
     down in a straight line over the last `decay_share` of the steps.

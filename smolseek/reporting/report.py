@@ -35,12 +35,12 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
         for conversion in conversions:
             _draw([], [conversion])
         raise
-    charts = {
-        out.with_name(f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}.png"): chart
-        for heading, group in drawn.items()
-        for chart in group
-        if png
-    }
+    charts: dict[Path, Chart] = {}
+    for heading, chart in ((heading, chart) for heading, group in drawn.items() for chart in group if png):
+        name, number = f"{out.stem}-{_slug(heading)}-{_slug(chart.title)}", 1
+        while (path := out.with_name(f"{name}{'' if number == 1 else f'-{number}'}.png")) in charts:
+            number += 1
+        charts[path] = chart
     for path, beginning in {out: b"<!doctype html>", **dict.fromkeys(charts, b"\x89PNG")}.items():
         refuse_existing(path, force)
         refuse_other_file(path, beginning)

@@ -134,3 +134,10 @@ def test_sizes():
     for wrong in ("0%", "101%", "x%", "30+8", "16+0", "16", "-1+8", ""):
         with pytest.raises(ValueError, match="at most 32 in all"):
             read_size(wrong, 32)
+
+
+def test_parts_of_a_long_text_are_one_document(tmp_path):
+    text = " ".join(f"Anna sees {number}." for number in range(6000))
+    (tmp_path / "long.txt").write_text(f"{text}\n<|endoftext|>\nBen", encoding="utf-8")
+    ids = smollm2.read_tokens(tiny_tokenizer(), str(tmp_path / "long.txt"), 10**6).tolist()
+    assert len(text) > 65_536 and ids.count(tiny_tokenizer().eos_token_id) == 2

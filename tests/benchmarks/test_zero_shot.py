@@ -55,6 +55,15 @@ def test_each_task_has_its_usual_metric_and_a_digit_for_every_drawn_document(tmp
     assert (out / "cache").is_dir(), "the documents' cache lies beside them"
 
 
+def test_a_line_separator_in_a_text_ends_no_document(tmp_path, out):
+    documents = write_documents(tmp_path / "documents")
+    lines = [json.dumps(CHOICE | {"query": f"a\u2028b\x85 {number}"}, ensure_ascii=False) for number in range(3)]
+    (documents / "arc_easy.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_tasks(documents, out, 2)
+    drawn = (out / "arc_easy.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    assert len(drawn) == 2 and set(drawn) <= set(lines)
+
+
 def test_what_the_model_is_asked(tmp_path, out):
     manager = write_tasks(write_documents(tmp_path / "documents"), out, 1)
     asked = {}

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_conversations_tell_the_share_that_is_learnt(tmp_path):
     (source,) = measure_data(recipe, tokenizer_with(CHATML), limit=1, trained_tokens=960).sources
     assert source.documents == 5 and source.malformed == 1 and 0.1 < source.loss_share < 0.9
     assert "Anna sees a ball" in source.first_rows[0]
+
+
+def test_a_source_that_fills_no_window_tells_no_share(files):
+    recipe = recipe_of(files[0])
+    statistics = measure_data(
+        dataclasses.replace(recipe, train=TrainSettings(window_tokens=10**6)),
+        tiny_tokenizer(),
+        limit=1,
+        trained_tokens=9,
+    )
+    assert statistics.sources[0].loss_share is None and "     ?" in render(statistics)
 
 
 def test_nothing_but_malformed_lines_is_one_line(tmp_path):

@@ -21,6 +21,13 @@ def test_a_page_and_its_pictures(tmp_path, capsys):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.parent.glob("*.png"))
 
 
+def test_runs_of_like_names_have_pictures_of_their_own(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is in the report extra")
+    folders = [str(write_run(tmp_path / name)) for name in ("run_1", "run-1", "ä", "ö")]
+    assert main(["report", *folders, "-o", str(tmp_path / "out" / "report.html"), "--png"]) == 0
+    assert len([*tmp_path.glob("out/report-experts-of-*load-of-every-expert*.png")]) == 4
+
+
 def test_files_are_kept_unless_forced(tmp_path, capsys):
     command = ["report", str(write_run(tmp_path / "first")), "-o", str(tmp_path / "report.html")]
     for forced in ([], ["--force"]):
