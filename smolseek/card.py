@@ -23,6 +23,8 @@ _LOADING = {
     "sglang": "`python -m sglang.launch_server --model-path {name}`",
     "llama.cpp": "`smolseek export gguf {name} {name}.gguf`, then `llama-completion -m {name}.gguf`",
 }
+_TRITON = {"vllm": "TRITON_MLA", "sglang": "triton"}
+"""What the runtimes call the attention backend of Triton's kernels."""
 _STAGES = ("dense", "closed_form", "refined", "distilled")
 
 
@@ -181,6 +183,8 @@ class Card:
         for runtime, findings in check(dict(self.config)).items():
             refused = any(finding.refuses for finding in findings)
             command = "" if refused else _LOADING[runtime].format(name=self.name)
+            if "choose the Triton attention backend" in verdict(findings):
+                command = f"{command[:-1]} --attention-backend {_TRITON[runtime]}`"
             rows.append(f"| {runtime} | {verdict(findings)} | {command} |")
         return "\n".join(rows)
 

@@ -339,14 +339,26 @@ def _check_size(tree: Any, path: Path) -> None:
             raise ValueError(f"recipe {path}: more than {_MOST_ENTRIES:,} entries with what its aliases repeat; cut it")
 
 
-def check_fields(settings: Any) -> None:
-    """Raises ValueError if a field of a settings dataclass, made in Python, has a value of another type or choice."""
+def check_fields(settings: Any, where: str = "") -> None:
+    """Raises ValueError if a field of a settings dataclass, made in Python, has a value of another type or choice.
+
+    `where` is the dotted path in front of its fields, for messages.
+    """
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if dataclasses.is_dataclass(value):
-            check_fields(value)
-        elif _coerce(kind, value, name) != (tuple(value) if isinstance(value, list) else value):
-            raise ValueError(f"{name}: {value!r} is not of the type that it must have, {kind}")
+            check_fields(value, f"{where}{name}.")
+        elif _coerce(kind, value, f"{where}{name}") != (tuple(value) if isinstance(value, list) else value):
+            raise ValueError(f"{where}{name}: {value!r} is not of the type that it must have, {kind}")
+
+
+def check_data(data: DataSettings) -> None:
+    """Raises ValueError for a number that no division of the text can have."""
+    if not 0 <= data.held_out_share < 1:
+        raise ValueError(f"data.held_out_share {data.held_out_share}: must be 0 or more, and less than 1")
+    for name in ("held_out_tokens", "shuffle_windows"):
+        if getattr(data, name) < 1:
+            raise ValueError(f"data.{name} {getattr(data, name)}: must be 1 or more")
 
 
 def check_weights(data: DataSettings, name: str = "data.train", weights_name: str = "data.weights") -> None:
@@ -404,6 +416,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < 10**300 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{where}: {shown(value)} is not of type {kind.__name__}")
+    if kind is float and math.isnan(value):
+        raise ValueError(f"{where}: nan is no number; use one")
     if kind is int and value not in SEEDS:
         raise ValueError(f"{where}: {shown(value)} is no number of 64 bits; use one nearer to 0")
     if kind is str and not is_text(value):

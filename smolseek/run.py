@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from smolseek.card import Card, Training
-from smolseek.checkpoint.atomic import atomic_file, exclusive
+from smolseek.checkpoint.atomic import LOCK, atomic_file, exclusive
 from smolseek.checkpoint.hub import load, load_config, load_stock, load_tokenizer
 from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
-from smolseek.config import Recipe, check_fields
+from smolseek.config import Recipe, check_data, check_fields
 from smolseek.conversion.pipeline import convert
 from smolseek.conversion.target import target_config
 from smolseek.data.packing import Packed
 from smolseek.formats.deepseek_v3 import disk_config, is_latent
 from smolseek.formats.dense import read_source
+from smolseek.formats.headers import read_headers
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers
 from smolseek.model.skeleton import draw_weights
@@ -81,6 +83,7 @@ def run_recipe(
         raise ValueError(f"{folder}: no such run to resume; there are {there}")
     resume = resume or restarted_by_torchrun()
     with contextlib.ExitStack() as locked, join_processes(recipe.parallel, device) as (processes, own_device):
+        fresh = not folder.exists()
         with processes.leader_first():  # it downloads and clears away; the others find that done
             if processes.leads:
                 check_folder(folder, recipe, resume=resume, force=force)
@@ -93,12 +96,14 @@ def run_recipe(
                     clear_folder(folder)
                 if not (folder / RUN_FILE).is_file():
                     write_about(folder, recipe, pins, processes.size)
-        _convert(recipe, folder, own_device, watcher, processes)
         try:
+            _convert(recipe, folder, own_device, watcher, processes)
             return _train_and_compare(recipe, folder, own_device, start, pins, resume, watcher, processes)
         except ValueError as error:
             if (folder / "converted").exists() and "--resume" not in str(error):
                 raise ValueError(f"{error} (the conversion is kept: mend that and pass --resume)") from error
+            if fresh and processes.leads and {path.name for path in folder.iterdir()} <= {LOCK, RUN_FILE}:
+                shutil.rmtree(folder)  # so that the same command, mended, begins
             raise
 
 
@@ -150,6 +155,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuse what no run can have: a name that is a path, no starting model or two, bad settings (ValueError)."""
     check_fields(recipe)
     check_name(recipe.name)
+    check_data(recipe.data)
     stages_of(recipe.train)  # raises for values that no stage can have
     check_trackers(recipe)
     if bool(recipe.source) == bool(recipe.model):
@@ -187,6 +193,7 @@ def _read_start(recipe: Recipe) -> Start:
     source = resolve_folder(recipe.source)
     tokenizer_from = resolve_folder(recipe.tokenizer or source)
     tokenizer = load_tokenizer(tokenizer_from)
+    read_headers(source)  # raises for weights that are not there or cut short
     if recipe.convert:
         target_config(read_source(read_config(source)), recipe.convert)  # raises for sizes that do not fit
     config = load_config(source)
@@ -195,6 +202,7 @@ def _read_start(recipe: Recipe) -> Start:
     held_out = check_inputs(recipe, tokenizer, config)
     if recipe.teacher:
         teacher = resolve_folder(recipe.teacher)
+        read_headers(teacher)
         check_teacher(load_config(teacher).vocab_size, load_tokenizer(teacher), config.vocab_size, tokenizer)
     return Start(tokenizer, tokenizer_from, held_out, None)
 

@@ -55,6 +55,13 @@ def test_a_converted_models_card():
     assert "vllm serve" not in card and "smolseek train" in card
 
 
+def test_commands_name_the_attention_backend_where_one_alone_takes_the_sizes():
+    sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 128}
+    card = Card("small", V3 | sizes | {"qk_head_dim": 128, "tie_word_embeddings": False}, {}, CONVERSION).render()
+    assert "--model-path small --attention-backend triton`" in card
+    assert "`vllm serve small --attention-backend TRITON_MLA`" in card
+
+
 def test_a_healed_models_card_has_both_recipes_and_the_runs_numbers():
     training = Training(Recipe(name="heal", source="small-v3"), 100, 5000, {"dense": 1.0, "healed": 1.1})
     card = Card("heal", V3, {}, CONVERSION, training).render()

@@ -267,7 +267,23 @@ def test_the_plan_of_a_recipe_is_of_its_own_conversion(source, text, tmp_path, c
         (["generate", "./nowhere", "--prompt", "a", "--samples", "0"], "at least 1"),
         (["chat", "./nowhere", "--json"], "smolseek generate has them"),
         (["plan", "./nowhere"], "no such folder"),
+        (["plan", "builtin:base", "--heal-tokens", "-5"], "heal_tokens -5: must be 0 or more"),
         (["convert", "./nowhere", "out", "--calibration", "a.txt"], "no such folder"),
+        (["convert", "builtin:base", "out", "--judge", "a", "--judge=b"], "--judge: is given twice"),
+        (["convert", "builtin:base", "out", "--cache", "nan"], "cache: nan is no number"),
+        (["convert", "builtin:base", "out", "--seed", str(2**64 - 1)], "seed: 18446744073709551615 is no number of 64"),
+        (["convert", "builtin:base", "out", "--first-k-dense-replace", "-1"], "first_k_dense_replace -1: leaves"),
+        (["train", "--train.learning-rate", "nan"], "train.learning_rate: nan is no number"),
+        (["train", "--data.held-out-share", "1.5"], "data.held_out_share 1.5: must be 0 or more, and less than 1"),
+        (["train", "--data.shuffle-windows", "-5"], "data.shuffle_windows -5: must be 1 or more"),
+        (["data", "stats", "--data.held-out-share", "-0.5"], "data.held_out_share -0.5: must be 0 or more"),
+        (["eval", "builtin:base", "--needle", "--limit", "0"], "limit 0: must be 1 or more"),
+        (["eval", "builtin:base", "--needle", "--batch-size", "0"], "batch_size 0: must be 1 or more"),
+        (["eval", "builtin:base", "--needle", "--compare", ""], "compare '': is no name of a model"),
+        (["push", ".", "model", "--dry-run"], "push model: is no name of a repository; write it as owner/name"),
+        (["push", ".", "a/b/c", "--dry-run"], "push a/b/c: is no name of a repository"),
+        (["check", "builtin:base", "--runtime", "foo"], "invalid choice 'foo' for argument '--runtime'. Expected"),
+        (["plan", "builtin:base", "--cahce", "0.5"], "did you mean --cache?"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, words, capsys, tmp_path, monkeypatch):
@@ -276,6 +292,31 @@ def test_mistakes_are_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--text", "FULL", "EMPTY"], ["--needle", "--text", "EMPTY"]])
+def test_a_text_with_nothing_in_it_is_named_before_any_is_measured(options, source, text, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    names = {"FULL": text, "EMPTY": str(tmp_path / "empty.txt")}
+    assert main(["eval", str(source), *(names.get(option, option) for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert f"text {tmp_path / 'empty.txt'}: has 0 tokens, and at least 2 are needed" in error and error.count("\n") == 1
+
+
+def test_spans_of_a_short_text_are_refused_before_it_is_measured(source, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("Anna sees Ben.")
+    assert main(["eval", str(source), "--needle", "--text", str(tmp_path / "short.txt")]) == 2
+    error = capsys.readouterr().err
+    assert f"text {tmp_path / 'short.txt'}: " in error and "spans of 16 are drawn" in error and error.count("\n") == 1
+
+
+def test_a_box_of_a_terminal_without_utf_8_is_one_line(monkeypatch, capsys):
+    program = f"import sys; from smolseek.cli import main; sys.exit(main({['check', 'x', '--runtime', 'foo']}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert (
+        done.returncode == 2 and done.stderr.startswith("smolseek: invalid choice 'foo'") and "---" not in done.stderr
+    )
 
 
 def test_the_system_s_errors_name_the_file(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import weakref
 from html import escape
 
@@ -279,6 +280,27 @@ def test_a_refused_resume_changes_nothing(recipe, tmp_path):
     with pytest.raises(ValueError, match="no such run to resume; there are run"):
         run_recipe(recipe, tmp_path / "rnu", resume=True)
     assert not (tmp_path / "rnu").exists()
+
+
+@pytest.mark.parametrize("name", ["source", "teacher"])
+def test_weights_that_are_cut_short_leave_no_run(name, recipe, source, tmp_path):
+    convert(source, tmp_path / "v3", settings=recipe.convert)
+    heal = dataclasses.replace(recipe, convert=None, source=str(tmp_path / "v3"), teacher=str(source))
+    cut = shutil.copytree(getattr(heal, name), tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
+        run_recipe(dataclasses.replace(heal, **{name: str(cut)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_refused_when_its_weights_are_read_leaves_no_folder(recipe, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("too bad")
+
+    monkeypatch.setattr("smolseek.run.convert", fails)
+    with pytest.raises(ValueError, match="too bad"):
+        run_recipe(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_conversion_stays_whatever_comes_later(recipe, tmp_path, monkeypatch):

@@ -39,6 +39,19 @@ def files_to_push(folder: Path) -> list[Path]:
     return sorted(path for path in files if path.is_file() and not path.name.startswith("."))
 
 
+def check_id(repo_id: str) -> None:
+    """Raises ValueError if the hub takes no repository of this name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        is_valid = "/" in repo_id
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"push {repo_id}: is no name of a repository; write it as owner/name")
+
+
 def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     """Uploads a folder as the model `repo_id` and returns its address; a new repository is private unless `public`.
 

@@ -64,6 +64,8 @@ def run_plan(command: Plan) -> None:
     from smolseek.planning import plan, render
 
     settings, source, train = command.settings, command.source, None
+    if command.heal_tokens < 0:
+        raise ValueError(f"heal_tokens {command.heal_tokens}: must be 0 or more")
     if source.endswith((".yaml", ".yml")):
         recipe = load_recipe(source)
         if recipe.source is None:
@@ -140,7 +142,7 @@ def _report(out: Path, command: Convert) -> None:
     share = cache["numbers_per_token"] / cache["source_numbers_per_token"]
     print(
         f"{out}: a stock DeepSeek-V3 folder that keeps {share:.1%} of the cache, in {report['seconds']:.0f} s; next: "
-        f"smolseek eval {out} --text FILE"
+        f"smolseek eval {shlex.quote(str(out))} --text FILE"
     )
     _warn_if_far(report, command)
 

@@ -87,6 +87,12 @@ def run_eval(command: Eval) -> None:
     names = [name for name in (command.tasks or "").split(",") if name]
     if not (command.text or names or command.needle):
         raise ValueError("eval: nothing to measure; name --text FILE, --tasks NAME,NAME or --needle")
+    for field in ("limit", "batch_size", "needle_tokens"):
+        value = getattr(command, field)
+        if value is not None and value < 1:
+            raise ValueError(f"{field} {value}: must be 1 or more; leave it out for the default")
+    if command.compare == "":
+        raise ValueError("compare '': is no name of a model; leave it out to compare with none")
     check_device(command.device)
     manager = find_tasks(names, command.include_path) if names else None
     tokenizer = load_tokenizer(command.folder)
@@ -113,15 +119,22 @@ def run_eval(command: Eval) -> None:
 
 
 def _read_texts(command: Eval, tokenizer: Any) -> dict[str, Packed]:
-    """Returns the tokens of each text."""
+    """Returns the tokens of each text; raises ValueError for one with nothing to measure."""
     from smolseek.data.packing import pack
     from smolseek.data.splits import held_out_documents
+    from smolseek.evaluation.needle import SPAN_TOKENS
 
     texts = {}
     for name in command.text:
         split = {"train" if name == "builtin:python" else "held_out": (name,)}
         settings = DataSettings(separator=command.separator, text_column=command.text_column, **split)  # type: ignore[arg-type]
         texts[name] = pack(tokenizer, held_out_documents(settings))
+        if len(texts[name].ids_T) < 2:
+            remedy = f"name another, or its field by --text-column (now {command.text_column})"
+            raise ValueError(f"text {name}: has {len(texts[name].ids_T)} tokens, and at least 2 are needed; {remedy}")
+    tokens = sum(len(text.ids_T) for text in texts.values())
+    if command.needle and texts and tokens <= SPAN_TOKENS:
+        raise ValueError(f"text {' '.join(texts)}: {tokens} tokens, and spans of {SPAN_TOKENS} are drawn; name more")
     return texts
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import re
 from typing import Any
 
 import tyro
@@ -13,9 +15,10 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
     """Returns the arguments as an instance of the dataclass `kind`.
 
     Raises:
-        ValueError: tyro refuses the arguments; its error message in one line.
+        ValueError: an option is given twice, or tyro refuses the arguments; its error message in one line.
         SystemExit: after --help.
     """
+    _refuse_repeated(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -26,10 +29,23 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
         raise
 
 
+def _refuse_repeated(arguments: list[str]) -> None:
+    """Raises ValueError if an option is there twice: tyro would take the values of the last alone."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments if re.match("--[a-z]", argument)]
+    if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+        raise ValueError(f"{twice}: is given twice; give it once, with all its values")
+
+
 def _one_line(box: str, program: str) -> str:
-    """Returns the first section of an error box, and the nearest known option if the box names one."""
-    lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
-    dividers = [number for number, line in enumerate(lines) if set(line) == {"─"}] or [len(lines)]
-    said = " ".join(line for line in lines[: dividers[0]] if line and not line.startswith("─"))
-    near = next((line.split()[0] for line in lines if box.count("Perhaps you meant") and line.startswith("--")), None)
+    """Returns the first section of an error box, and the nearest known option if the box names one.
+
+    A terminal without UTF-8 gets a title, lines of hyphens, and no box.
+    """
+    _, *lines = [line.strip(" │╭╮╰╯") for line in box.splitlines()]
+    ends = ("Got errors:", "─" * 9, "-" * 9)
+    first = itertools.dropwhile(lambda line: line.startswith(ends), lines)
+    said = " ".join(itertools.takewhile(lambda line: not line.startswith(ends), filter(None, first))).rstrip(".")
+    near = next(
+        (line.split()[0] for line in lines if box.count("Perhaps you meant") and re.match("--[a-z]", line)), None
+    )
     return f"{said}; {f'did you mean {near}? ' if near else ''}see {program} --help"

@@ -26,8 +26,9 @@ class Push:
 
 def run_push(command: Push) -> None:
     quiet_libraries()
-    from smolseek.checkpoint.push import files_to_push, push
+    from smolseek.checkpoint.push import check_id, files_to_push, push
 
+    check_id(command.id)
     files = files_to_push(command.folder)
     sizes = {path.name: path.stat().st_size for path in files}
     rows = [*sizes.items(), ("together", sum(sizes.values()))]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolseek.cli.shared import (
     Device,
+    ProgressLines,
     StoppedBySignal,
     deferred_signals,
     leads,
@@ -51,11 +54,12 @@ class Data(Recipe):
 
 
 class RunDisplay:
-    """What a run shows on the terminal: its stages line by line, and a bar while it trains."""
+    """What a run shows: its stages line by line, and while it trains a bar on a terminal, else lines."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.bar: tqdm[Any] | None = None
+        self.lines = None if sys.stderr.isatty() or not leads() else ProgressLines()
 
     def on_stage(self, stage: str) -> None:
         """End the bar, and print the stage."""
@@ -68,8 +72,9 @@ class RunDisplay:
         from tqdm import tqdm
 
         if self.bar is None:
+            shows = leads() and self.lines is None
             self.bar = tqdm(
-                total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not leads()
+                total=progress.steps, initial=progress.step - 1, unit="step", mininterval=1.0, disable=not shows
             )
         self.bar.total = progress.steps  # fewer if a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
@@ -77,6 +82,8 @@ class RunDisplay:
             f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
         )
         self.bar.update()
+        if self.lines is not None:
+            self.lines("train", progress.step, progress.steps)
 
     def close(self) -> None:
         """End the bar if there is one."""
@@ -114,7 +121,7 @@ def run_train(command: Train) -> int | None:
     if not leads():
         return None
     print(f"\n{render_summary(summary)}\n\nThe folder: {folder / 'model'} (stock: any transformers loads it)")
-    print("Talk to it: smolseek generate " + str(folder / "model") + " --prompt 'The function returns'")
+    print(f"Talk to it: smolseek generate {shlex.quote(str(folder / 'model'))} --prompt 'The function returns'")
     print("A real one: python train.py recipes/smollm2-135m.yaml (SmolLM2-135M from the hub, 12,001 steps)")
     return None
 

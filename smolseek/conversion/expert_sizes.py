@@ -35,10 +35,10 @@ def mlp_fields(neurons: int, layers: int, settings: ConvertSettings) -> dict[str
     """
     experts, dense_layers = settings.experts, settings.first_k_dense_replace
     given = [field for field in _EXPERT_FIELDS if getattr(settings, field)]
-    if experts == "none" and given:
-        raise ValueError(f"{given[0]} {getattr(settings, given[0])}: needs experts; set experts to upcycle or carve")
     if not 0 <= dense_layers < layers:
         raise ValueError(f"first_k_dense_replace {dense_layers}: leaves no layer with experts; use 0 to {layers - 1}")
+    if experts == "none" and given:
+        raise ValueError(f"{given[0]} {getattr(settings, given[0])}: needs experts; set experts to upcycle or carve")
     if experts != "carve" and settings.active is not None:
         raise ValueError(f"active {settings.active}: needs carved experts; set experts to carve, or leave it out")
     if experts == "upcycle":
@@ -83,6 +83,10 @@ def _upcycle(neurons: int, settings: ConvertSettings) -> tuple[int, int, int, in
         width = next((neurons // parts for parts in (8, 4) if neurons % parts == 0), None)
     width = _check_width(neurons, width)
     met = neurons // width
+    if chosen is not None and not 2 <= chosen <= met:
+        raise ValueError(
+            f"num_experts_per_tok {chosen}: a token meets {met} experts of {width} neurons; use 2 to {met}"
+        )
     if chosen is None:
         chosen = met // 2 if shared is None else met - shared
     shared = met - chosen if shared is None else shared

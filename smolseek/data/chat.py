@@ -34,8 +34,8 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[lis
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "chat data: the tokenizer has no chat template; name one that has with tokenizer, or read the rows as "
-            "text: --data.messages-column none"
+            "chat data: the tokenizer has no chat template; name a tokenizer that has one, or text that is no "
+            "conversation (a recipe reads the rows as text by data.messages_column none)"
         )
     template = tokenizer.get_chat_template()
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from smolseek.config import Recipe
+from smolseek.config import Recipe, check_data
 from smolseek.data.drawing import held_out_text
 from smolseek.data.encoding import read_marks
 from smolseek.data.sources import open_sources
@@ -65,6 +65,7 @@ def measure_data(recipe: Recipe, tokenizer: Any, *, limit: int, trained_tokens: 
         ValueError: a source does not exist or holds no text, or the weights do not fit the sources.
     """
     data = recipe.data
+    check_data(data)
     weights = source_weights(open_sources(data.train, data).sources, data)
     sources = [_measure_source(spec, recipe, tokenizer, limit) for spec in data.train]
     ids_T, _, text_bytes = held_out_text(tokenizer, data)

@@ -38,7 +38,7 @@ def add_vocabulary(writer: GGUFWriter, folder: Path, vocab_size: int, *, pre: st
     merges = tree["model"]["merges"]
     tokens, types = _tokens(tree, vocab_size)
     sentencepiece = bool(tree["model"].get("byte_fallback")) and '"ByteLevel"' not in json.dumps(tree["pre_tokenizer"])
-    cut = "default" if sentencepiece else pre or pre_type(tree)
+    cut = "default" if sentencepiece else _named_cut(tree, pre) if pre else pre_type(tree)
     is_known = sentencepiece or cut in PRE_TYPES
     check_differences(tree, sentencepiece=sentencepiece, whole_words=cut in WHOLE_WORDS if is_known else None)
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
@@ -70,6 +70,17 @@ def pre_type(tree: dict[str, Any]) -> str:
         f"tokenizer.json: pre_tokenizer {json.dumps(steps)[:200]} is none of {', '.join(PRE_TYPES)}, and llama.cpp "
         "must cut text as it does; name llama.cpp's own for it with --pre"
     )
+
+
+def _named_cut(tree: dict[str, Any], pre: str) -> str:
+    """Returns `pre`; raises ValueError where llama.cpp's own name for how a tokenizer.json cuts text is another."""
+    try:
+        known = pre_type(tree)
+    except ValueError:
+        return pre
+    if pre != known:
+        raise ValueError(f"pre {pre}: llama.cpp's name for how this tokenizer cuts text is {known}; leave it out")
+    return pre
 
 
 def _check_kind(folder: Path) -> None:

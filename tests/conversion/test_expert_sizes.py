@@ -143,7 +143,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"n_routed_experts": 4}, "n_routed_experts 4.*upcycle"),
     ({"experts": "upcycle", "moe_intermediate_size": 7}, "moe_intermediate_size 7.*1, 2, 3, 4, 6"),
     ({"experts": "upcycle", "n_routed_experts": 6}, "n_routed_experts 6.*4"),
-    ({"experts": "upcycle", "num_experts_per_tok": 1}, "at least 2"),
+    ({"experts": "upcycle", "num_experts_per_tok": 1}, "num_experts_per_tok 1: .*; use 2 to"),
+    ({"experts": "upcycle", "num_experts_per_tok": 99}, "num_experts_per_tok 99: .*; use 2 to"),
+    ({"first_k_dense_replace": -1}, "first_k_dense_replace -1: .*0 to 1"),
     ({"experts": "upcycle", "n_routed_experts": 4 * 10**9}, "up to 4,096"),
 ]
 

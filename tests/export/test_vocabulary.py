@@ -57,6 +57,11 @@ def test_a_cut_can_be_named(tmp_path):
     folder = _folder(tmp_path, lambda tree: tree["pre_tokenizer"]["pretokenizers"].pop(0))
     keys, _ = read_gguf(export_gguf(folder, tmp_path / "found.gguf").path)
     assert keys["tokenizer.ggml.pre"] == "gpt-2"
+    with pytest.raises(ValueError, match=r"pre viking: llama\.cpp's name for how this tokenizer cuts text is gpt-2"):
+        export_gguf(folder, tmp_path / "named.gguf", pre="viking")
+    folder = _folder(
+        tmp_path / "other", lambda tree: tree["pre_tokenizer"]["pretokenizers"][0].update(type="Punctuation")
+    )
     keys, _ = read_gguf(export_gguf(folder, tmp_path / "named.gguf", pre="viking").path)
     assert keys["tokenizer.ggml.pre"] == "viking"
 

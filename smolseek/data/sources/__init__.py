@@ -56,7 +56,9 @@ def _files(spec: str) -> list[Path]:
         raise ValueError(f"data source {spec}: no {', '.join(READERS)} file in this folder; name one that has some")
     for path in paths:
         if not os.path.isfile(path):
-            raise ValueError(f"data source {spec}: no such file; a hub data set is written hub:ID[@REVISION][:CONFIG]")
+            raise ValueError(
+                f"data source {spec or repr(spec)}: no such file; a hub data set is written hub:ID[@REVISION][:CONFIG]"
+            )
         if (suffix := path.suffix.lower()) not in READERS:
             remedy = _REMEDIES.get(suffix, "convert it to one of them")
             raise ValueError(

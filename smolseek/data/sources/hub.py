@@ -184,7 +184,7 @@ class HubSource(Source):
         except (RuntimeError, ValueError, datasets.exceptions.DatasetsError, *_connection_errors()) as error:
             raise SourceUnreachable(
                 f"data source hub:{self.id}: cannot be opened ({_reason(error)}); check the id and the "
-                "connection, or name local files with --data.train FILE"
+                "connection, or name local files"
             ) from error
 
 
