@@ -50,14 +50,6 @@ def test_qwen2_s_biases_take_a_query_latent_where_the_profile_has_biases() -> No
     assert [c["attention_bias"] for c in (exact, transformers, portable)] == [True, True, False]
 
 
-@pytest.mark.parametrize("steps", [{"refine_steps": 5}, {"distill_steps": 5}])
-def test_the_exact_form_takes_no_steps_unless_experts_are_carved(steps: dict[str, int]) -> None:
-    source = read_source(TINY)
-    with pytest.raises(ValueError, match=f"exact: there is nothing to learn; leave out {next(iter(steps))}"):
-        target_config(source, ConvertSettings(exact=True, **steps))  # type: ignore[arg-type]
-    assert target_config(source, ConvertSettings(exact=True, experts="carve", **steps))  # type: ignore[arg-type]
-
-
 def test_qwen3_s_norms_have_no_exact_form() -> None:
     source = TINY | {"model_type": "qwen3", "sliding_window": 4096}
     assert read_source(source).qk_norms and not read_source(TINY).qk_norms
