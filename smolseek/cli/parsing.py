@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 
@@ -15,10 +16,10 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
     """Returns the arguments as an instance of the dataclass `kind`.
 
     Raises:
-        ValueError: an option is given twice, or tyro refuses the arguments; its error message in one line.
+        ValueError: an option of several values is given twice, or tyro refuses the arguments: its message in one line.
         SystemExit: after --help.
     """
-    _refuse_repeated(arguments)
+    _refuse_repeated(arguments, _lists(kind))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -29,11 +30,24 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
         raise
 
 
-def _refuse_repeated(arguments: list[str]) -> None:
-    """Raises ValueError if an option is there twice: tyro would take the values of the last alone."""
-    names = [argument.partition("=")[0].replace("_", "-") for argument in arguments if re.match("--[a-z]", argument)]
-    if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-        raise ValueError(f"{twice}: is given twice; give it once, with all its values")
+def _lists(kind: Any) -> set[str]:
+    """Returns the fields of a dataclass, and of those in it, that take several values."""
+    names: set[str] = set()
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            names |= _lists(hint)
+        elif get_origin(hint) is tuple:
+            names.add(name)
+    return names
+
+
+def _refuse_repeated(arguments: list[str], lists: set[str]) -> None:
+    """Raises ValueError if an option of several values is there twice: tyro would take those of the last alone."""
+    names = [argument.partition("=")[0].replace("-", "_") for argument in arguments if re.match("--[a-z]", argument)]
+    for number, name in enumerate(names):
+        if name in names[:number] and name.strip("_").rpartition(".")[2] in lists:
+            option = name.strip("_").replace("_", "-")
+            raise ValueError(f"--{option}: is given twice; give it once, with all its values")
 
 
 def _one_line(box: str, program: str) -> str:

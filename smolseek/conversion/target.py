@@ -118,9 +118,6 @@ def _exact_attention(source: DenseSource, settings: ConvertSettings) -> dict[str
         )
     if given := [field for field in (*ATTENTION_FIELDS, "cache") if getattr(settings, field) is not None]:
         raise ValueError(f"exact: its sizes follow from the source; leave out {' and '.join(given)}")
-    steps = [field for field in ("refine_steps", "distill_steps") if getattr(settings, field)]
-    if steps and settings.experts != "carve":
-        raise ValueError(f"exact: there is nothing to learn; leave out {' and '.join(steps)}, or carve experts")
     channels, unrotated = source.key_channels, not all(source.rope_layers)
     factors = [1 / frequency for frequency in inverse_frequencies(source.rope, source.head_dim)]
     factors *= source.num_key_value_heads
