@@ -42,6 +42,7 @@ from transformers import (
 from smolseek.model import DeepseekV3
 from smolseek.model.decoding import DecodeStep, has_fixed_steps
 from smolseek.model.inference import prepare_for_generation
+from smolseek.model.stock import cache_argument
 
 OURS, V3, DENSE, COMPILED = "ours", "V3, transformers", "dense, transformers", "dense, compiled"
 Step = Callable[[Tensor], Tensor]
@@ -151,9 +152,10 @@ class Models:
             run = torch.compile(model, dynamic=False)
         else:
             stored = DynamicCache(config=model.config)
+        cached = {cache_argument(model): stored, "use_cache": True}
         position = torch.full((batch, 1), prompt, device=self.mine.device)
         if name != COMPILED:
-            model(torch.zeros_like(position), past_key_values=stored, use_cache=True)
+            model(torch.zeros_like(position), **cached)
             for layer in stored.layers:
                 heads, width, value_width = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
                 layer.keys = layer.keys.new_empty(batch, heads, prompt, width).normal_()
@@ -162,7 +164,7 @@ class Models:
 
         def step(ids_B1: Tensor) -> Tensor:
             options = {"position_ids": position, "attention_mask": mask} if name == COMPILED else {}
-            logits = run(ids_B1, past_key_values=stored, use_cache=True, logits_to_keep=1, **options).logits
+            logits = run(ids_B1, **cached, logits_to_keep=1, **options).logits
             return logits.argmax(-1)
 
         return step

@@ -6,6 +6,7 @@ and segment_ids are (B, T).
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class StockModel(nn.Module):
         if segment_ids is not None:
             inputs["attention_mask"] = _packed_mask(segment_ids, self.lm_head.weight.dtype)
         if cache is not None:
-            inputs |= {"past_key_values": cache.inner, "use_cache": True}
+            inputs |= {cache_argument(self.model.base_model): cache.inner, "use_cache": True}
             if cache.padding_B is not None:
                 columns_S = torch.arange(cache.length + input_ids.shape[1], device=input_ids.device)
                 seen_BS = columns_S >= cache.padding_B[:, None]
@@ -71,6 +72,11 @@ class StockModel(nn.Module):
     ) -> Tensor:
         """Returns logits, (B, T, V); arguments as in `DeepseekV3.hidden_states`."""
         return self.lm_head(self.hidden_states(input_ids, segment_ids=segment_ids, cache=cache))
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Returns what the model's forward pass calls its cache: transformers renamed it in version 5."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _packed_mask(segment_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
