@@ -38,6 +38,7 @@ class StockModel(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self._cache_argument = cache_argument(model.base_model)
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -56,7 +57,7 @@ class StockModel(nn.Module):
         if segment_ids is not None:
             inputs["attention_mask"] = _packed_mask(segment_ids, self.lm_head.weight.dtype)
         if cache is not None:
-            inputs |= {cache_argument(self.model.base_model): cache.inner, "use_cache": True}
+            inputs |= {self._cache_argument: cache.inner, "use_cache": True}
             if cache.padding_B is not None:
                 columns_S = torch.arange(cache.length + input_ids.shape[1], device=input_ids.device)
                 seen_BS = columns_S >= cache.padding_B[:, None]
@@ -75,7 +76,7 @@ class StockModel(nn.Module):
 
 
 def cache_argument(model: nn.Module) -> str:
-    """Returns what the model's forward pass calls its cache: transformers renamed it in version 5."""
+    """Returns what the forward pass of a transformers model calls its cache: `cache` since 5.24 at the latest."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
