@@ -81,11 +81,13 @@ class RealModel:
     upcycle: bool = False
     """Measure upcycled experts with half the cache too."""
     heal_text: tuple[str, ...] = ()
-    """Text to heal on."""
+    """Texts to heal on, in equal shares."""
     heal_tokens: tuple[int, ...] = (250_000, 1_000_000, 3_000_000)
     """Tokens of healing after which to measure; one run, given more steps each time."""
     heal_learning_rate: float | None = None
     """Peak learning rate of healing; none: that of recipes/heal.yaml."""
+    heal_trains: Literal["all", "attention"] = "all"
+    """Weights that healing trains."""
     tasks: Path | None = None
     """Folder with the documents of the tasks, one JSONL file for each of benchmarks/tasks; none: no tasks."""
     task_rows: int = 500
@@ -146,7 +148,7 @@ class Bench:
         self.sizes = {size: read_size(size, self.source.cache_numbers) for size in mine.sizes}
         self.tokenizer = load_tokenizer(self.folder)
         self.manager = write_tasks(mine.tasks, task_folder, mine.task_rows) if mine.tasks and mine.task_rows else None
-        free = ("sizes", "stages", "carve", "upcycle", "heal_text", "heal_tokens", "heal_learning_rate")
+        free = ("sizes", "stages", "carve", "upcycle", "heal_text", "heal_tokens", "heal_learning_rate", "heal_trains")
         self.kept = Rows(mine.results, mine.out, _without_folders(mine), (*free, "results", "work"))
         self.chats = bool(self.tokenizer.chat_template)
         self.ids = {name: read_tokens(self.tokenizer, file, mine.tokens) for name, file in named.items()}
@@ -284,8 +286,9 @@ def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
     again to where the longer schedule has it.
     """
     rate = bench.mine.heal_learning_rate or load_recipe(recipes_folder() / "heal.yaml").train.learning_rate
-    about: Row = {"size": size, "stage": "healed", "text": [*map(without_folders, bench.mine.heal_text)], "rate": rate}
-    run = bench.work / _file_name(size, f"healed-{rate:g}")
+    trains, text = bench.mine.heal_trains, [*map(without_folders, bench.mine.heal_text)]
+    about: Row = {"size": size, "stage": "healed", "text": text, "rate": rate, "trains": trains}
+    run = bench.work / _file_name(size, f"healed-{trains}-{rate:g}")
     for asked in sorted(bench.mine.heal_tokens):
         if bench.kept.find(**about, asked=asked):
             continue
@@ -304,10 +307,18 @@ def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
     """
     mine, heal = bench.mine, load_recipe(recipes_folder() / "heal.yaml")
     window = min(heal.train.window_tokens, bench.source.max_position_embeddings)
-    train = dataclasses.replace(heal.train, learning_rate=rate, window_tokens=window, checkpoint_every=20, keep_last=1)
+    train = dataclasses.replace(
+        heal.train,
+        learning_rate=rate,
+        trains=mine.heal_trains,
+        window_tokens=window,
+        checkpoint_every=20,
+        keep_last=1,
+    )
     first, steps = (math.ceil(count / step_tokens(train)) for count in (min(mine.heal_tokens), tokens))
     train = dataclasses.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, first // 10))
-    data = DataSettings(train=mine.heal_text, held_out_tokens=8192)
+    shares = (1.0,) * len(mine.heal_text)
+    data = DataSettings(train=mine.heal_text, weights=shares, held_out_tokens=8192)
     sample = SampleSettings(every=0)
     if bench.chats:
         sample = dataclasses.replace(sample, prompts=QUESTIONS, chat=True, temperature=0.0)

@@ -104,7 +104,8 @@ def _label(row: Row) -> list[str]:
     if row["stage"] == "dense":
         return ["", "100%", "dense", ""]
     kept = f"{row['cache']:.1%} ({row['split']})"
-    return [row["size"], kept, NAMES.get(row["stage"], row["stage"]), f"{row['tokens']:,}" if row["tokens"] else ""]
+    stage = NAMES.get(row["stage"], row["stage"]) + (", attention alone" if row.get("trains") == "attention" else "")
+    return [row["size"], kept, stage, f"{row['tokens']:,}" if row["tokens"] else ""]
 
 
 def _main_lines(dense: Row, rows: Sequence[Row]) -> Iterator[list[str]]:

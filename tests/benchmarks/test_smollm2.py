@@ -71,8 +71,8 @@ def test_every_stage_has_its_row_in_order(bench):
 
 
 def test_a_healed_folder_and_a_converted_one_stay_and_no_other_model(bench):
-    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-0.0001"}
-    assert (bench.work / "16+8-healed-0.0001" / "model" / "config.json").is_file()
+    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-all-0.0001"}
+    assert (bench.work / "16+8-healed-all-0.0001" / "model" / "config.json").is_file()
 
 
 def test_an_interrupted_measurement_goes_on(bench, monkeypatch):
@@ -89,6 +89,15 @@ def test_nothing_that_is_kept_names_a_folder(bench):
     first = json.loads(bench.kept.path.read_text().splitlines()[0])
     assert (first["source"], first["texts"], first["calibration"]) == ("tiny", ["prose=prose.txt"], ["calibration.txt"])
     assert str(bench.mine.results.parent) not in bench.kept.path.read_text()
+
+
+def test_healing_of_attention_alone(mine, tmp_path):
+    two = {"stages": ("healed",), "heal_text": mine.heal_text * 2, "heal_tokens": (512,), "heal_trains": "attention"}
+    bench = measure(dataclasses.replace(mine, **two, results=tmp_path, work=tmp_path))
+    (run,) = bench.work.glob("16+8-healed-attention-*")
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    assert (recipe["train"]["trains"], recipe["data"]["weights"]) == ("attention", [1.0, 1.0])
+    assert "| healed, attention alone | 512 |" in render("tiny", "", bench.kept.rows)
 
 
 def test_the_report_and_the_plot(bench, tmp_path):
