@@ -27,8 +27,8 @@ from tests.text import ENTRIES, tiny_tokenizer, write_stories
 ROOT = Path(__file__).parent.parent
 DENSE = ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama-folder", "builtin:base")
 """Names of dense checkpoints on the pages: folders of these names hold a tiny Llama."""
-SIZES = {"vocab_size": ENTRIES, "head_dim": 64, "max_position_embeddings": 512}
-"""Of that Llama: heads as wide as SmolLM2's, so that every profile fits."""
+SIZES = {"vocab_size": ENTRIES, "head_dim": 64, "max_position_embeddings": 128}
+"""Of that Llama: heads as wide as SmolLM2's, so that every profile fits. It writes windows of 128 tokens, not 512."""
 CONVERTED = ("smol-v3", "runs/quickstart/model")
 """Names of converted ones: so do these folders, but on pages that convert into them."""
 SHORT = {
