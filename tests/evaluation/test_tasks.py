@@ -78,7 +78,7 @@ def test_a_source_that_is_gone_is_no_reason_to_stop(task, converted, capsys):
         (
             "tiny_choise",
             ["--include-path", "TASK"],
-            "tiny_choise: lm-eval knows no such task; did you mean tiny_choice?",
+            "tiny_choise: lm-eval knows no such task; did you mean tiny_choice",
         ),
         ("arc_easy", ["--include-path", "nowhere"], "--include-path nowhere: no such folder"),
     ],

@@ -1,4 +1,4 @@
-"""The memory of four processes that share a run: each has its part of model and teacher, and a layer at a time."""
+"""The memory of processes that share a run: each has its part of model and teacher, and a layer at a time."""
 
 import json
 import math
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel counts no peaks"),
 ]
 
-PROCESSES = 4
 CONSTANT = 16 * 2**20
 """Activations, buffers of the collectives and what the allocator cannot use again, in bytes."""
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -82,7 +81,8 @@ def stored_bytes(folder: Path, part: str = "") -> int:
     return sum(4 * math.prod(header.shape) for name, header in headers.items() if part in name)
 
 
-def test_no_process_holds_a_whole_model(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_process_holds_a_whole_model(tmp_path, processes):
     """Loading, training with a teacher, evaluating, sampling and writing."""
     for size, layers in (("tiny", 2), ("big", 16)):
         model = tiny_v3(**V3_SIZES, num_hidden_layers=layers)
@@ -91,7 +91,7 @@ def test_no_process_holds_a_whole_model(tmp_path):
         save(teacher, tmp_path / f"{size}-teacher", tokenizer_from=tiny_tokenizer())
     write_stories(tmp_path / "a.txt")
     (tmp_path / "measure.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | GIVE_BACK
     done = subprocess.run(
         [*command, str(tmp_path / "measure.py"), str(tmp_path)], capture_output=True, text=True, env=environment
@@ -102,12 +102,12 @@ def test_no_process_holds_a_whole_model(tmp_path):
     layer = max(
         stored_bytes(tmp_path / "big-model", ".layers.5."), stored_bytes(tmp_path / "big-teacher", ".layers.5.")
     )
-    assert min(model, teacher) > 60e6 > CONSTANT + layer
-    loading = (model + teacher) / PROCESSES + layer + CONSTANT
+    assert min(model, teacher) / 2 > 30e6 > CONSTANT + layer  # so a whole model beside half of the other is noticed
+    loading = (model + teacher) / processes + layer + CONSTANT
     # Gradients and two moments; a layer more is gathered ahead in the backward pass, and one has whole gradients.
-    training = loading + 3 * trained / PROCESSES + 2 * layer
+    training = loading + 3 * trained / processes + 2 * layer
     for precision in ("float32", "bfloat16"):
-        for rank in range(PROCESSES):
+        for rank in range(processes):
             found = json.loads((tmp_path / f"peaks-{precision}-{rank}.json").read_text())
             assert found["loaded"] < loading, (precision, rank, found)
             assert found["written"] < training, (precision, rank, found)
