@@ -36,7 +36,8 @@ CONVERT = """
 
     pipeline.convert(source, f"{out}/stopped", shares=shares, on_progress=stop, **fields)
 """
-"""Converts each case, the first one in three times the time-out, and the last one once more until its second layer."""
+"""Converts each case, the first one with two waits longer than the time-out, and the last one once more until its
+second layer."""
 
 
 @pytest.fixture(scope="module")

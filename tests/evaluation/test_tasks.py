@@ -75,6 +75,7 @@ def test_a_source_that_is_gone_is_no_reason_to_stop(task, converted, capsys):
 @pytest.mark.parametrize(
     ("tasks", "options", "words"),
     [
+        ("nonsense_of_ours", [], "--tasks nonsense_of_ours: lm-eval knows no such task"),
         (
             "tiny_choise",
             ["--include-path", "TASK"],
