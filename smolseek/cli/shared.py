@@ -85,7 +85,7 @@ def progress_bars() -> Iterator[OnProgress]:
             bars[stage] = tqdm(total=count, desc=stage, miniters=1)  # parts of a stage may differ much in length
         bars[stage].update(done - bars[stage].n)
         if done >= count:
-            bars[stage].close()  # so that what is shown next begins on a line of its own
+            bars.pop(stage).close()  # what is shown next, the same stage again too, begins on a line of its own
 
     try:
         yield on_progress
@@ -99,7 +99,7 @@ class ProgressLines:
 
     A stage of at most 100 parts has a line for each, a longer one for each tenth. A line comes two seconds after the
     one before or later, but the last of a stage always. The time left follows from the latest parts: the first of a
-    conversion that goes on are only read.
+    conversion that goes on are only read. Where the count goes back, another stage of the same name has begun.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class ProgressLines:
 
     def __call__(self, stage: str, done: int, count: int) -> None:
         now = time.monotonic()
-        if stage != self.stage:
+        if stage != self.stage or done < self.latest[-1][1]:
             self.stage, self.began, self.shown = stage, now, -1
             self.latest: deque[tuple[float, int]] = deque(maxlen=1 + max(5, count // 10))
         self.latest.append((now, done))

@@ -69,6 +69,11 @@ def test_layers_that_were_finished_before_do_not_shorten_the_time_left(clock, ca
     assert lines_of(clock, steps, capsys)[-1] == "refine layers 26/30, 6:00, about 4:00 left"
 
 
+def test_a_second_stage_of_the_same_name_has_a_clock_of_its_own(clock, capsys):
+    steps = [(60, "train", done, 4) for done in (1, 2, 3, 4, 1, 2)]
+    assert lines_of(clock, steps, capsys)[-2:] == ["train 1/4, 0:00", "train 2/4, 1:00, about 2:00 left"]
+
+
 def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -77,10 +82,11 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with progress_bars() as on_progress:
-        for stage in ("refine layers", "end-to-end KL"):
+        for stage in ("judge", "refine layers", "judge"):
             for done in range(4):
                 on_progress(stage, done, 3)
-        assert terminal.getvalue().count("\n") == 2  # each bar ends before the next begins
+        assert terminal.getvalue().count("\n") == 3  # each bar ends before the next begins
+    assert len(re.findall(r"judge: 100%", terminal.getvalue())) == 2
     assert re.search(r"refine layers: 100%\|.*\| 3/3 \[00:00<00:00", terminal.getvalue())
 
 
