@@ -60,6 +60,11 @@ from smolseek.training.stages import step_tokens
 Stage = Literal["closed", "converted", "healed", "baselines"]
 WINDOWS = (512, 2048)
 TRANSMLA, SVD = "TransMLA, gain repaired", "X-EcoMLA's initialisation"
+DENSE = "dense"
+EXPERTS: dict[str, dict[str, Any]] = {
+    "carve 75%": {"experts": "carve", "active": 0.75, "exact": True},
+    "upcycle + 50%": {"experts": "upcycle", "cache": 0.5},
+}
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,11 @@ class RealModel:
     calibration: tuple[str, ...] = ()
     """Text to calibrate on; none: the conversion's own."""
     sizes: tuple[str, ...] = ("50%", "31.25%", "256+64", "12.5%", "25%")
-    """Cache sizes in their order: a share of the source's cache (SHARE%), or RANK+ROPE."""
+    """Cache sizes in their order: a share of the source's cache (SHARE%), RANK+ROPE, experts of 75% of the neurons behind
+    exact attention ("carve 75%"), upcycled ones with half the cache ("upcycle + 50%"), or "dense": trained, where healed is
+    among the stages, on the same tokens without a teacher."""
     stages: tuple[Stage, ...] = ("closed", "converted", "healed", "baselines")
     """What to measure of each size, in this order; healed needs --heal-text."""
-    carve: bool = False
-    """Measure experts of 75% of the neurons too, with exact attention."""
-    upcycle: bool = False
-    """Measure upcycled experts with half the cache too."""
     heal_text: tuple[str, ...] = ()
     """Texts to heal on, in equal shares."""
     heal_tokens: tuple[int, ...] = (250_000, 1_000_000, 3_000_000)
@@ -148,7 +151,7 @@ class Bench:
         self.sizes = {size: read_size(size, self.source.cache_numbers) for size in mine.sizes}
         self.tokenizer = load_tokenizer(self.folder)
         self.manager = write_tasks(mine.tasks, task_folder, mine.task_rows) if mine.tasks and mine.task_rows else None
-        free = ("sizes", "stages", "carve", "upcycle", "heal_text", "heal_tokens", "heal_learning_rate", "heal_trains")
+        free = ("sizes", "stages", "heal_text", "heal_tokens", "heal_learning_rate", "heal_trains")
         self.kept = Rows(mine.results, mine.out, _without_folders(mine), (*free, "results", "work"))
         self.chats = bool(self.tokenizer.chat_template)
         self.ids = {name: read_tokens(self.tokenizer, file, mine.tokens) for name, file in named.items()}
@@ -208,11 +211,13 @@ class Bench:
 
 
 def read_size(size: str, whole: int) -> dict[str, Any]:
-    """Returns the conversion's settings of a size, SHARE% or RANK+ROPE.
+    """Returns the conversion's settings of a size: SHARE%, RANK+ROPE or one of `EXPERTS`; none of "dense".
 
     Raises:
-        ValueError: it is neither, or not above 0 and at most the source's cache, `whole` numbers.
+        ValueError: it is none of them, or not above 0 and at most the source's cache, `whole` numbers.
     """
+    if size == DENSE or size in EXPERTS:
+        return EXPERTS.get(size, {})
     rank, _, rope = size.partition("+")
     try:
         if size.endswith("%") and 0 < float(size[:-1]) <= 100:
@@ -221,7 +226,8 @@ def read_size(size: str, whole: int) -> dict[str, Any]:
             return {"kv_lora_rank": int(rank), "qk_rope_head_dim": int(rope)}
     except ValueError:
         pass
-    raise ValueError(f"sizes {size}: must be SHARE% or RANK+ROPE, at most {whole} in all; for example 50% or 160+32")
+    named = ", ".join([*EXPERTS, DENSE])
+    raise ValueError(f"sizes {size}: must be SHARE% or RANK+ROPE, at most {whole} in all, or {named}; for example 50%")
 
 
 def read_tokens(tokenizer: Any, file: str, tokens: int) -> Tensor:
@@ -256,11 +262,9 @@ def measure(mine: RealModel) -> Bench:
         stages = {"closed": _closed, "converted": _converted, "healed": _healed, "baselines": _baselines}
         for size, fields in bench.sizes.items():
             for stage in mine.stages:
+                if size == DENSE and stage != "healed" or size in EXPERTS and stage == "baselines":
+                    continue
                 stages[stage](bench, size, fields)
-        if mine.carve:
-            _converted(bench, "carve 75%", {"experts": "carve", "active": 0.75, "exact": True})
-        if mine.upcycle:
-            _converted(bench, "upcycle + 50%", {"experts": "upcycle", "cache": 0.5})
     return bench
 
 
@@ -280,19 +284,28 @@ def _converted(bench: Bench, size: str, fields: dict[str, Any]) -> None:
 
 
 def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
-    """Distil what `convert` writes, and measure it after each number of tokens.
+    """Distil what `convert` writes, or train the dense model, and measure it after each number of tokens.
 
     One run is given more steps each time. So its learning rate has fallen to its end at every measurement, and rises
     again to where the longer schedule has it.
     """
     rate = bench.mine.heal_learning_rate or load_recipe(recipes_folder() / "heal.yaml").train.learning_rate
     trains, text = bench.mine.heal_trains, [*map(without_folders, bench.mine.heal_text)]
-    about: Row = {"size": size, "stage": "healed", "text": text, "rate": rate, "trains": trains}
+    about: Row = {
+        "size": size,
+        "stage": "trained" if size == DENSE else "healed",
+        "text": text,
+        "rate": rate,
+        "trains": trains,
+    }
     run = bench.work / _file_name(size, f"healed-{trains}-{rate:g}")
     for asked in sorted(bench.mine.heal_tokens):
         if bench.kept.find(**about, asked=asked):
             continue
-        folder, facts = bench.converted(_file_name(size, "converted"), **fields)
+        if size == DENSE:
+            folder, facts = bench.folder, {"cache": 1.0, "split": ""}
+        else:
+            folder, facts = bench.converted(_file_name(size, "converted"), **fields)
         recipe = _heal_recipe(bench, folder, rate, asked)
         began = time.perf_counter()
         run_recipe(recipe, run, resume=run.exists())
@@ -322,7 +335,10 @@ def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
     sample = SampleSettings(every=0)
     if bench.chats:
         sample = dataclasses.replace(sample, prompts=QUESTIONS, chat=True, temperature=0.0)
-    return dataclasses.replace(heal, source=str(start), teacher=mine.source, data=data, train=train, sample=sample)
+    teacher = mine.source
+    if start == bench.folder:  # the dense model itself learns the text alone
+        teacher, train = None, dataclasses.replace(train, distill_weight=0.0)
+    return dataclasses.replace(heal, source=str(start), teacher=teacher, data=data, train=train, sample=sample)
 
 
 def _baselines(bench: Bench, size: str, fields: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from zero_shot import differences, scores, task_mean
 
 from smolseek.evaluation.paired import Estimate
 
-NAMES = {"closed": "closed form", "converted": "converted", "healed": "healed"}
+NAMES = {"closed": "closed form", "converted": "converted", "healed": "healed", "trained": "trained"}
 
 
 class Published(NamedTuple):
@@ -103,7 +103,7 @@ def _label(row: Row) -> list[str]:
     """Returns the first cells of a row: size, cache, stage, tokens."""
     if row["stage"] == "dense":
         return ["", "100%", "dense", ""]
-    kept = f"{row['cache']:.1%} ({row['split']})"
+    kept = f"{row['cache']:.1%}" + (f" ({row['split']})" if row["split"] else "")
     stage = NAMES.get(row["stage"], row["stage"]) + (", attention alone" if row.get("trains") == "attention" else "")
     return [row["size"], kept, stage, f"{row['tokens']:,}" if row["tokens"] else ""]
 

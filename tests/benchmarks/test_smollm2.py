@@ -116,10 +116,19 @@ def test_the_report_and_the_plot(bench, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
-def test_experts_on_request(mine):
-    bench = measure(dataclasses.replace(mine, sizes=(), carve=True, upcycle=True, tasks=None, out="experts"))
-    assert [row["size"] for row in bench.kept.rows] == ["", "carve 75%", "upcycle + 50%"]
-    assert "| carve 75% |" in render("tiny", "", bench.kept.rows)
+def test_experts_on_request(mine, tmp_path):
+    sizes, stages = ("carve 75%", "upcycle + 50%", "dense"), ("converted", "healed", "baselines")
+    changes = {"sizes": sizes, "stages": stages, "heal_tokens": (512,), "tasks": None, "out": "experts"}
+    bench = measure(dataclasses.replace(mine, **changes))
+    assert [(row["size"], row["stage"]) for row in bench.kept.rows] == [
+        ("", "dense"),
+        *((size, stage) for size in sizes[:2] for stage in ("converted", "healed")),
+        ("dense", "trained"),
+    ]
+    assert ratios(bench.kept.rows[-1]) != [1.0]
+    report = render("tiny", "", bench.kept.rows)
+    assert "| carve 75% |" in report and "| dense | 100.0% | trained | 512 |" in report
+    plot("tiny", bench.kept.rows, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
