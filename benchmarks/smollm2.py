@@ -78,9 +78,8 @@ class RealModel:
     calibration: tuple[str, ...] = ()
     """Text to calibrate on; none: the conversion's own."""
     sizes: tuple[str, ...] = ("50%", "31.25%", "256+64", "12.5%", "25%")
-    """Cache sizes in their order: a share of the source's cache (SHARE%), RANK+ROPE, experts of 75% of the neurons behind
-    exact attention ("carve 75%"), upcycled ones with half the cache ("upcycle + 50%"), or "dense": trained, where healed is
-    among the stages, on the same tokens without a teacher."""
+    """Sizes in their order: a share of the source's cache (SHARE%), RANK+ROPE, "carve 75%" (experts, exact attention),
+    "upcycle + 50%" (experts, half the cache), or "dense", which healing trains on the same tokens without a teacher."""
     stages: tuple[Stage, ...] = ("closed", "converted", "healed", "baselines")
     """What to measure of each size, in this order; healed needs --heal-text."""
     heal_text: tuple[str, ...] = ()
@@ -262,7 +261,7 @@ def measure(mine: RealModel) -> Bench:
         stages = {"closed": _closed, "converted": _converted, "healed": _healed, "baselines": _baselines}
         for size, fields in bench.sizes.items():
             for stage in mine.stages:
-                if size == DENSE and stage != "healed" or size in EXPERTS and stage == "baselines":
+                if (size == DENSE and stage != "healed") or (size in EXPERTS and stage == "baselines"):
                     continue
                 stages[stage](bench, size, fields)
     return bench
@@ -291,13 +290,8 @@ def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
     """
     rate = bench.mine.heal_learning_rate or load_recipe(recipes_folder() / "heal.yaml").train.learning_rate
     trains, text = bench.mine.heal_trains, [*map(without_folders, bench.mine.heal_text)]
-    about: Row = {
-        "size": size,
-        "stage": "trained" if size == DENSE else "healed",
-        "text": text,
-        "rate": rate,
-        "trains": trains,
-    }
+    stage = "trained" if size == DENSE else "healed"
+    about: Row = {"size": size, "stage": stage, "text": text, "rate": rate, "trains": trains}
     run = bench.work / _file_name(size, f"healed-{trains}-{rate:g}")
     for asked in sorted(bench.mine.heal_tokens):
         if bench.kept.find(**about, asked=asked):
