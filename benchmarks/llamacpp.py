@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from smolseek.export.kquants import library_path
 
 _F32, _F16, _AUTO, _OFF, _ON = 0, 1, -1, 0, 1
 # Byte offsets of fields of llama_context_params, with their defaults.
-_N_CTX, _N_BATCH, _N_UBATCH, _N_SEQ, _THREADS, _THREADS_BATCH, _FLASH, _TYPE_K, _TYPE_V = (
+_N_CTX, _N_BATCH, _N_UBATCH, _N_SEQ, _THREADS, _THREADS_BATCH, _FLASH, _BETA_FAST, _BETA_SLOW, _TYPE_K, _TYPE_V = (
     0,
     4,
     8,
@@ -31,11 +32,22 @@ _N_CTX, _N_BATCH, _N_UBATCH, _N_SEQ, _THREADS, _THREADS_BATCH, _FLASH, _TYPE_K, 
     28,
     32,
     52,
+    72,
+    76,
     104,
     108,
 )
 _DEFAULTS = {_N_CTX: 512, _N_BATCH: 2048, _N_UBATCH: 512, _N_SEQ: 1, _THREADS: 4, _THREADS_BATCH: 4, _FLASH: _AUTO}
-_DEFAULTS |= {_TYPE_K: _F16, _TYPE_V: _F16}
+_DEFAULTS |= {_BETA_FAST: -1.0, _BETA_SLOW: -1.0, _TYPE_K: _F16, _TYPE_V: _F16}
+
+
+_BETAS = {"--yarn-beta-fast": _BETA_FAST, "--yarn-beta-slow": _BETA_SLOW}
+"""Options of llama.cpp's commands for these fields."""
+
+
+def _kind(value: float) -> str:
+    """Returns how `struct` calls the type of a field with this value."""
+    return "<f" if isinstance(value, float) else "<i"
 
 
 class _Blob(ctypes.Structure):
@@ -101,7 +113,7 @@ def shared_library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     defaults = bytes(lib.llama_context_default_params().bytes)
-    if any(struct.unpack_from("<i", defaults, at)[0] != value for at, value in _DEFAULTS.items()):
+    if any(struct.unpack_from(_kind(value), defaults, at)[0] != value for at, value in _DEFAULTS.items()):
         raise ImportError("xllamacpp: its llama_context_params is not as benchmarks/llamacpp.py knows it")
     return lib
 
@@ -109,12 +121,15 @@ def shared_library() -> ctypes.CDLL:
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp on the CPU, with an fp32 cache; a context manager.
 
+    `options` are those of llama.cpp's commands: --yarn-beta-fast and --yarn-beta-slow, each with its value.
+
     Raises:
         ValueError: llama.cpp does not load the file; says what it said.
     """
 
-    def __init__(self, path: Path, *, tokens: int = 512) -> None:
+    def __init__(self, path: Path, *, tokens: int = 512, options: Sequence[str] = ()) -> None:
         self._lib, self._tokens = shared_library(), tokens
+        self._own = {_BETAS[name]: float(value) for name, value in map(str.split, options)}
         _SAID.clear()
         self._lib.llama_log_set(_note, None)  # xllamacpp's own server redirects the log
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
@@ -156,11 +171,11 @@ class LlamaCpp:
         text = self._lib.llama_model_chat_template(self._model, None)
         return None if text is None else text.decode()
 
-    def _context(self, fields: dict[int, int]) -> int:
+    def _context(self, fields: dict[int, float]) -> int:
         """Returns a new context in which these fields have other values than the defaults."""
         settings = self._lib.llama_context_default_params()
-        for at, value in fields.items():
-            struct.pack_into("<i", settings, at, value)
+        for at, value in (self._own | fields).items():
+            struct.pack_into(_kind(value), settings, at, value)
         context = self._lib.llama_init_from_model(self._model, settings)
         if not context:
             raise ValueError(f"llama.cpp makes no context: {''.join(_SAID[-6:])}")

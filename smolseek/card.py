@@ -14,7 +14,8 @@ import yaml
 from smolseek.config import Recipe
 from smolseek.formats.deepseek_v3 import has_stock_router, is_latent
 from smolseek.formats.paths import plain_name, plain_names
-from smolseek.formats.runtimes import check, verdict
+from smolseek.formats.rope import YARN_STANDS_IN, rope_parameters
+from smolseek.formats.runtimes import check, llama_cpp_options, verdict
 from smolseek.numerics.perplexity import perplexity
 
 _LOADING = {
@@ -185,6 +186,8 @@ class Card:
             command = "" if refused else _LOADING[runtime].format(name=self.name)
             if "choose the Triton attention backend" in verdict(findings):
                 command = f"{command[:-1]} --attention-backend {_TRITON[runtime]}`"
+            if command and runtime == "llama.cpp":
+                command = " ".join([command[:-1], *llama_cpp_options(self.config)]) + "`"
             rows.append(f"| {runtime} | {verdict(findings)} | {command} |")
         return "\n".join(rows)
 
@@ -200,6 +203,8 @@ class Card:
             window = self.conversion["calibration"].get("window_tokens")
             limits += [f"The conversion weighed errors on windows of {window:,} tokens."] if window else []
             limits += _approximations(self.conversion["layers"])
+            if rope_parameters(self.config)["rope_type"] == "yarn":
+                limits.append(f"{YARN_STANDS_IN}.")
             if self.conversion["settings"]["exact"]:
                 limits.append("The exact form: its cache is larger, and transformers alone loads it.")
         if not self._is_stock:

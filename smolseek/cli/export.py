@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,17 +100,21 @@ def run_export(command: Export) -> None:
         others, block = ", ".join(exported.fallback_encodings), 32 if command.type == "q8_0" else 256
         count = len(exported.fallbacks)
         print(f"{count} of them as {others}, as blocks of {block} do not divide their rows: {', '.join(kinds)}")
-    print("\n".join(next_commands(exported.path, has_template=exported.has_chat_template)))
+    print("\n".join(next_commands(exported.path, has_template=exported.has_chat_template, options=exported.options)))
 
 
-def next_commands(out: Path, *, has_template: bool) -> list[str]:
-    """Returns the commands that the user may run next."""
+def next_commands(out: Path, *, has_template: bool, options: Sequence[str] = ()) -> list[str]:
+    """Returns the commands that the user may run next; Ollama has no place for options of llama.cpp."""
     file, name = shlex.quote(str(out)), re.sub(r"[^\w.-]", "-", out.stem)
     modelfile = shlex.quote(f"FROM {out if out.is_absolute() else f'./{out}'}")
-    chat = [f"llama-cli -m {file}"] if has_template else []
+    model = " ".join(["-m", file, *options])
+    chat = [f"llama-cli {model}"] if has_template else []
+    ollama = (
+        [] if options else [f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"]
+    )
     return [
         *chat,
-        f'llama-completion -m {file} -no-cnv -n 64 -p "Once upon a time"',
-        f"llama-server -m {file}",
-        f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}",
+        f'llama-completion {model} -no-cnv -n 64 -p "Once upon a time"',
+        f"llama-server {model}",
+        *ollama,
     ]

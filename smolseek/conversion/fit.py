@@ -27,9 +27,8 @@ from smolseek.conversion.mla.weights import HeadSizes, Projections
 from smolseek.conversion.moments import LayerMoments
 from smolseek.conversion.source_weights import read_projections
 from smolseek.conversion.student import assemble, mean_divergence
-from smolseek.conversion.target import target_rope
 from smolseek.conversion.work_folder import WorkFolder
-from smolseek.formats.rope import inverse_frequencies
+from smolseek.formats.rope import YARN_STANDS_IN, inverse_frequencies, target_frequencies
 from smolseek.numerics.memory import release_memory
 from smolseek.numerics.precision import algebra_device
 
@@ -102,20 +101,17 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
 
     Plans are compared by KL(dense ‖ converted) of the whole model on the judged windows.
     """
-    angles_F = torch.tensor(inverse_frequencies(target_rope(job.source, job.settings), job.source.head_dim))
     best: tuple[float, FittedAttention] | None = None
     stride, moments = 0, []
     plans = rope_plans(job.source.head_dim, job.target["qk_rope_head_dim"])
     on_more = _progress(job, plans, len(calibration.moments_BT))
     for plan in plans:
         if plan.stride != stride:  # the gradient at the slots depends on their frequencies alone
-            stride, slots = plan.stride, plan.slot_frequencies(job.source.head_dim)
-            windows_BT = calibration.moments_BT
-            angles = angles_F[slots]
+            stride = plan.stride
             moments = collect_moments(
                 dense,
-                windows_BT,
-                angles,
+                calibration.moments_BT,
+                _slot_angles(job, plan),
                 seed=job.settings.seed,
                 folder=folder,
                 on_windows=on_more,
@@ -130,7 +126,18 @@ def _fit_best_plan(job: Job, dense: Any, calibration: Calibration, folder: Path)
     assert best is not None
     if job.shares.leads:
         _warn_of_approximations(best[1].errors)
+        if job.with_target(best[1].rope_theta).target["rope_parameters"]["rope_type"] == "yarn":
+            log.warning("%s; profile transformers keeps it", YARN_STANDS_IN)
     return best[1]
+
+
+def _slot_angles(job: Job, plan: RopePlan) -> Tensor:
+    """Returns the angle per position (radians) at which each source frequency turns under the plan."""
+    theta = plan.rope_theta(job.source.rope["rope_theta"], job.source.head_dim)
+    rope = job.with_target(theta).target["rope_parameters"]
+    slots = target_frequencies(rope, job.target["qk_rope_head_dim"])
+    own = inverse_frequencies(job.source.rope, job.source.head_dim)
+    return torch.tensor(plan.angles(slots, own))
 
 
 def _progress(job: Job, plans: list[RopePlan], windows: int) -> Callable[[int], None]:

@@ -9,7 +9,7 @@ from smolseek.conversion.expert_sizes import mlp_fields
 from smolseek.conversion.sizes import ATTENTION_FIELDS, head_sizes, latent_sizes
 from smolseek.formats.deepseek_v3 import STOCK_FIELDS
 from smolseek.formats.dense import DenseSource
-from smolseek.formats.rope import SCALING_FIELDS, inverse_frequencies
+from smolseek.formats.rope import SCALING_FIELDS, inverse_frequencies, yarn_for_llama3
 
 _KEPT_FIELDS = (
     "hidden_size",
@@ -58,26 +58,29 @@ def target_config(source: DenseSource, settings: ConvertSettings, *, rope_theta:
     }
 
 
-def target_rope(source: DenseSource, settings: ConvertSettings, rope_theta: float | None = None) -> dict[str, Any]:
-    """Returns the rope_parameters of a low-rank conversion: the source's type where the profile allows it, else plain.
+def target_rope(
+    source: DenseSource, settings: ConvertSettings, rope_dim: int, rope_theta: float | None = None
+) -> dict[str, Any]:
+    """Returns the rope_parameters of a low-rank conversion, whose rotated key has `rope_dim` channels.
 
-    llama3's scaling slows only waves longer than the text that the model was trained on, so the plain type can stand
-    in for it.
+    They are the source's where the profile allows its type. Elsewhere YaRN, which DeepSeek-V3 itself has, stands in for
+    llama3's type.
 
     Raises:
         ValueError: the source's type cannot be converted under the profile.
     """
-    rope = source.rope
-    inverse_frequencies(rope, source.head_dim)
-    theta = {"rope_theta": rope_theta or rope["rope_theta"]}
-    if settings.profile == "transformers":
-        return {"rope_type": rope["rope_type"]} | {f: rope[f] for f in SCALING_FIELDS[rope["rope_type"]]} | theta
-    if rope["rope_type"] == "linear":
+    inverse_frequencies(source.rope, source.head_dim)
+    kind = source.rope["rope_type"]
+    rope = {"rope_type": kind} | {field: source.rope[field] for field in SCALING_FIELDS[kind]}
+    rope["rope_theta"] = rope_theta or source.rope["rope_theta"]
+    if settings.profile == "transformers" or kind == "default":
+        return rope
+    if kind == "linear":
         raise ValueError(
             f"rope_type 'linear': profile {settings.profile} takes the default and llama3 only; try --exact or "
             "--profile transformers"
         )
-    return {"rope_type": "default"} | theta
+    return yarn_for_llama3(rope, rope_dim, source.max_position_embeddings)
 
 
 def _attention(source: DenseSource, settings: ConvertSettings, rope_theta: float | None) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def _attention(source: DenseSource, settings: ConvertSettings, rope_theta: float
         "qk_nope_head_dim": nope_dim,
         "v_head_dim": v_dim,
         "attention_bias": biased,
-        "rope_parameters": target_rope(source, settings, rope_theta),
+        "rope_parameters": target_rope(source, settings, rope_dim, rope_theta),
     }
 
 

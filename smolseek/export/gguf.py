@@ -22,7 +22,7 @@ from smolseek.export.kquants import BASES, SUBSTITUTES, mixed_encoding, quantise
 from smolseek.export.tensors import ExportTensor, export_tensors
 from smolseek.export.vocabulary import add_vocabulary
 from smolseek.formats.deepseek_v3 import with_defaults
-from smolseek.formats.runtimes import check, verdict
+from smolseek.formats.runtimes import check, llama_cpp_options, verdict
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"]
 _FILE_TYPES = {
@@ -57,6 +57,8 @@ class GgufExport:
     fallbacks: tuple[str, ...]
     fallback_encodings: tuple[str, ...]
     has_chat_template: bool
+    options: tuple[str, ...]
+    """What llama.cpp's commands must say besides the file."""
 
 
 def export_gguf(
@@ -99,6 +101,8 @@ def export_gguf(
             _write_tensors(writer, path, planned, on_tensor)
     except OSError as error:
         raise OSError(f"{out}: cannot be written ({error.strerror or error})") from error
+    if options := llama_cpp_options(config):
+        log.warning("%s: no GGUF file holds YaRN's betas: run llama.cpp with %s, not Ollama", out, " ".join(options))
     fallen = [plan for plan in planned if plan.encoding != plan.wanted]
     if type in BASES and fallen:
         _warn_of_fallen(out, type, planned, len(fallen))
@@ -110,6 +114,7 @@ def export_gguf(
         fallbacks=tuple(plan.tensor.name for plan in fallen),
         fallback_encodings=tuple(dict.fromkeys(plan.encoding.name.lower() for plan in fallen)),
         has_chat_template=has_chat_template,
+        options=tuple(options),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,10 @@ SCALING_FIELDS: dict[str, tuple[str, ...]] = {
 """The rope types that a dense source may have, each with the fields that it needs."""
 
 
+YARN_STANDS_IN = "YaRN stands in for the source's rope type llama3: tokens far apart see each other a little otherwise"
+"""What is said of a conversion whose rope type is YaRN."""
+_NO_SCALE = 1e-6
+"""As mscale and mscale_all_dim: scores keep their scale. Where these are 0 or absent, runtimes differ."""
 _BASE = number(1, 1e30)
 _FACTOR = number(1e-6, 1e30)
 
@@ -74,10 +79,15 @@ def inverse_frequencies(rope: Mapping[str, Any], head_dim: int) -> list[float]:
             f"config.json: low_freq_factor {rope['low_freq_factor']}: must be below high_freq_factor "
             f"{rope['high_freq_factor']}; fetch the file again"
         )
-    plain = [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    plain = _plain(rope, head_dim)
     if kind == "linear":
         return [frequency / rope["factor"] for frequency in plain]
     return [_scale_llama3(frequency, rope) for frequency in plain] if kind == "llama3" else plain
+
+
+def _plain(rope: Mapping[str, Any], head_dim: int) -> list[float]:
+    """Returns the angles per position (radians) without any scaling."""
+    return [rope["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
 
 
 def _scale_llama3(frequency: float, rope: Mapping[str, Any]) -> float:
@@ -89,3 +99,51 @@ def _scale_llama3(frequency: float, rope: Mapping[str, Any]) -> float:
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     ramp = min(1.0, max(0.0, (turns - low) / (high - low)))
     return (1 - ramp) * frequency / rope["factor"] + ramp * frequency
+
+
+def target_frequencies(rope: Mapping[str, Any], rope_dim: int) -> list[float]:
+    """Returns the rope_dim / 2 angles per position (radians) of a converted model: YaRN's, or as a dense model's."""
+    if rope["rope_type"] != "yarn":
+        return inverse_frequencies(rope, rope_dim)
+    fast, slow = (_slot_of(rope[beta], rope, rope_dim) for beta in ("beta_fast", "beta_slow"))
+    first, last = max(math.floor(fast), 0), min(math.ceil(slow), rope_dim - 1)
+    shares = [min(1.0, max(0.0, (slot - first) / (last - first or 0.001))) for slot in range(rope_dim // 2)]
+    plain = _plain(rope, rope_dim)
+    return [share * angle / rope["factor"] + (1 - share) * angle for share, angle in zip(shares, plain, strict=True)]
+
+
+def _slot_of(turns: float, rope: Mapping[str, Any], rope_dim: int) -> float:
+    """Returns the slot, with a fraction, that turns so often within the original context (YaRN, section 3.2)."""
+    radians = turns * 2 * math.pi / rope["original_max_position_embeddings"]
+    return -rope_dim * math.log(radians) / (2 * math.log(rope["rope_theta"]))
+
+
+def yarn_for_llama3(rope: Mapping[str, Any], rope_dim: int, positions: int) -> dict[str, Any]:
+    """Returns the parameters of YaRN, or of the plain type, whose angles are nearest to those of llama3's type.
+
+    Both types slow long waves down by `factor`. Between short waves and long ones llama3's ramp is straight over turns,
+    YaRN's is straight over slots, from one whole slot to another, which `beta_fast` and `beta_slow` name by their turns
+    within YaRN's original context. That context is `positions` / `factor`, as runtimes expect. Nearest is what errs
+    least after many tokens: the sum of log(1 + |error of a slot's angle| * llama3's original context).
+    """
+    factor, theta = rope["factor"], {"rope_theta": rope["rope_theta"]}
+    context = max(1, round(positions / factor))
+    wanted = inverse_frequencies(rope, rope_dim)
+
+    def yarn(first: int, last: int) -> dict[str, Any]:
+        fast, slow = (
+            context * theta["rope_theta"] ** (-2 * slot / rope_dim) / (2 * math.pi)
+            for slot in (first + 0.5, last - 0.5)
+        )
+        shape = {"factor": factor, "original_max_position_embeddings": context, "beta_fast": fast, "beta_slow": slow}
+        return {"rope_type": "yarn", **theta, **shape, "mscale": _NO_SCALE, "mscale_all_dim": _NO_SCALE}
+
+    def error(candidate: dict[str, Any]) -> float:
+        angles = target_frequencies(candidate, rope_dim)
+        return sum(
+            math.log1p(abs(a - b) * rope["original_max_position_embeddings"])
+            for a, b in zip(angles, wanted, strict=True)
+        )
+
+    pairs = itertools.combinations(range(rope_dim // 2 + 1), 2)
+    return min([{"rope_type": "default"} | theta, *(yarn(*pair) for pair in pairs)], key=error)

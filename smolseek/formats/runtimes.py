@@ -97,6 +97,14 @@ def _yarn(config: Config) -> Config:
     return rope if rope["rope_type"] == "yarn" else {}
 
 
+def llama_cpp_options(config: Config) -> list[str]:
+    """Returns the command line options that llama.cpp needs for this config, because no GGUF file says it to it."""
+    betas = {"fast": _yarn(config).get("beta_fast") or 32, "slow": _yarn(config).get("beta_slow") or 1}
+    return (
+        [] if betas == {"fast": 32, "slow": 1} else [f"--yarn-beta-{name} {beta:.6g}" for name, beta in betas.items()]
+    )
+
+
 def _scales_alone(yarn: Config) -> bool:
     """Returns whether one of YaRN's two scales stands alone, so that 1 and 0 for what is absent is not the same."""
     both = yarn.get("mscale") and yarn.get("mscale_all_dim")
@@ -369,12 +377,13 @@ RULES: tuple[Rule | TensorRule, ...] = (
     ),
     Rule(
         ("llama.cpp",),
-        lambda config: (_yarn(config).get("beta_fast") or 32, _yarn(config).get("beta_slow") or 1) != (32, 1),
+        lambda config: bool(llama_cpp_options(config)),
         Finding(
             "rope_parameters",
-            "YaRN's beta_fast and beta_slow are not read from a deepseek2 file, and are 32 and 1",
-            "train with 32 and 1",
-            f"{_LLAMA_CPP}: other logits",
+            "YaRN's beta_fast and beta_slow are not read from the file",
+            "run it with --yarn-beta-fast and --yarn-beta-slow as in config.json",
+            _LLAMA_CPP,
+            refuses=False,
         ),
     ),
     Rule(

@@ -73,6 +73,9 @@ def test_commands_quote_paths_and_know_a_chat(tmp_path):
     assert all(f"'{tmp_path}/a b.gguf'" in line for line in plain if line.startswith("llama-"))
     assert "ollama create a-b" in plain[2] and f"FROM {tmp_path}" in plain[2]
     assert next_commands(tmp_path / "m.gguf", has_template=True)[0].startswith("llama-cli")
+    options = ["--yarn-beta-fast 2", "--yarn-beta-slow 0.5"]
+    told = next_commands(tmp_path / "m.gguf", has_template=False, options=options)
+    assert told[-1] == f"llama-server -m {tmp_path / 'm.gguf'} --yarn-beta-fast 2 --yarn-beta-slow 0.5"
 
 
 def test_k_quants_name_their_real_size(folder, tmp_path, capsys, caplog):

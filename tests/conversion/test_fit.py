@@ -130,10 +130,12 @@ def test_every_family_converts_to_what_most_runtimes_take(family, profile, folde
     with caplog.at_level(logging.WARNING):
         out = convert(folders(family), tmp_path / "out", settings=settings)
     config = json.loads((out / "config.json").read_text())
-    assert not config["attention_bias"] and config["rope_parameters"]["rope_type"] == "default"
+    scaled = family == "llama3 rope"
+    assert not config["attention_bias"] and config["rope_parameters"]["rope_type"] == ("yarn" if scaled else "default")
     said = {runtime: verdict(found) for runtime, found in check(config).items()}
     loads = {runtime for runtime, line in said.items() if line.startswith("loads")}
     assert loads == {"transformers", "sglang", "llama.cpp"} | ({"vllm"} if profile == "vllm" else set())
+    assert ("YaRN stands in for" in caplog.text) == ("YaRN stands in for" in (out / "README.md").read_text()) == scaled
     assert ("biases are approximated" in caplog.text) == family.startswith("qwen2")
     assert ("norms are approximated" in caplog.text) == (family == "qwen3")
     last = json.loads((out / "conversion.json").read_text())["layers"][-1]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from smolseek.config import ConvertSettings
@@ -13,6 +13,8 @@ from smolseek.conversion.target import target_config
 from smolseek.formats.dense import read_source
 from smolseek.formats.rope import inverse_frequencies
 from tests.configs import TINY
+
+WIDE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 
 
 def test_fields_match_transformers_after_a_round_trip() -> None:
@@ -98,8 +100,31 @@ def test_profile_transformers_keeps_the_rope_type_at_every_stride(kind: str, rop
     torch.testing.assert_close(latent.inv_freq, wanted, rtol=1e-5, atol=0)
 
 
-def test_llama3_is_plain_rope_in_the_portable_profile() -> None:
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+@pytest.mark.parametrize("profile", ["portable", "vllm"])
+def test_yarn_stands_in_for_llama3_where_a_profile_has_no_such_type(profile: Any) -> None:
+    """Every slot but those of the ramp turns like its source frequency, and the scores keep their scale."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    llama3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, **scaling}}
+    source = {k: v for k, v in TINY.items() if k != "rope_theta"} | WIDE | {"max_position_embeddings": 4096} | llama3
+    settings = ConvertSettings(profile=profile, qk_rope_head_dim=64, kv_lora_rank=256)
+    config = target_config(read_source(source), settings)
+    rope = config["rope_parameters"]
+    assert rope["rope_type"] == "yarn" and rope["factor"] * rope["original_max_position_embeddings"] == 4096
+    latent = DeepseekV3RotaryEmbedding(DeepseekV3Config.from_dict(config))
+    wanted = torch.tensor(inverse_frequencies(read_source(source).rope, 64))
+    apart = ((latent.inv_freq - wanted) / wanted).abs()
+    assert latent.attention_scaling == 1.0 and (apart > 1e-5).sum() <= 6 and apart.max() < 0.5
+    attention = DeepseekV3Attention(DeepseekV3Config.from_dict(config), 0)
+    assert attention.scaling == pytest.approx(attention.qk_head_dim**-0.5, rel=1e-5)
+
+
+def test_a_scaling_that_reaches_no_slot_leaves_the_plain_type() -> None:
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 10**6,
+    }
     config = target_config(read_source(TINY | {"rope_scaling": {"rope_type": "llama3", **scaling}}), ConvertSettings())
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5000.0}
 

@@ -52,8 +52,8 @@ NEAR_TIE = 0.05
 def both_logits(folder, ids_T, kind="f32"):
     """Returns (llama.cpp's logits, our logits), each (T, V); ours are computed in fp32 from the folder's weights."""
     out = folder.with_suffix(f".{kind}.gguf")
-    export_gguf(folder, out, type=kind)
-    with LlamaCpp(out) as theirs, torch.inference_mode():
+    exported = export_gguf(folder, out, type=kind)
+    with LlamaCpp(out, options=exported.options) as theirs, torch.inference_mode():
         return theirs.logits(ids_T), load(folder)(ids_T[None])[0]
 
 
@@ -73,6 +73,11 @@ CONFIGS = {
     "yarn": {"rope_parameters": YARN, **YARN_SIZES},
     "yarn, one mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}, **YARN_SIZES},
     "yarn, two mscales": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, **YARN_SIZES},
+    "yarn, betas": {"rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5}, **YARN_SIZES},
+    "yarn, as conversion writes it": {
+        "rope_parameters": YARN | {"beta_fast": 3.0, "beta_slow": 0.5, "mscale": 1e-6, "mscale_all_dim": 1e-6},
+        **YARN_SIZES,
+    },
     "yarn, a factor": {"rope_parameters": YARN | {"attention_factor": 1.4}, "q_lora_rank": 20, **YARN_SIZES},
 }
 
@@ -140,8 +145,6 @@ def test_k_quants_are_near_ours(tmp_path, kind, most):
     [
         {"hidden_act": "gelu"},
         {"rope_interleave": False},
-        {"rope_parameters": YARN | {"beta_fast": 4.0}, **YARN_SIZES},
-        {"rope_parameters": YARN | {"beta_slow": 2.0}, **YARN_SIZES},
         {"rope_parameters": YARN | {"truncate": False}, **YARN_SIZES},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}},
     ],
@@ -153,6 +156,15 @@ def test_what_the_rules_refuse_gives_other_logits(tmp_path, monkeypatch, overrid
     monkeypatch.setattr("smolseek.export.gguf.check", lambda config, headers: {"llama.cpp": []})
     theirs_TV, ours_TV = both_logits(tmp_path / "m", ids())
     assert (theirs_TV - ours_TV).abs().max() > 0.1
+
+
+def test_without_its_options_yarn_s_betas_give_other_logits(tmp_path, caplog):
+    tiny_folder(tmp_path / "m", rope_parameters=YARN | {"beta_fast": 4.0, "beta_slow": 0.5}, **YARN_SIZES)
+    exported = export_gguf(tmp_path / "m", tmp_path / "m.gguf", type="f32")
+    assert exported.options == ("--yarn-beta-fast 4", "--yarn-beta-slow 0.5")
+    assert f"run llama.cpp with {' '.join(exported.options)}, not Ollama" in caplog.text
+    with LlamaCpp(exported.path) as theirs, torch.inference_mode():
+        assert (theirs.logits(ids()) - load(tmp_path / "m")(ids()[None])[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

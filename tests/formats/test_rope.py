@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, DeepseekV3Config, LlamaConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from smolseek.formats.rope import inverse_frequencies, rope_parameters
+from smolseek.formats.rope import inverse_frequencies, rope_parameters, target_frequencies
 from tests.configs import TINY
 
 LLAMA3 = {
@@ -32,6 +33,14 @@ def test_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     source = {k: v for k, v in TINY.items() if k not in ("rope_theta", "model_type")} | {"rope_parameters": rope}
     stock = LlamaRotaryEmbedding(LlamaConfig(**source))
     torch.testing.assert_close(torch.tensor(inverse_frequencies(rope, 16)), stock.inv_freq, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(32.0, 1.0), (4.0, 1.0), (2.0, 2.0), (1e3, 1e-3)])
+def test_yarn_s_frequencies_are_those_of_transformers(fast: float, slow: float) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+    rope |= {"beta_fast": fast, "beta_slow": slow}
+    stock = DeepseekV3RotaryEmbedding(DeepseekV3Config(qk_rope_head_dim=16, rope_parameters=dict(rope)))
+    torch.testing.assert_close(torch.tensor(target_frequencies(rope, 16)), stock.inv_freq, rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _DENSE_SLOTS = 16
@@ -19,10 +20,9 @@ class RopePlan:
         """Returns the target's rope_theta, under which slot j turns exactly like source frequency stride * j."""
         return source_theta ** (self.stride * 2 * len(self.folds) / head_dim)
 
-    def slot_frequencies(self, head_dim: int) -> list[int]:
-        """Returns for each source frequency the one that its slot turns like; those beyond the slots keep their own."""
-        covered = self.stride * len(self.folds)
-        return [i - i % self.stride if i < covered else i for i in range(head_dim // 2)]
+    def angles(self, slots: Sequence[float], own: Sequence[float]) -> list[float]:
+        """Returns the angle at which each source frequency turns: its slot's, or its own beyond the slots."""
+        return [slots[i // self.stride] if i // self.stride < len(slots) else angle for i, angle in enumerate(own)]
 
     def emptied(self) -> RopePlan:
         """Returns the same slots with nothing in them, for a layer that does not rotate."""

@@ -58,7 +58,8 @@ def test_plans_put_each_slot_exactly_on_the_frequency_it_starts_with(head_dim, r
                 assert slot >= head_dim // 2
                 continue
             assert theta ** (-2 * slot / rope_dim) == pytest.approx(1000.0 ** (-2 * fold[0] / head_dim))
-            assert {plan.slot_frequencies(head_dim)[channel] for channel in fold} == {fold[0]}
+            angles = plan.angles(range(100, 100 + len(plan.folds)), range(head_dim // 2))
+            assert {angles[channel] for channel in fold} == {100 + slot}
 
 
 def test_narrow_rope_has_a_folded_plan_and_full_rope_only_one():
