@@ -114,6 +114,7 @@ JUDGED = {
     "longrope": yarn(OTHER, **LONGROPE),
     "YaRN": yarn(SAME),
     "YaRN's betas": yarn(SAME, beta_fast=8.0, beta_slow=2.0),
+    "YaRN in llama3's place": yarn(SAME, beta_fast=2.6, beta_slow=0.3, mscale=1e-6, mscale_all_dim=1e-6),
     "YaRN's truncate": yarn(OTHER, truncate=False),
     "YaRN's attention_factor": yarn(OTHER, attention_factor=1.2),
     "YaRN's mscale alone": yarn(OTHER, mscale=0.7),
