@@ -20,7 +20,7 @@ from smolseek.checkpoint.source import (
     resolve_folder,
 )
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
-from smolseek.formats.fields import Rule, check_fields, number
+from smolseek.formats.fields import Rule, check_architectures, check_fields, number
 from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers, take_expert_counts
@@ -70,11 +70,12 @@ def load_config(folder: str | Path) -> Any:
     """Returns the transformers config of a folder; a `DeepseekV3Config` for V3, with a softmax router too.
 
     Raises:
-        ValueError: as `read_config` does, or transformers refuses it.
+        ValueError: as `read_config` does, it is no language model's, or transformers refuses it.
     """
     from transformers import AutoConfig, DeepseekV3Config
 
     tree = read_config(folder)
+    check_architectures(tree, where=f"checkpoint {folder}: config.json")
     with refusing(f"checkpoint {folder}: transformers does not take its config.json"):
         if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
             config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE
-from smolseek.formats.fields import FLAG, LAYERS, SIZE, TOKEN_ID, Rule, check_fields, decimal, shown, whole_number
+from smolseek.formats.fields import (
+    FLAG,
+    LAYERS,
+    SIZE,
+    TOKEN_ID,
+    Rule,
+    check_architectures,
+    check_fields,
+    decimal,
+    shown,
+    whole_number,
+)
 from smolseek.formats.rope import rope_parameters
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -200,10 +211,12 @@ def read_source(config: Mapping[str, Any]) -> DenseSource:
     """Returns the dense model that a config.json describes.
 
     Raises:
-        ValueError: the architecture is not supported, a size is missing, or the sizes do not fit each other.
+        ValueError: the architecture is not supported or no language model, a size is missing, or the sizes do not fit
+            each other.
     """
     kind = config.get("model_type")
     family = _family(kind)
+    check_architectures(config)
     fields = {field: config.get(field, default) for field, default in (_LLAMA_DEFAULTS | dict(family.defaults)).items()}
     fields |= {field: config.get(field) for field in _SIZES} | {"dtype": _dtype(config)}
     if family.window_is_optional and fields["use_sliding_window"] is False:

@@ -299,6 +299,7 @@ BROKEN_FIELDS = [
     {"dtype": 2.5e16},
     {"quantization_config": 7},
     {"model_type": None},
+    {"architectures": ["LlamaForSequenceClassification"]},
     {"model_type": ["llama"]},
     {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "invented"},
 ]

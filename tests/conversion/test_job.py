@@ -26,6 +26,18 @@ def poke(folder, name, value):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def untie_classifier(folder):
+    edit(folder, tie_word_embeddings=False, architectures=[])
+    poke(folder, "qa_outputs.weight", torch.ones(2, 32))
+
+
+def drop_prefix(folder):
+    tensors = load_file(folder / "model.safetensors")
+    edit(folder, architectures=["LlamaModel"])
+    without = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(without, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def make_lora(folder):
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
@@ -56,6 +68,18 @@ BROKEN = {
         lambda f: poke(f, "lm_head.weight", torch.ones(300, 32, dtype=torch.int8)),
         "lm_head.weight: dtype I8 is quantised",
     ),
+    "classifier": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "architectures 'LlamaForSeq"),
+    "tied classifier": (
+        lambda f: poke(f, "score.weight", torch.ones(2, 32)),
+        "tensor score.weight: the language model",
+    ),
+    "untied classifier": (untie_classifier, "tensor qa_outputs.weight: the language model"),
+    "norm on disk": (
+        lambda f: poke(f, "model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
+        "q_norm.weight: the language model of config.json has none like it",
+    ),
+    "more layers on disk": (lambda f: poke(f, NORM.replace("1", "2"), torch.ones(32)), "layers.2.* none like it"),
+    "base model": (drop_prefix, "tensor model.embed_tokens.weight: not in the checkpoint"),
     "no head": (lambda f: edit(f, tie_word_embeddings=False), "lm_head.weight: .*tie_word_embeddings to true"),
     "dtype": (lambda f: edit(f, dtype="auto"), "dtype 'auto'"),
     "a field that only transformers knows": (
@@ -78,6 +102,14 @@ def test_a_broken_source_is_refused(case, source, quick, tmp_path):
     breakage, message = BROKEN[case]
     breakage(tmp_path / "broken")
     refused(tmp_path / "broken", tmp_path, quick(), message)
+
+
+def test_tensors_that_change_nothing_are_taken(source, tmp_path):
+    """Old checkpoints hold tables of the rope."""
+    folder = shutil.copytree(source, tmp_path / "old")
+    poke(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    edit(folder, architectures=None)
+    stock(convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True)))
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
