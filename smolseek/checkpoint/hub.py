@@ -36,6 +36,8 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
 }
 """Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_READ_BY_TOKENIZERS = ("model_type", "transformers_version")
+"""Fields of config.json that change how transformers reads the tokenizer beside it."""
 _EARLIER_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Names of tokenizer classes that transformers 4 knows, too."""
 Part = tuple[str, int | None, slice]
@@ -306,28 +308,37 @@ def save(
 def copy_tokenizer(writer: FolderWriter, source: Path) -> None:
     """Copies the tokenizer of another folder into one that has its config.json, so that it gives the same tokens there.
 
-    The files are the same byte for byte, but for `tokenizer_class` where the other model_type takes it: transformers
-    chooses a tokenizer's class by model_type, too, and reads a Mistral's tokenizer.json otherwise than a DeepSeek's.
+    The files are the same byte for byte wherever the other config.json changes nothing. transformers chooses a
+    tokenizer's class by model_type, too, so `tokenizer_class` names the source's where the other one takes another. It
+    mends the cuts of some Mistrals (fix_mistral_regex) under their own model_type and old versions alone; then
+    tokenizer.json is what it makes of the source's files.
     """
     writer.copy_tokenizer(source)
-    types = [
-        read_json(path).get("model_type")
-        for path in (source / "config.json", writer.path / "config.json")
-        if path.is_file()
-    ]
-    if len(set(types)) < 2:
+    configs = [read_json(path) for path in (source / "config.json", writer.path / "config.json") if path.is_file()]
+    if len({str([config.get(field) for field in _READ_BY_TOKENIZERS]) for config in configs}) < 2:
         return
-    wanted, found = _tokenizer_class(source), _tokenizer_class(writer.path)
-    if wanted is not None and wanted != found:
-        path = writer.path / _TOKENIZER_CONFIG
-        given = read_json(path) if path.is_file() else {}
-        writer.write_json(_TOKENIZER_CONFIG, given | {"tokenizer_class": _EARLIER_NAMES.get(wanted, wanted)})
+    wanted, found = _read_tokenizer(source), _read_tokenizer(writer.path)
+    if wanted is None:
+        return
+    if type(wanted) is not type(found):
+        _write_tokenizer_class(writer, type(wanted).__name__)
+        found = _read_tokenizer(writer.path)
+    backend = wanted.backend_tokenizer.to_str()
+    if found is None or found.backend_tokenizer.to_str() != backend:
+        writer.write_text("tokenizer.json", backend)
+        _write_tokenizer_class(writer, "PreTrainedTokenizerFast")  # it reads tokenizer.json as it is
 
 
-def _tokenizer_class(folder: Path) -> str | None:
-    """Returns the class that transformers reads a folder's tokenizer with, or None where it reads none."""
+def _write_tokenizer_class(writer: FolderWriter, name: str) -> None:
+    path = writer.path / _TOKENIZER_CONFIG
+    given = read_json(path) if path.is_file() else {}
+    writer.write_json(_TOKENIZER_CONFIG, given | {"tokenizer_class": _EARLIER_NAMES.get(name, name)})
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of a folder, or None where transformers reads none."""
     try:
-        return type(load_tokenizer(folder)).__name__
+        return load_tokenizer(folder)
     except ValueError:
         return None
 

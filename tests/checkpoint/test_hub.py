@@ -487,6 +487,38 @@ def test_a_copied_tokenizer_gives_the_same_tokens(model_type, kind, class_name, 
         assert (out / config).read_bytes() == (source / config).read_bytes()
 
 
+def mistral_of_many_entries(folder, **fields):
+    """Writes a Mistral's tokenizer with so many entries that transformers looks for the wrong cuts."""
+    kind_of_tokenizer("has").save_pretrained(folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    model = tree["model"]
+    model["merges"].append(["A", "B"])
+    words = dict.fromkeys([*model["vocab"], "AB", *(f"<{number}>" for number in range(100_001))])
+    model["vocab"] = {word: number for number, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.57.1"}))
+    edit_tokenizer(folder, tokenizer_class="PreTrainedTokenizerFast", **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fix_mistral_regex": True}])
+@pytest.mark.parametrize(
+    "config", [{"model_type": "deepseek_v3"}, {"model_type": "mistral", "transformers_version": "5.0.0"}]
+)
+def test_a_copied_tokenizer_keeps_the_cuts_that_transformers_mends(fields, config, tmp_path):
+    """It mends them for Mistral's model_type alone, and where an old version wrote the folder."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    mistral_of_many_entries(source, **fields)
+    with FolderWriter(out) as writer:
+        writer.write_json("config.json", config)
+        copy_tokenizer(writer, source)
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    assert theirs.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str()
+    for text in ("AB 2024 don't", "AutoTokenizer reads naïve HTML  \n x"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    same = (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert same is not bool(fields)
+
+
 def edit_tokenizer(folder, **fields):
     path = folder / "tokenizer_config.json"
     tree = {**json.loads(path.read_text()), **fields}
