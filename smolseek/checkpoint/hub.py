@@ -13,6 +13,7 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import (
     check_tokenizer,
+    has_tokenizer,
     read_config,
     read_conversion,
     read_end_tokens,
@@ -97,6 +98,20 @@ def check_stock(folder: str | Path) -> None:
         ValueError: as `load_config` does, or no model can be built from it.
     """
     _stock_skeleton(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Checks generation_config.json of a folder, if there is one.
+
+    Raises:
+        ValueError: as `read_end_tokens` does, or transformers refuses it.
+    """
+    from transformers import GenerationConfig
+
+    read_end_tokens(folder)
+    if (folder / "generation_config.json").is_file():
+        with refusing(f"checkpoint {folder}: transformers does not take its generation_config.json"):
+            GenerationConfig.from_pretrained(folder)
 
 
 def _stock_skeleton(folder: str | Path, *, untied: bool = False) -> Any:
@@ -312,14 +327,17 @@ def copy_tokenizer(writer: FolderWriter, source: Path) -> None:
     tokenizer's class by model_type, too, so `tokenizer_class` names the source's where the other one takes another. It
     mends the cuts of some Mistrals (fix_mistral_regex) under their own model_type and old versions alone; then
     tokenizer.json is what it makes of the source's files.
+
+    Raises:
+        ValueError: transformers does not load the source's tokenizer.
     """
     writer.copy_tokenizer(source)
     configs = [read_json(path) for path in (source / "config.json", writer.path / "config.json") if path.is_file()]
     if len({str([config.get(field) for field in _READ_BY_TOKENIZERS]) for config in configs}) < 2:
         return
-    wanted, found = _read_tokenizer(source), _read_tokenizer(writer.path)
-    if wanted is None:
+    if not has_tokenizer(source):
         return
+    wanted, found = load_tokenizer(source), _read_tokenizer(writer.path)
     if type(wanted) is not type(found):
         _write_tokenizer_class(writer, type(wanted).__name__)
         found = _read_tokenizer(writer.path)

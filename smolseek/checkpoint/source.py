@@ -148,13 +148,18 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ends))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
+
+
 def check_tokenizer(folder: Path, source: str | Path) -> None:
     """Checks that a folder has a tokenizer.
 
     Raises:
         ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
     """
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+    if not has_tokenizer(folder):
         foreign = None if (folder / "config.json").is_file() else describe_foreign(folder)
         missing = "no tokenizer.json; copy the tokenizer's files into it"
         raise ValueError(f"checkpoint {source}: {foreign or missing}")

@@ -14,8 +14,8 @@ import torch
 
 from smolseek.checkpoint.atomic import check_space, refuse_existing, refuse_inputs, remove_leftovers
 from smolseek.checkpoint.folder import TensorFolder, foreign_files, written_bytes
-from smolseek.checkpoint.hub import check_stock
-from smolseek.checkpoint.source import pinned, read_config, resolve_folder
+from smolseek.checkpoint.hub import check_generation_config, check_stock, load_tokenizer
+from smolseek.checkpoint.source import has_tokenizer, pinned, read_config, resolve_folder
 from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps, refine_steps, unnamed_text
 from smolseek.conversion.source_weights import check_tensors
@@ -101,9 +101,9 @@ def read_job(
     names any, the model writes it, and builtin:prose is the other half of a large source's.
 
     Raises:
-        ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
-            `out` exists and `force` is not set or its disk has too little room, or the device is not there or not for
-            several processes.
+        ValueError: the source or its tokenizer is missing, unsupported, broken or refused by transformers, the settings
+            do not fit it, `out` exists and `force` is not set or its disk has too little room, or the device is not
+            there or not for several processes.
     """
     check_device(device)
     if shares.size > 1 and device.partition(":")[0] == "mps":
@@ -117,6 +117,9 @@ def read_job(
     config = read_config(folder)
     dense = read_source(config)
     check_stock(folder)
+    check_generation_config(folder)
+    if has_tokenizer(folder):
+        load_tokenizer(folder)
     tensors = TensorFolder(folder)
     if dense.tie_word_embeddings and tensors.has_own_head():
         dense = dataclasses.replace(dense, tie_word_embeddings=False)

@@ -104,6 +104,37 @@ def test_a_broken_source_is_refused(case, source, quick, tmp_path):
     refused(tmp_path / "broken", tmp_path, quick(), message)
 
 
+BROKEN_COMPANIONS = {
+    "tokenizer.json": ("{", "transformers does not load its tokenizer"),
+    "tokenizer_config.json": ("[]", "transformers does not load its tokenizer"),
+    "generation_config.json": ("{", "generation_config.json: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_COMPANIONS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_broken_file_that_would_be_copied_is_refused(name, exact, source, quick, tmp_path, monkeypatch):
+    """That comes before the weights are read."""
+    monkeypatch.setattr("smolseek.conversion.job.TensorFolder", None)
+    folder = shutil.copytree(source, tmp_path / "broken")
+    content, message = BROKEN_COMPANIONS[name]
+    (folder / name).write_text(content)
+    refused(folder, tmp_path, ConvertSettings(exact=True) if exact else quick(), message)
+
+
+def test_a_generation_config_that_transformers_refuses_is_refused(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "broken")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    refused(folder, tmp_path, ConvertSettings(exact=True), "does not take its generation_config.json .*max_new_tokens")
+
+
+def test_the_exact_form_needs_no_tokenizer(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "bare")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    stock(convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True)))
+
+
 def test_tensors_that_change_nothing_are_taken(source, tmp_path):
     """Old checkpoints hold tables of the rope."""
     folder = shutil.copytree(source, tmp_path / "old")
