@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.formats.foreign import describe_foreign
+from smolseek.formats.foreign import check_no_pointer, describe_foreign
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that are not quantised, as safetensors writes them."""
@@ -42,9 +42,9 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     These are those of model.safetensors if it is there, else those of all shards that the index names.
 
     Raises:
-        ValueError: there are no safetensors (pickle is refused); a file is missing, has another size than its header
-            says or is no safetensors file; or the index names a tensor that its file does not hold, or a file that
-            does not lie beside it.
+        ValueError: there are no safetensors (pickle is refused); a file is missing, a Git LFS pointer, has another size
+            than its header says or is no safetensors file; or the index names a tensor that its file does not hold, or
+            a file that does not lie beside it.
     """
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -75,6 +75,7 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Heade
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    check_no_pointer(index)
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -90,6 +91,7 @@ def _read_file(path: Path) -> dict[str, Header]:
 
     `safetensors.safe_open` is not used: it imports numpy, and does not say the size that a cut file should have.
     """
+    check_no_pointer(path)
     try:
         if not path.is_file():
             raise ValueError("no such file")
