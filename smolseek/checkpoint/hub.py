@@ -22,6 +22,7 @@ from smolseek.checkpoint.source import (
 )
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
 from smolseek.formats.fields import Rule, check_architectures, check_fields, number
+from smolseek.formats.headers import float_dtype
 from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers, take_expert_counts
@@ -143,6 +144,7 @@ def load(
         return load_stock(folder, dtype=dtype, device=device, shard=shard)
     tensors = TensorFolder(folder)
     config = load_config(folder)
+    config.dtype = config.dtype or float_dtype(tensors.headers)  # what `save` writes
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
     _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
     with refusing(f"checkpoint {source}: no model can be built from its config.json"):

@@ -21,7 +21,8 @@ from smolseek.conversion.sizes import distill_steps, refine_steps, unnamed_text
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import check_strides, expected_tensors
-from smolseek.formats.dense import DenseSource, read_source
+from smolseek.formats.dense import DenseSource, named_dtype, read_source
+from smolseek.formats.headers import float_dtype
 from smolseek.numerics.precision import check_device
 from smolseek.numerics.shares import ALONE, Shares
 
@@ -121,6 +122,8 @@ def read_job(
     if has_tokenizer(folder):
         load_tokenizer(folder)
     tensors = TensorFolder(folder)
+    if named_dtype(config) is None:
+        dense = dataclasses.replace(dense, dtype=float_dtype(tensors.headers))
     if dense.tie_word_embeddings and tensors.has_own_head():
         dense = dataclasses.replace(dense, tie_word_embeddings=False)
     target = target_config(dense, settings)

@@ -11,8 +11,8 @@ from typing import Any
 
 from smolseek.formats.foreign import check_no_pointer, describe_foreign
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights that are not quantised, as safetensors writes them."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes of weights that are not quantised, as safetensors writes them and by torch's names."""
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -57,6 +57,15 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
         raise ValueError(f"checkpoint {folder}: only pickle weights; re-save it with safe_serialization=True")
     raise ValueError(f"checkpoint {folder}: no model.safetensors; fetch the weights")
+
+
+def float_dtype(headers: Mapping[str, Header]) -> str:
+    """Returns the dtype of a checkpoint whose config.json names none, by torch's name; float32 if it has no floats.
+
+    It is that of the first floating tensor by file and name, as transformers chooses with dtype="auto".
+    """
+    floats = {(header.file, name): header.dtype for name, header in headers.items() if header.dtype in FLOATS}
+    return FLOATS[floats[min(floats)]] if floats else "float32"
 
 
 def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Header]:

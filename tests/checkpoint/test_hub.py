@@ -80,6 +80,16 @@ def test_bf16_folders_keep_the_routing_bias_in_fp32(tmp_path):
     assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
 
 
+def test_a_folder_whose_config_names_no_dtype_keeps_that_of_its_weights(tmp_path):
+    ours, _ = tiny_v3_pair(dtype="bfloat16")
+    folder = save(ours, tmp_path / "a")
+    edit(folder, dtype=None, torch_dtype=None)
+    again = save(load(folder), tmp_path / "b")
+    assert (
+        TensorFolder(again).dtype("model.embed_tokens.weight") == "BF16" and read_config(again)["dtype"] == "bfloat16"
+    )
+
+
 def test_softmax_folders_say_that_they_are_not_stock(tmp_path):
     ours, _ = tiny_v3_pair()
     ours.config.scoring_func = "softmax"

@@ -261,6 +261,17 @@ def test_a_head_of_its_own_is_kept_by_the_fitted_form(source, quick, tmp_path):
     torch.testing.assert_close(stock(out).lm_head.weight, head)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_config_json_names_no_dtype_the_weights_do(dtype, source, quick, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, dtype=None, torch_dtype=None)
+    job = read_job(folder, tmp_path / "out", quick(), device="cpu", force=False, on_progress=print)
+    assert job.source.dtype == job.target["dtype"] == str(dtype).removeprefix("torch.")
+    assert stock(folder).dtype == dtype
+
+
 def test_experts_need_a_hidden_size_that_transformers_runs(quick, tmp_path):
     folder = write_source(tmp_path / "source", hidden_size=36, head_dim=8)
     refused(folder, tmp_path, quick(experts="upcycle"), "hidden_size 36: transformers runs experts only")
