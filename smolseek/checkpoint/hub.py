@@ -38,6 +38,9 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
 }
 """Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_NOTES = ("_from_model_config", "transformers_version")
+"""Fields of generation_config.json that change nothing."""
 _READ_BY_TOKENIZERS = ("model_type", "transformers_version")
 """Fields of config.json that change how transformers reads the tokenizer beside it."""
 _EARLIER_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
@@ -102,17 +105,27 @@ def check_stock(folder: str | Path) -> None:
 
 
 def check_generation_config(folder: Path) -> None:
-    """Checks generation_config.json of a folder, if there is one.
+    """Checks what a folder says of generation, in generation_config.json or, as old ones do, in config.json.
 
     Raises:
         ValueError: as `read_end_tokens` does, or transformers refuses it.
     """
+    read_end_tokens(folder)
+    _generation_fields(folder)
+
+
+def _generation_fields(folder: Path) -> dict[str, Any]:
+    """Returns what transformers reads of generation in a folder, without defaults."""
     from transformers import GenerationConfig
 
-    read_end_tokens(folder)
-    if (folder / "generation_config.json").is_file():
-        with refusing(f"checkpoint {folder}: transformers does not take its generation_config.json"):
-            GenerationConfig.from_pretrained(folder)
+    name = _GENERATION_CONFIG if (folder / _GENERATION_CONFIG).is_file() else "config.json"
+    if not (folder / name).is_file():
+        return {}
+    read = GenerationConfig.from_dict if name == _GENERATION_CONFIG else GenerationConfig.from_model_config
+    tree = read_json(folder / name)
+    with refusing(f"checkpoint {folder}: transformers does not take what its {name} says of generation"):
+        fields = read(tree).to_diff_dict()
+    return {field: value for field, value in fields.items() if field not in _NOTES}
 
 
 def _stock_skeleton(folder: str | Path, *, untied: bool = False) -> Any:
@@ -307,7 +320,7 @@ def save(
             writer.add(name, tensor if keep_fp32 else tensor.to(dtype))
         writer.write_json("config.json", disk_config(config) if isinstance(model, DeepseekV3) else config)
         if origin is not None:
-            writer.copy_generation_config(origin)
+            copy_generation_config(writer, origin)
             writer.copy_licence(origin)
             if (conversion := read_conversion(origin)) is not None:
                 writer.write_json("conversion.json", conversion)
@@ -320,6 +333,18 @@ def save(
         if card is not None:
             writer.write_text("README.md", card)
     return Path(out)
+
+
+def copy_generation_config(writer: FolderWriter, source: Path) -> None:
+    """Copies generation_config.json of another folder into one that has its config.json.
+
+    Where the other folder has none, what its config.json says of generation is written, unless ours says it too.
+    """
+    writer.copy_generation_config(source)
+    if not (writer.path / _GENERATION_CONFIG).exists():
+        fields, ours = _generation_fields(source), read_config(writer.path)
+        if any(value is not False and field not in ours for field, value in fields.items()):  # false is the default
+            writer.write_json(_GENERATION_CONFIG, fields)
 
 
 def copy_tokenizer(writer: FolderWriter, source: Path) -> None:

@@ -529,6 +529,24 @@ def test_a_copied_tokenizer_keeps_the_cuts_that_transformers_mends(fields, confi
     assert same is not bool(fields)
 
 
+OLD = {"do_sample": True, "temperature": 0.5, "max_length": 50, "eos_token_id": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["V3", "dense"])
+def test_what_an_old_config_says_of_generation_is_kept(kind, tmp_path):
+    """Old checkpoints have it in config.json, and transformers reads it there if there is no generation_config.json."""
+    model = tiny_v3_pair()[0] if kind == "V3" else StockModel(tiny_llama())
+    folder = save(model, tmp_path / "old")
+    assert not (folder / "generation_config.json").exists()
+    edit(folder, **OLD)
+    again = save(load(folder), tmp_path / "again", origin=folder)
+    for made in (folder, again):
+        config = AutoModelForCausalLM.from_pretrained(made).generation_config
+        assert {field: getattr(config, field) for field in OLD} == OLD
+    plain = save(load(folder), tmp_path / "plain", origin=save(model, tmp_path / "source"))
+    assert not (plain / "generation_config.json").exists()
+
+
 def edit_tokenizer(folder, **fields):
     path = folder / "tokenizer_config.json"
     tree = {**json.loads(path.read_text()), **fields}

@@ -125,7 +125,22 @@ def test_a_broken_file_that_would_be_copied_is_refused(name, exact, source, quic
 def test_a_generation_config_that_transformers_refuses_is_refused(source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "broken")
     (folder / "generation_config.json").write_text('{"max_new_tokens": 0}')
-    refused(folder, tmp_path, ConvertSettings(exact=True), "does not take its generation_config.json .*max_new_tokens")
+    refused(
+        folder, tmp_path, ConvertSettings(exact=True), "its generation_config.json says of generation .*max_new_tokens"
+    )
+
+
+def test_what_an_old_config_says_of_generation_is_written(source, tmp_path):
+    """Old checkpoints have it in config.json; new ones there have nothing of it, and no file is written."""
+    said = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_length": 50}
+    for name, fields in (("old", said), ("new", {})):
+        folder = shutil.copytree(source, tmp_path / name)
+        edit(folder, **fields)
+        out = convert(folder, tmp_path / f"{name}-out", settings=ConvertSettings(exact=True))
+        theirs, ours = (stock(made).generation_config for made in (folder, out))
+        for field in (*said, "eos_token_id", "bos_token_id", "pad_token_id", "use_cache"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert (out / "generation_config.json").exists() is bool(fields)
 
 
 def test_the_exact_form_needs_no_tokenizer(source, tmp_path):
