@@ -13,7 +13,7 @@ import torch
 
 from smolseek.card import Card, Training
 from smolseek.checkpoint.atomic import LOCK, atomic_file, exclusive
-from smolseek.checkpoint.hub import load, load_config, load_stock, load_tokenizer
+from smolseek.checkpoint.hub import check_generation_config, load, load_config, load_stock, load_tokenizer
 from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import read_config, read_conversion, resolve_folder
 from smolseek.config import Recipe, check_data, check_fields
@@ -188,11 +188,14 @@ def _read_start(recipe: Recipe) -> Start:
     if recipe.source is None:
         tokenizer_from = resolve_folder(recipe.tokenizer) if recipe.tokenizer else None
         tokenizer = load_tokenizer(tokenizer_from) if tokenizer_from else corpus_tokenizer(recipe)
+        if tokenizer_from:
+            check_generation_config(tokenizer_from)  # it is copied at the end
         model = random_skeleton(recipe, tokenizer)
         return Start(tokenizer, tokenizer_from, check_inputs(recipe, tokenizer, model.config), model)
     source = resolve_folder(recipe.source)
     tokenizer_from = resolve_folder(recipe.tokenizer or source)
     tokenizer = load_tokenizer(tokenizer_from)
+    check_generation_config(tokenizer_from)
     read_headers(source)  # raises for weights that are not there or cut short
     if recipe.convert:
         target_config(read_source(read_config(source)), recipe.convert)  # raises for sizes that do not fit

@@ -381,6 +381,15 @@ def test_recipes_that_cannot_run(recipe, tmp_path, changes, words):
         run_recipe(dataclasses.replace(recipe, train=TrainSettings(), **changes), tmp_path / "run")
 
 
+@pytest.mark.parametrize("changes", [{}, RANDOM | {"model": {"model_type": "llama"}, "train": TrainSettings()}])
+def test_a_generation_config_that_would_be_copied_is_refused_before_the_training(changes, recipe, source, tmp_path):
+    (source / "generation_config.json").write_text("{")
+    recipe = dataclasses.replace(recipe, tokenizer=str(source), **changes)
+    with pytest.raises(ValueError, match=r"generation_config\.json: not JSON"):
+        run_recipe(recipe, tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_dense_run_has_no_dense_model_to_compare_with(recipe, tmp_path, source):
     recipe = dataclasses.replace(recipe, convert=None, teacher=str(source), compare_dense=True)
     with pytest.raises(ValueError, match=r"compare_dense true: .* is dense itself"):

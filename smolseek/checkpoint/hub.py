@@ -13,6 +13,7 @@ from torch import Tensor
 from smolseek.checkpoint.folder import FolderWriter, TensorFolder
 from smolseek.checkpoint.source import (
     check_tokenizer,
+    has_tokenizer,
     read_config,
     read_conversion,
     read_end_tokens,
@@ -20,7 +21,8 @@ from smolseek.checkpoint.source import (
     resolve_folder,
 )
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE, disk_config, expected_tensors
-from smolseek.formats.fields import Rule, check_fields, number
+from smolseek.formats.fields import Rule, check_architectures, check_fields, number
+from smolseek.formats.headers import float_dtype
 from smolseek.formats.refusing import refusing
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers, take_expert_counts
@@ -36,6 +38,11 @@ _READ_LATER: dict[str, Rule] = dict.fromkeys(
 }
 """Fields that transformers takes as they are, and that are first read where a model generates, trains or is saved."""
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_GENERATION_CONFIG = "generation_config.json"
+_NOTES = ("_from_model_config", "transformers_version")
+"""Fields of generation_config.json that change nothing."""
+_READ_BY_TOKENIZERS = ("model_type", "transformers_version")
+"""Fields of config.json that change how transformers reads the tokenizer beside it."""
 _EARLIER_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Names of tokenizer classes that transformers 4 knows, too."""
 Part = tuple[str, int | None, slice]
@@ -70,11 +77,12 @@ def load_config(folder: str | Path) -> Any:
     """Returns the transformers config of a folder; a `DeepseekV3Config` for V3, with a softmax router too.
 
     Raises:
-        ValueError: as `read_config` does, or transformers refuses it.
+        ValueError: as `read_config` does, it is no language model's, or transformers refuses it.
     """
     from transformers import AutoConfig, DeepseekV3Config
 
     tree = read_config(folder)
+    check_architectures(tree, where=f"checkpoint {folder}: config.json")
     with refusing(f"checkpoint {folder}: transformers does not take its config.json"):
         if tree.get("model_type") == SOFTMAX_MODEL_TYPE:
             config: Any = DeepseekV3Config(**{**tree, "model_type": "deepseek_v3"})
@@ -94,6 +102,30 @@ def check_stock(folder: str | Path) -> None:
         ValueError: as `load_config` does, or no model can be built from it.
     """
     _stock_skeleton(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Checks what a folder says of generation, in generation_config.json or, as old ones do, in config.json.
+
+    Raises:
+        ValueError: as `read_end_tokens` does, or transformers refuses it.
+    """
+    read_end_tokens(folder)
+    _generation_fields(folder)
+
+
+def _generation_fields(folder: Path) -> dict[str, Any]:
+    """Returns what transformers reads of generation in a folder, without defaults."""
+    from transformers import GenerationConfig
+
+    name = _GENERATION_CONFIG if (folder / _GENERATION_CONFIG).is_file() else "config.json"
+    if not (folder / name).is_file():
+        return {}
+    read = GenerationConfig.from_dict if name == _GENERATION_CONFIG else GenerationConfig.from_model_config
+    tree = read_json(folder / name)
+    with refusing(f"checkpoint {folder}: transformers does not take what its {name} says of generation"):
+        fields = read(tree).to_diff_dict()
+    return {field: value for field, value in fields.items() if field not in _NOTES}
 
 
 def _stock_skeleton(folder: str | Path, *, untied: bool = False) -> Any:
@@ -125,6 +157,7 @@ def load(
         return load_stock(folder, dtype=dtype, device=device, shard=shard)
     tensors = TensorFolder(folder)
     config = load_config(folder)
+    config.dtype = config.dtype or float_dtype(tensors.headers)  # what `save` writes
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
     _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
     with refusing(f"checkpoint {source}: no model can be built from its config.json"):
@@ -287,7 +320,7 @@ def save(
             writer.add(name, tensor if keep_fp32 else tensor.to(dtype))
         writer.write_json("config.json", disk_config(config) if isinstance(model, DeepseekV3) else config)
         if origin is not None:
-            writer.copy_generation_config(origin)
+            copy_generation_config(writer, origin)
             writer.copy_licence(origin)
             if (conversion := read_conversion(origin)) is not None:
                 writer.write_json("conversion.json", conversion)
@@ -302,31 +335,55 @@ def save(
     return Path(out)
 
 
+def copy_generation_config(writer: FolderWriter, source: Path) -> None:
+    """Copies generation_config.json of another folder into one that has its config.json.
+
+    Where the other folder has none, what its config.json says of generation is written, unless ours says it too.
+    """
+    writer.copy_generation_config(source)
+    if not (writer.path / _GENERATION_CONFIG).exists():
+        fields, ours = _generation_fields(source), read_config(writer.path)
+        if any(value is not False and field not in ours for field, value in fields.items()):  # false is the default
+            writer.write_json(_GENERATION_CONFIG, fields)
+
+
 def copy_tokenizer(writer: FolderWriter, source: Path) -> None:
     """Copies the tokenizer of another folder into one that has its config.json, so that it gives the same tokens there.
 
-    The files are the same byte for byte, but for `tokenizer_class` where the other model_type takes it: transformers
-    chooses a tokenizer's class by model_type, too, and reads a Mistral's tokenizer.json otherwise than a DeepSeek's.
+    The files are the same byte for byte wherever the other config.json changes nothing. transformers chooses a
+    tokenizer's class by model_type, too, so `tokenizer_class` names the source's where the other one takes another. It
+    mends the cuts of some Mistrals (fix_mistral_regex) under their own model_type and old versions alone; then
+    tokenizer.json is what it makes of the source's files.
+
+    Raises:
+        ValueError: transformers does not load the source's tokenizer.
     """
     writer.copy_tokenizer(source)
-    types = [
-        read_json(path).get("model_type")
-        for path in (source / "config.json", writer.path / "config.json")
-        if path.is_file()
-    ]
-    if len(set(types)) < 2:
+    configs = [read_json(path) for path in (source / "config.json", writer.path / "config.json") if path.is_file()]
+    if len({str([config.get(field) for field in _READ_BY_TOKENIZERS]) for config in configs}) < 2:
         return
-    wanted, found = _tokenizer_class(source), _tokenizer_class(writer.path)
-    if wanted is not None and wanted != found:
-        path = writer.path / _TOKENIZER_CONFIG
-        given = read_json(path) if path.is_file() else {}
-        writer.write_json(_TOKENIZER_CONFIG, given | {"tokenizer_class": _EARLIER_NAMES.get(wanted, wanted)})
+    if not has_tokenizer(source):
+        return
+    wanted, found = load_tokenizer(source), _read_tokenizer(writer.path)
+    if type(wanted) is not type(found):
+        _write_tokenizer_class(writer, type(wanted).__name__)
+        found = _read_tokenizer(writer.path)
+    backend = wanted.backend_tokenizer.to_str()
+    if found is None or found.backend_tokenizer.to_str() != backend:
+        writer.write_text("tokenizer.json", backend)
+        _write_tokenizer_class(writer, "PreTrainedTokenizerFast")  # it reads tokenizer.json as it is
 
 
-def _tokenizer_class(folder: Path) -> str | None:
-    """Returns the class that transformers reads a folder's tokenizer with, or None where it reads none."""
+def _write_tokenizer_class(writer: FolderWriter, name: str) -> None:
+    path = writer.path / _TOKENIZER_CONFIG
+    given = read_json(path) if path.is_file() else {}
+    writer.write_json(_TOKENIZER_CONFIG, given | {"tokenizer_class": _EARLIER_NAMES.get(name, name)})
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of a folder, or None where transformers reads none."""
     try:
-        return type(load_tokenizer(folder)).__name__
+        return load_tokenizer(folder)
     except ValueError:
         return None
 

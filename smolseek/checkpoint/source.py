@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek.formats.files import LICENCE_FILES, TOKENIZER_FILES
-from smolseek.formats.foreign import describe_foreign, is_gguf
+from smolseek.formats.foreign import check_no_pointer, describe_foreign, is_gguf
 
 BUILTIN_BASE = "builtin:base"
 _TOKENIZERS = (
@@ -119,8 +119,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
     Raises:
-        ValueError: the file holds no JSON object.
+        ValueError: the file holds no JSON object, or is a Git LFS pointer.
     """
+    check_no_pointer(path)
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -148,16 +149,25 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ends))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
+
+
 def check_tokenizer(folder: Path, source: str | Path) -> None:
     """Checks that a folder has a tokenizer.
 
     Raises:
-        ValueError: it has none; the message names `source`, the checkpoint as the user wrote it.
+        ValueError: it has none (the message names `source`, the checkpoint as the user wrote it), or a Git LFS pointer
+            in place of a file of it.
     """
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+    if not has_tokenizer(folder):
         foreign = None if (folder / "config.json").is_file() else describe_foreign(folder)
         missing = "no tokenizer.json; copy the tokenizer's files into it"
         raise ValueError(f"checkpoint {source}: {foreign or missing}")
+    for pattern in TOKENIZER_FILES:
+        for path in folder.glob(pattern):
+            check_no_pointer(path)
 
 
 def read_conversion(folder: str | Path) -> dict[str, Any] | None:

@@ -14,14 +14,15 @@ import torch
 
 from smolseek.checkpoint.atomic import check_space, refuse_existing, refuse_inputs, remove_leftovers
 from smolseek.checkpoint.folder import TensorFolder, foreign_files, written_bytes
-from smolseek.checkpoint.hub import check_stock
-from smolseek.checkpoint.source import pinned, read_config, resolve_folder
+from smolseek.checkpoint.hub import check_generation_config, check_stock, load_tokenizer
+from smolseek.checkpoint.source import has_tokenizer, pinned, read_config, resolve_folder
 from smolseek.config import SELF, ConvertSettings, DataSettings, check_fields
 from smolseek.conversion.sizes import distill_steps, refine_steps, unnamed_text
 from smolseek.conversion.source_weights import check_tensors
 from smolseek.conversion.target import target_config
 from smolseek.formats.deepseek_v3 import check_strides, expected_tensors
-from smolseek.formats.dense import DenseSource, read_source
+from smolseek.formats.dense import DenseSource, named_dtype, read_source
+from smolseek.formats.headers import float_dtype
 from smolseek.numerics.precision import check_device
 from smolseek.numerics.shares import ALONE, Shares
 
@@ -101,9 +102,9 @@ def read_job(
     names any, the model writes it, and builtin:prose is the other half of a large source's.
 
     Raises:
-        ValueError: the source is missing, unsupported, broken or refused by transformers, the settings do not fit it,
-            `out` exists and `force` is not set or its disk has too little room, or the device is not there or not for
-            several processes.
+        ValueError: the source or its tokenizer is missing, unsupported, broken or refused by transformers, the settings
+            do not fit it, `out` exists and `force` is not set or its disk has too little room, or the device is not
+            there or not for several processes.
     """
     check_device(device)
     if shares.size > 1 and device.partition(":")[0] == "mps":
@@ -117,7 +118,12 @@ def read_job(
     config = read_config(folder)
     dense = read_source(config)
     check_stock(folder)
+    check_generation_config(folder)
+    if has_tokenizer(folder):
+        load_tokenizer(folder)
     tensors = TensorFolder(folder)
+    if named_dtype(config) is None:
+        dense = dataclasses.replace(dense, dtype=float_dtype(tensors.headers))
     if dense.tie_word_embeddings and tensors.has_own_head():
         dense = dataclasses.replace(dense, tie_word_embeddings=False)
     target = target_config(dense, settings)

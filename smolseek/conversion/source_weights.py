@@ -5,11 +5,15 @@ Shapes: X entries of the block's input, D hidden_size, or D + 1 where biases are
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.conversion.mla.weights import Projections
 from smolseek.formats.dense import DenseSource
+
+_HEAD = "lm_head.weight"
 
 
 def check_tensors(tensors: TensorFolder, source: DenseSource, *, attention_bias: bool = True) -> None:
@@ -17,29 +21,42 @@ def check_tensors(tensors: TensorFolder, source: DenseSource, *, attention_bias:
 
     Raises:
         ValueError: a tensor is missing, has another shape than config.json says, is quantised, or holds NaN or
-            infinity; or the checkpoint has biases that config.json does not know of, or that the target cannot hold.
+            infinity; or the checkpoint has tensors that config.json does not know of, or that the target cannot hold.
     """
-    names = set(tensors.names())
     expected = source.tensors()
-    if biases := sorted(name for name in names - set(expected) if name.endswith(".bias")):
-        raise ValueError(f"tensor {biases[0]}: config.json has no such bias; name a model without it")
+    head = expected.pop(_HEAD, None)
     for name, shape in expected.items():
-        if name not in names:
-            tie = ", or set tie_word_embeddings to true" if name == "lm_head.weight" else ""
-            raise ValueError(
-                f"tensor {name}: not in the checkpoint though config.json asks for it; fetch it again{tie}"
-            )
-        if tensors.shape(name) != shape:
-            raise ValueError(
-                f"tensor {name}: shape {tensors.shape(name)} is not {shape} as in config.json; fetch it again"
-            )
-        tensors.check_float(name)
+        _check_header(tensors, name, shape)
+    _check_no_others(tensors, expected)
+    if head is not None:
+        _check_header(tensors, _HEAD, head)
+    for name in source.tensors():
         if not torch.isfinite(tensors.get(name)).all():
             raise ValueError(f"tensor {name}: holds NaN or infinity; fetch the checkpoint again or name another")
         if name.endswith("o_proj.bias") and not attention_bias and tensors.get(name).any():
             raise ValueError(
                 f"tensor {name}: only the transformers profile holds it; try --exact or --profile transformers"
             )
+
+
+def _check_header(tensors: TensorFolder, name: str, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless a tensor is there in its shape, and not quantised."""
+    if name not in tensors.headers:
+        tie = ", or set tie_word_embeddings to true" if name == _HEAD else ""
+        raise ValueError(f"tensor {name}: not in the checkpoint though config.json asks for it; fetch it again{tie}")
+    if tensors.shape(name) != shape:
+        raise ValueError(f"tensor {name}: shape {tensors.shape(name)} is not {shape} as in config.json; fetch it again")
+    tensors.check_float(name)
+
+
+def _check_no_others(tensors: TensorFolder, expected: Container[str]) -> None:
+    """Raises ValueError if there are more tensors: biases, norms, layers, or a classifier's head.
+
+    A language model's head may be there, tied or not, and so may the rope tables that old checkpoints hold.
+    """
+    for name in tensors.names():
+        if name not in expected and not name.endswith((_HEAD, "rotary_emb.inv_freq")):
+            raise ValueError(f"tensor {name}: the language model of config.json has none like it; name another")
 
 
 def read_projections(tensors: TensorFolder, source: DenseSource, index: int, device: torch.device) -> Projections:

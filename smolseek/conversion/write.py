@@ -20,7 +20,7 @@ from smolseek import __version__
 from smolseek.card import Card
 from smolseek.checkpoint.atomic import atomic_file
 from smolseek.checkpoint.folder import FolderWriter
-from smolseek.checkpoint.hub import copy_tokenizer, named_disk_tensors
+from smolseek.checkpoint.hub import copy_generation_config, copy_tokenizer, named_disk_tensors
 from smolseek.checkpoint.licence import licence_fields
 from smolseek.checkpoint.source import commit_of, read_json
 from smolseek.conversion.collect import collect_mlp_inputs
@@ -69,7 +69,7 @@ def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, 
         writer.write_json("conversion.json", report)
         writer.write_text("README.md", _card(job, job.target, report))
         copy_tokenizer(writer, job.folder)
-        writer.copy_generation_config(job.folder)
+        copy_generation_config(writer, job.folder)
         writer.copy_licence(job.folder)
 
 

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolseek.formats.deepseek_v3 import SOFTMAX_MODEL_TYPE
-from smolseek.formats.fields import FLAG, LAYERS, SIZE, TOKEN_ID, Rule, check_fields, decimal, shown, whole_number
+from smolseek.formats.fields import (
+    FLAG,
+    LAYERS,
+    SIZE,
+    TOKEN_ID,
+    Rule,
+    check_architectures,
+    check_fields,
+    decimal,
+    shown,
+    whole_number,
+)
 from smolseek.formats.rope import rope_parameters
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -200,12 +211,15 @@ def read_source(config: Mapping[str, Any]) -> DenseSource:
     """Returns the dense model that a config.json describes.
 
     Raises:
-        ValueError: the architecture is not supported, a size is missing, or the sizes do not fit each other.
+        ValueError: the architecture is not supported or no language model, a size is missing, or the sizes do not fit
+            each other.
     """
     kind = config.get("model_type")
     family = _family(kind)
+    check_architectures(config)
     fields = {field: config.get(field, default) for field, default in (_LLAMA_DEFAULTS | dict(family.defaults)).items()}
-    fields |= {field: config.get(field) for field in _SIZES} | {"dtype": _dtype(config)}
+    dtype = named_dtype(config)
+    fields |= {field: config.get(field) for field in _SIZES} | {"dtype": "float32" if dtype is None else dtype}
     if family.window_is_optional and fields["use_sliding_window"] is False:
         fields["sliding_window"] = None  # a width is written whether or not it is used
     if fields["hidden_act"] == "swish":  # another name of it
@@ -241,6 +255,11 @@ def cache_numbers(config: Mapping[str, Any]) -> int:
     return 2 * (config.get("num_key_value_heads") or heads) * head_dim
 
 
+def named_dtype(config: Mapping[str, Any]) -> Any:
+    """Returns the dtype that a config.json names under its new or its old name, or None."""
+    return next((config[field] for field in ("dtype", "torch_dtype") if config.get(field) is not None), None)
+
+
 def _family(kind: Any) -> Family:
     """Returns the row of a model type, or refuses it."""
     supported = f"convert one of {', '.join(FAMILIES)}"
@@ -248,12 +267,6 @@ def _family(kind: Any) -> Family:
         why = f"{REFUSED_TYPES[kind]}; " if isinstance(kind, str) and kind in REFUSED_TYPES else ""
         raise ValueError(f"model_type {shown(kind)}: not supported; {why}{supported}")
     return FAMILIES[kind]
-
-
-def _dtype(config: Mapping[str, Any]) -> Any:
-    """Returns the dtype that a config.json names under its new or its old name; float32 if it names none."""
-    named = [config[field] for field in ("dtype", "torch_dtype") if config.get(field) is not None]
-    return named[0] if named else "float32"
 
 
 def _check_padding(fields: Mapping[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 10_000
+_OTHER_HEADS = re.compile("Classification|QuestionAnswering|Reward")
+"""What the class names of models with another head than a language model's have in them."""
 
 
 class Rule(NamedTuple):
@@ -60,3 +63,18 @@ def check_fields(config: Mapping[str, Any], rules: Mapping[str, Rule], *, where:
         if not rule.holds(config.get(field)):
             value = shown(config.get(field))
             raise ValueError(f"{where}: {field} {value}: must be {rule.words}; fetch the file again")
+
+
+def check_architectures(config: Mapping[str, Any], *, where: str = "config.json") -> None:
+    """Checks that `architectures`, if it is there, names no model with another head. `where` begins the message.
+
+    Raises:
+        ValueError: it names a classifier, a reward model or a finder of answers.
+    """
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else [named]:
+        if _OTHER_HEADS.search(str(name)):
+            raise ValueError(
+                f"{where}: architectures {shown(name)}: no language model, as its head gives labels or scores; name a "
+                "checkpoint of a ...ForCausalLM"
+            )

@@ -1,10 +1,12 @@
-"""Folders that are no safetensors checkpoint of a language model: what they are, and what to name instead."""
+"""Files and folders that are no safetensors checkpoint of a language model: what they are, and what to do instead."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _GGUF_MAGIC = b"GGUF"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER_BYTES = 1024  # Git LFS's own limit
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (
         "adapter_config.json",
@@ -31,3 +33,18 @@ def describe_foreign(path: Path) -> str | None:
     if path.is_file():
         return "is a file; name the folder that it lies in"
     return next((said for pattern, said in _FOREIGN if next(path.glob(pattern), None)), None)
+
+
+def check_no_pointer(path: Path) -> None:
+    """Checks that a file is not the few lines that Git leaves in its place until Git LFS has fetched it.
+
+    Raises:
+        ValueError: it is. A file that is not there, or cannot be read, raises nothing here.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_LARGEST_POINTER_BYTES + 1)
+    except OSError:
+        return
+    if head.startswith(_POINTER) and len(head) <= _LARGEST_POINTER_BYTES:
+        raise ValueError(f"{path}: a Git LFS pointer, not the file itself; in its folder, run: git lfs pull")

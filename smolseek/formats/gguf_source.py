@@ -17,6 +17,7 @@ from gguf.gguf_reader import ReaderTensor
 
 from smolseek.formats.dense import DenseSource, read_source
 from smolseek.formats.fields import LAYERS, SIZE, TOKEN_ID, Rule, check_fields, number, shown
+from smolseek.formats.foreign import check_no_pointer
 from smolseek.formats.refusing import refusing
 from smolseek.formats.rope import inverse_frequencies
 
@@ -98,9 +99,10 @@ def read_gguf(path: Path) -> GgufSource:
     """Returns what a GGUF file holds; no numbers of its tensors are read yet.
 
     Raises:
-        ValueError: it is no GGUF file, broken, cut short or a part of several; it has an architecture, keys, a rotation
-            or tensors that no family has; or a tensor is missing.
+        ValueError: it is no GGUF file, a Git LFS pointer, broken, cut short or a part of several; it has an
+            architecture, keys, a rotation or tensors that no family has; or a tensor is missing.
     """
+    check_no_pointer(path)
     with refusing(f"{path}: cannot be read as GGUF, it may be cut short; fetch the file again"):
         reader = _Reader(path)
         keys = {name: field.contents() for name, field in reader.fields.items()}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolseek.formats.foreign import describe_foreign
+from smolseek.formats.foreign import check_no_pointer, describe_foreign
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Dtypes of weights that are not quantised, as safetensors writes them."""
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Dtypes of weights that are not quantised, as safetensors writes them and by torch's names."""
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -42,9 +42,9 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     These are those of model.safetensors if it is there, else those of all shards that the index names.
 
     Raises:
-        ValueError: there are no safetensors (pickle is refused); a file is missing, has another size than its header
-            says or is no safetensors file; or the index names a tensor that its file does not hold, or a file that
-            does not lie beside it.
+        ValueError: there are no safetensors (pickle is refused); a file is missing, a Git LFS pointer, has another size
+            than its header says or is no safetensors file; or the index names a tensor that its file does not hold, or
+            a file that does not lie beside it.
     """
     folder = Path(folder)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -57,6 +57,15 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
         raise ValueError(f"checkpoint {folder}: only pickle weights; re-save it with safe_serialization=True")
     raise ValueError(f"checkpoint {folder}: no model.safetensors; fetch the weights")
+
+
+def float_dtype(headers: Mapping[str, Header]) -> str:
+    """Returns the dtype of a checkpoint whose config.json names none, by torch's name; float32 if it has no floats.
+
+    It is that of the first floating tensor by file and name, as transformers chooses with dtype="auto".
+    """
+    floats = {(header.file, name): header.dtype for name, header in headers.items() if header.dtype in FLOATS}
+    return FLOATS[floats[min(floats)]] if floats else "float32"
 
 
 def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Header]:
@@ -75,6 +84,7 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Heade
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    check_no_pointer(index)
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -90,6 +100,7 @@ def _read_file(path: Path) -> dict[str, Header]:
 
     `safetensors.safe_open` is not used: it imports numpy, and does not say the size that a cut file should have.
     """
+    check_no_pointer(path)
     try:
         if not path.is_file():
             raise ValueError("no such file")

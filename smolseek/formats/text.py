@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from smolseek.formats.foreign import check_no_pointer
+
 log = logging.getLogger(__name__)
 
 _HEAD_BYTES = 1 << 20
@@ -25,8 +27,9 @@ def read_text(path: Path) -> str:
     r"""Returns a file's text, without a byte order mark; all line ends are \n.
 
     Raises:
-        ValueError: the file cannot be read, or is not UTF-8 text.
+        ValueError: the file cannot be read, is not UTF-8 text, or is a Git LFS pointer.
     """
+    check_no_pointer(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -41,8 +44,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
     Broken bytes further on are read as U+FFFD, with one warning.
 
     Raises:
-        ValueError: the file cannot be read, or its first MiB is not UTF-8 text.
+        ValueError: the file cannot be read, its first MiB is not UTF-8 text, or it is a Git LFS pointer.
     """
+    check_no_pointer(path)
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD_BYTES)

@@ -80,6 +80,16 @@ def test_bf16_folders_keep_the_routing_bias_in_fp32(tmp_path):
     assert model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
 
 
+def test_a_folder_whose_config_names_no_dtype_keeps_that_of_its_weights(tmp_path):
+    ours, _ = tiny_v3_pair(dtype="bfloat16")
+    folder = save(ours, tmp_path / "a")
+    edit(folder, dtype=None, torch_dtype=None)
+    again = save(load(folder), tmp_path / "b")
+    assert (
+        TensorFolder(again).dtype("model.embed_tokens.weight") == "BF16" and read_config(again)["dtype"] == "bfloat16"
+    )
+
+
 def test_softmax_folders_say_that_they_are_not_stock(tmp_path):
     ours, _ = tiny_v3_pair()
     ours.config.scoring_func = "softmax"
@@ -299,6 +309,7 @@ BROKEN_FIELDS = [
     {"dtype": 2.5e16},
     {"quantization_config": 7},
     {"model_type": None},
+    {"architectures": ["LlamaForSequenceClassification"]},
     {"model_type": ["llama"]},
     {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "invented"},
 ]
@@ -484,6 +495,56 @@ def test_a_copied_tokenizer_gives_the_same_tokens(model_type, kind, class_name, 
     config = "tokenizer_config.json"
     if model_type == "llama":
         assert (out / config).read_bytes() == (source / config).read_bytes()
+
+
+def mistral_of_many_entries(folder, **fields):
+    """Writes a Mistral's tokenizer with so many entries that transformers looks for the wrong cuts."""
+    kind_of_tokenizer("has").save_pretrained(folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    model = tree["model"]
+    model["merges"].append(["A", "B"])
+    words = dict.fromkeys([*model["vocab"], "AB", *(f"<{number}>" for number in range(100_001))])
+    model["vocab"] = {word: number for number, word in enumerate(words)}
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", "transformers_version": "4.57.1"}))
+    edit_tokenizer(folder, tokenizer_class="PreTrainedTokenizerFast", **fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fix_mistral_regex": True}])
+@pytest.mark.parametrize(
+    "config", [{"model_type": "deepseek_v3"}, {"model_type": "mistral", "transformers_version": "5.0.0"}]
+)
+def test_a_copied_tokenizer_keeps_the_cuts_that_transformers_mends(fields, config, tmp_path):
+    """It mends them for Mistral's model_type alone, and where an old version wrote the folder."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    mistral_of_many_entries(source, **fields)
+    with FolderWriter(out) as writer:
+        writer.write_json("config.json", config)
+        copy_tokenizer(writer, source)
+    theirs, ours = (AutoTokenizer.from_pretrained(folder) for folder in (source, out))
+    assert theirs.backend_tokenizer.to_str() == ours.backend_tokenizer.to_str()
+    for text in ("AB 2024 don't", "AutoTokenizer reads naïve HTML  \n x"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    same = (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert same is not bool(fields)
+
+
+OLD = {"do_sample": True, "temperature": 0.5, "max_length": 50, "eos_token_id": [1, 2]}
+
+
+@pytest.mark.parametrize("kind", ["V3", "dense"])
+def test_what_an_old_config_says_of_generation_is_kept(kind, tmp_path):
+    """Old checkpoints have it in config.json, and transformers reads it there if there is no generation_config.json."""
+    model = tiny_v3_pair()[0] if kind == "V3" else StockModel(tiny_llama())
+    folder = save(model, tmp_path / "old")
+    assert not (folder / "generation_config.json").exists()
+    edit(folder, **OLD)
+    again = save(load(folder), tmp_path / "again", origin=folder)
+    for made in (folder, again):
+        config = AutoModelForCausalLM.from_pretrained(made).generation_config
+        assert {field: getattr(config, field) for field in OLD} == OLD
+    plain = save(load(folder), tmp_path / "plain", origin=save(model, tmp_path / "source"))
+    assert not (plain / "generation_config.json").exists()
 
 
 def edit_tokenizer(folder, **fields):

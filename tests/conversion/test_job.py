@@ -26,6 +26,18 @@ def poke(folder, name, value):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def untie_classifier(folder):
+    edit(folder, tie_word_embeddings=False, architectures=[])
+    poke(folder, "qa_outputs.weight", torch.ones(2, 32))
+
+
+def drop_prefix(folder):
+    tensors = load_file(folder / "model.safetensors")
+    edit(folder, architectures=["LlamaModel"])
+    without = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(without, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def make_lora(folder):
     (folder / "config.json").unlink()
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
@@ -56,6 +68,18 @@ BROKEN = {
         lambda f: poke(f, "lm_head.weight", torch.ones(300, 32, dtype=torch.int8)),
         "lm_head.weight: dtype I8 is quantised",
     ),
+    "classifier": (lambda f: edit(f, architectures=["LlamaForSequenceClassification"]), "architectures 'LlamaForSeq"),
+    "tied classifier": (
+        lambda f: poke(f, "score.weight", torch.ones(2, 32)),
+        "tensor score.weight: the language model",
+    ),
+    "untied classifier": (untie_classifier, "tensor qa_outputs.weight: the language model"),
+    "norm on disk": (
+        lambda f: poke(f, "model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
+        "q_norm.weight: the language model of config.json has none like it",
+    ),
+    "more layers on disk": (lambda f: poke(f, NORM.replace("1", "2"), torch.ones(32)), "layers.2.* none like it"),
+    "base model": (drop_prefix, "tensor model.embed_tokens.weight: not in the checkpoint"),
     "no head": (lambda f: edit(f, tie_word_embeddings=False), "lm_head.weight: .*tie_word_embeddings to true"),
     "dtype": (lambda f: edit(f, dtype="auto"), "dtype 'auto'"),
     "a field that only transformers knows": (
@@ -78,6 +102,60 @@ def test_a_broken_source_is_refused(case, source, quick, tmp_path):
     breakage, message = BROKEN[case]
     breakage(tmp_path / "broken")
     refused(tmp_path / "broken", tmp_path, quick(), message)
+
+
+BROKEN_COMPANIONS = {
+    "tokenizer.json": ("{", "transformers does not load its tokenizer"),
+    "tokenizer_config.json": ("[]", "transformers does not load its tokenizer"),
+    "generation_config.json": ("{", "generation_config.json: not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_COMPANIONS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_broken_file_that_would_be_copied_is_refused(name, exact, source, quick, tmp_path, monkeypatch):
+    """That comes before the weights are read."""
+    monkeypatch.setattr("smolseek.conversion.job.TensorFolder", None)
+    folder = shutil.copytree(source, tmp_path / "broken")
+    content, message = BROKEN_COMPANIONS[name]
+    (folder / name).write_text(content)
+    refused(folder, tmp_path, ConvertSettings(exact=True) if exact else quick(), message)
+
+
+def test_a_generation_config_that_transformers_refuses_is_refused(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "broken")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    refused(
+        folder, tmp_path, ConvertSettings(exact=True), "its generation_config.json says of generation .*max_new_tokens"
+    )
+
+
+def test_what_an_old_config_says_of_generation_is_written(source, tmp_path):
+    """Old checkpoints have it in config.json; new ones there have nothing of it, and no file is written."""
+    said = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "max_length": 50}
+    for name, fields in (("old", said), ("new", {})):
+        folder = shutil.copytree(source, tmp_path / name)
+        edit(folder, **fields)
+        out = convert(folder, tmp_path / f"{name}-out", settings=ConvertSettings(exact=True))
+        theirs, ours = (stock(made).generation_config for made in (folder, out))
+        for field in (*said, "eos_token_id", "bos_token_id", "pad_token_id", "use_cache"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert (out / "generation_config.json").exists() is bool(fields)
+
+
+def test_the_exact_form_needs_no_tokenizer(source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "bare")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    stock(convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True)))
+
+
+def test_tensors_that_change_nothing_are_taken(source, tmp_path):
+    """Old checkpoints hold tables of the rope."""
+    folder = shutil.copytree(source, tmp_path / "old")
+    poke(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    edit(folder, architectures=None)
+    stock(convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True)))
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
@@ -196,6 +274,17 @@ def test_a_head_of_its_own_is_kept_by_the_fitted_form(source, quick, tmp_path):
     poke(folder, "lm_head.weight", head)
     out = convert(folder, tmp_path / "out", settings=quick(calibration_windows=2, distill_steps=0))
     torch.testing.assert_close(stock(out).lm_head.weight, head)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_config_json_names_no_dtype_the_weights_do(dtype, source, quick, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, dtype=None, torch_dtype=None)
+    job = read_job(folder, tmp_path / "out", quick(), device="cpu", force=False, on_progress=print)
+    assert job.source.dtype == job.target["dtype"] == str(dtype).removeprefix("torch.")
+    assert stock(folder).dtype == dtype
 
 
 def test_experts_need_a_hidden_size_that_transformers_runs(quick, tmp_path):

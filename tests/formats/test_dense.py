@@ -126,6 +126,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
     ({"dtype": "auto"}, "dtype 'auto': must be one of float32, float16, bfloat16, float64"),
     ({"dtype": None, "torch_dtype": "int8"}, "dtype 'int8'"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification': no language model"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "gives labels or scores; name a checkpoint of a ...ForCausal"),
+    ({"architectures": "LlamaForQuestionAnswering"}, "'LlamaForQuestionAnswering'"),
+    ({"architectures": ["Qwen2ForProcessRewardModel"]}, "'Qwen2ForProcessRewardModel'"),
 ]
 
 
@@ -181,5 +185,7 @@ def test_values_that_mean_the_same_are_taken() -> None:
     assert read_source(TINY | {"layer_types": ["full_attention"] * 2, "partial_rotary_factor": 1.0}) == plain
     assert read_source(TINY | {"dtype": None, "torch_dtype": "bfloat16"}) == plain
     assert read_source(TINY | {"torch_dtype": "float16"}) == plain
+    for named in (None, [], ["LlamaForCausalLM"], ["LlamaModel"], "LlamaForCausalLM", [7]):
+        assert read_source(TINY | {"architectures": named}) == plain
     qwen = TINY | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
     assert read_source(qwen).biases == "qkv"

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from smolseek.checkpoint.folder import FolderWriter
-from smolseek.formats.headers import Header, read_headers
+from smolseek.formats.headers import Header, float_dtype, read_headers
 
 TENSORS = {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
 HEADERS = {"a": Header("model.safetensors", "F32", (2, 3)), "b": Header("model.safetensors", "BF16", (4,))}
@@ -29,6 +29,20 @@ def test_shards(tmp_path, monkeypatch):
         name: (header.dtype, header.shape) for name, header in HEADERS.items()
     }
     assert len({header.file for header in headers.values()}) == 2
+
+
+def test_the_dtype_is_that_of_the_first_floats():
+    """transformers reads the first file, and safetensors names its tensors in order."""
+    headers = {
+        "c": Header("2.safetensors", "F16", (1,)),
+        "a": Header("2.safetensors", "F32", (1,)),
+        "z": Header("1.safetensors", "F64", (1,)),
+        "x": Header("1.safetensors", "BF16", (1,)),
+        "b": Header("1.safetensors", "F8_E4M3", (1,)),
+    }
+    assert float_dtype(headers) == "bfloat16"
+    assert float_dtype({name: headers[name] for name in "ac"}) == "float32"
+    assert float_dtype({name: headers[name] for name in "b"}) == float_dtype({}) == "float32"
 
 
 def test_broken_folders_are_refused(tmp_path):

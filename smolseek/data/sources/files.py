@@ -12,6 +12,7 @@ from typing import Any
 
 from smolseek.data.documents import EMPTY_DOCUMENT, Columns, Document, cut_texts, document_from_row, text_document
 from smolseek.data.sources.base import Source
+from smolseek.formats.foreign import check_no_pointer
 from smolseek.formats.text import open_text
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def _one_parquet_line(path: Path) -> Iterator[None]:
     """Turns the errors of reading a Parquet file into one line that names it."""
     import pyarrow
 
+    check_no_pointer(path)
     try:
         yield
     except (OSError, ValueError, pyarrow.ArrowException) as error:
