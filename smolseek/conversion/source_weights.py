@@ -52,10 +52,15 @@ def _check_header(tensors: TensorFolder, name: str, shape: tuple[int, ...]) -> N
 def _check_no_others(tensors: TensorFolder, expected: Container[str]) -> None:
     """Raises ValueError if there are more tensors: biases, norms, layers, or a classifier's head.
 
-    A language model's head may be there, tied or not, and so may the rope tables that old checkpoints hold.
+    A language model's head may be there, tied or not, and so may what changes nothing: the rope tables of old
+    checkpoints, and the value head of reinforcement learning.
     """
     for name in tensors.names():
-        if name not in expected and not name.endswith((_HEAD, "rotary_emb.inv_freq")):
+        if (
+            name not in expected
+            and not name.startswith("v_head.")
+            and not name.endswith((_HEAD, "rotary_emb.inv_freq"))
+        ):
             raise ValueError(f"tensor {name}: the language model of config.json has none like it; name another")
 
 

@@ -151,9 +151,10 @@ def test_the_exact_form_needs_no_tokenizer(source, tmp_path):
 
 
 def test_tensors_that_change_nothing_are_taken(source, tmp_path):
-    """Old checkpoints hold tables of the rope."""
+    """Old checkpoints hold tables of the rope, and those of reinforcement learning a head for values."""
     folder = shutil.copytree(source, tmp_path / "old")
     poke(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))
+    poke(folder, "v_head.summary.weight", torch.ones(1, 32))
     edit(folder, architectures=None)
     stock(convert(folder, tmp_path / "out", settings=ConvertSettings(exact=True)))
 
