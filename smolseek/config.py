@@ -298,6 +298,26 @@ class Recipe:
         return dataclasses.replace(own, calibration=data.train, calibration_weights=data.weights), data
 
 
+class _RepeatedKey(ValueError):
+    """A mapping has a key twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that is there twice is refused: PyYAML takes the last one alone."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _RepeatedKey(
+                    f"key {key.value[:80]} is in line {lines[name]} and again in line {line}; write it once"
+                )
+            lines[name] = line
+        return mapping
+
+
 def recipes_folder() -> Path:
     """Returns the folder of the project's recipes: beside the package in a checkout, inside the package in a wheel."""
     package = Path(__file__).parent
@@ -309,8 +329,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe; a recipe without a name is named after its file.
 
     Raises:
-        ValueError: the file is missing, not UTF-8 or not YAML; a key is unknown (the message names its full path and
-            the nearest known key); or a value has the wrong type.
+        ValueError: the file is missing, not UTF-8 or not YAML; a key is there twice, or is unknown (the message names
+            its full path and the nearest known key); or a value has the wrong type.
     """
     path = Path(path)
     if not path.is_file():
@@ -318,7 +338,9 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ValueError(f"recipe {path}: no such file; the project's own recipes are {known}, under recipes/")
     text = read_text(path)
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
+    except _RepeatedKey as error:
+        raise ValueError(f"recipe {path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]}); correct it") from error
     _check_size(tree, path)

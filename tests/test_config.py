@@ -32,6 +32,11 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert recipe.model["rms_norm_eps"] == 1e-5
 
 
+def test_a_key_beside_a_merged_mapping_that_has_it_too(tmp_path):
+    text = "train:\n  stages:\n  - &b {steps: 3}\n  - {<<: *b, steps: 4}"
+    assert [stage.steps for stage in recipe_of(tmp_path, text).train.stages] == [3, 4]
+
+
 def test_name_is_the_files_unless_given(tmp_path):
     assert recipe_of(tmp_path, "").name == "mine"
     assert recipe_of(tmp_path, "name: other").name == "other"
@@ -59,6 +64,11 @@ LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 
         ("train: [1]", ["train", "mapping"]),
         ("- a", ["mapping"]),
         ("a: [", ["not YAML"]),
+        (
+            "train: {steps: 4}\nseed: 1\ntrain:\n  batch_windows: 2",
+            ["mine.yaml: key train is in line 1 and again in line 3; write it once"],
+        ),
+        ("train: {steps: 4, steps: 5}", ["key steps is in line 1 and again in line 1"]),
         ("{a: " * 3000, ["mine.yaml: not YAML"]),
         ("name: 2020-13-45", ["mine.yaml: not YAML", "month"]),
         (f"name: [{'x' * 5000}]", ["name", "xxx...", "str"]),
