@@ -346,7 +346,7 @@ def load_recipe(path: str | Path) -> Recipe:
     _check_size(tree, path)
     if tree is not None and not isinstance(tree, dict):
         raise ValueError(f"recipe {path}: {shown(tree)} is not a mapping of settings")
-    recipe = _build(Recipe, {} if tree is None else tree, "recipe key ")
+    recipe = _build(Recipe, tree, "recipe key ")
     return recipe if "name" in (tree or {}) else dataclasses.replace(recipe, name=path.stem)
 
 
@@ -375,7 +375,9 @@ def check_fields(settings: Any, where: str = "") -> None:
 
 
 def check_data(data: DataSettings) -> None:
-    """Raises ValueError for a number that no division of the text can have."""
+    """Raises ValueError where no source is named, or for a number that no division of the text can have."""
+    if not data.train:
+        raise ValueError("data.train: names no source; name one, or leave the key out for builtin:python")
     if not 0 <= data.held_out_share < 1:
         raise ValueError(f"data.held_out_share {data.held_out_share}: must be 0 or more, and less than 1")
     for name in ("held_out_tokens", "shuffle_windows"):
@@ -395,7 +397,11 @@ def check_weights(data: DataSettings, name: str = "data.train", weights_name: st
 
 
 def _build(kind: Any, tree: Any, where: str) -> Any:
-    """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
+    """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages.
+
+    None, which YAML reads where all lines of a section are comments, is a mapping without keys.
+    """
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{where.removesuffix('.')}: {shown(tree)} is not a mapping of settings")
     hints = get_type_hints(kind)
@@ -410,7 +416,10 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """Returns `value` as type `kind`; converts numbers such as 3e-4, which YAML reads as text."""
+    """Returns `value` as type `kind`; converts numbers such as 3e-4, which YAML reads as text.
+
+    None is an empty list or mapping where the type is one.
+    """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -423,9 +432,10 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: {shown(value)} is not one of {', '.join(map(str, get_args(kind)))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         return tuple(_coerce(get_args(kind)[0], item, where) for item in items)
     if origin is dict or kind is dict:
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {shown(value)} is not a mapping")
         item_kind = get_args(kind)[1]

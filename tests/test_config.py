@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from smolseek.config import Recipe, load_recipe, recipes_folder
+from smolseek.config import Recipe, check_data, load_recipe, recipes_folder
 
 
 def recipe_of(tmp_path, text):
@@ -44,6 +44,31 @@ def test_name_is_the_files_unless_given(tmp_path):
 
 def test_one_source_may_be_written_without_a_list(tmp_path):
     assert recipe_of(tmp_path, "data: {train: a.txt}").data.train == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {weights: null, held_out: null}",
+        "train: {trackers: null, stages: null, learning_rate_factors: null}",
+        "model: null",
+        "convert: null",
+        "train:\n  # steps: 3\ndata:\nsample:\nparallel:",
+    ],
+)
+def test_null_is_nothing_given(tmp_path, text):
+    assert recipe_of(tmp_path, text) == Recipe(name="mine")
+
+
+def test_null_among_the_items_of_a_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.train: None is not of type str"):
+        recipe_of(tmp_path, "data: {train: [a.txt, null]}")
+
+
+def test_a_recipe_needs_a_source_of_text(tmp_path):
+    for sources in ("null", "[]"):
+        with pytest.raises(ValueError, match=r"data\.train: names no source; name one"):
+            check_data(recipe_of(tmp_path, f"data: {{train: {sources}}}").data)
 
 
 LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
