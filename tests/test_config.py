@@ -61,7 +61,7 @@ def test_null_is_nothing_given(tmp_path, text):
 
 
 def test_null_among_the_items_of_a_list_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="data.train: None is not of type str"):
+    with pytest.raises(ValueError, match=r"data\.train: None is not of type str"):
         recipe_of(tmp_path, "data: {train: [a.txt, null]}")
 
 
