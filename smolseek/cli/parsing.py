@@ -18,15 +18,15 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
     """Returns the arguments as an instance of the dataclass `kind`.
 
     Raises:
-        ValueError: an option of several values is given twice, a flag has a value, or tyro refuses the arguments: its
-            message in one line.
+        ValueError: an option of several values is given twice, a flag has a value, an option that needs one has none,
+            a number is none, or tyro refuses the arguments: its message in one line.
         SystemExit: after --help.
     """
     fields = _fields(kind)
     arguments = [*_with_none(arguments, fields)]
     _refuse_repeated(arguments, fields)
     for option, values in _options(arguments):
-        _check_values(option, values, fields.get(_name(option)))
+        _check_values(option, values, fields.get(_name(option)), program)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -77,11 +77,30 @@ def _refuse_repeated(arguments: list[str], fields: dict[str, Any]) -> None:
             raise ValueError(f"{option}: is given twice; give it once, with all its values")
 
 
-def _check_values(option: str, values: list[str], hint: Any) -> None:
-    """Raises ValueError if a flag has a value."""
+def _check_values(option: str, values: list[str], hint: Any, program: str) -> None:
+    """Raises ValueError if a flag has a value, or what must be a number is none."""
     if hint is bool and values and values[0].lower() in ("true", "false"):
         path, dot, name = option.removeprefix("--").rpartition(".")
         raise ValueError(f"{option} {values[0]}: takes no value; write {option} or --{path}{dot}no-{name}")
+    if get_origin(hint) is dict:
+        if len(values) % 2 or any(_broken_rule(value, {float}) for value in values[1::2]):
+            told = " ".join([option, *values])
+            raise ValueError(f"{told}: must be names with a number behind each; see {program} --help")
+        return
+    for value in values if get_origin(hint) is tuple else values[:1]:
+        if rule := _broken_rule(value, {hint, *get_args(hint)}):
+            raise ValueError(f"{option} {value}: {rule}; see {program} --help")
+
+
+def _broken_rule(value: str, kinds: set[Any]) -> str | None:
+    """Returns what a value must be if it must be a number and is none."""
+    kind = next((kind for kind in (int, float) if kind in kinds), str)
+    try:
+        kind(value)
+    except ValueError:
+        if not (value == "None" and NoneType in kinds):
+            return "must be a whole number" if kind is int else "must be a number, such as 0.5"
+    return None
 
 
 def _one_line(box: str, program: str) -> str:

@@ -23,6 +23,13 @@ def test_a_number_that_may_be_left_out_takes_none(word):
     assert parsed("generate", "builtin:base", "--top_k", word).top_k is None
 
 
+def test_numbers_as_they_are_written():
+    assert parsed("plan", "builtin:base", "--cache", ".5", "--heal-tokens", "1_000").heal_tokens == 1000
+    assert parsed("plan", "--cache", "1e-1", "builtin:base", "--seed", "-5").settings.cache == 0.1
+    train = parsed("train", "--train.learning-rate-factors", "router", "0.5", "norms", "2", "--data.weights", "1", "2")
+    assert train.train.learning_rate_factors == {"router": 0.5, "norms": 2} and train.data.weights == (1, 2)
+
+
 def test_a_text_may_be_called_none():
     assert parsed("generate", "builtin:base", "--prompt", "none").prompt == "none"
     assert parsed("generate", "builtin:base", "--prompt", "top_k=none").prompt == "top_k=none"
@@ -40,6 +47,26 @@ def test_a_text_may_be_called_none():
         ("plan builtin:base --json true", "--json true: takes no value; write --json or --no-json"),
         ("train RECIPE --convert.calibration a --convert.calibration b", "is given twice"),
         ("train --data.train=a --data.train b", "--data.train: is given twice"),
+        *(
+            (f"plan builtin:base --cache {wrong}", f"--cache {wrong}: must be a number")
+            for wrong in ("50%", "0,5", "half")
+        ),
+        ("plan builtin:base --cache=half", "--cache half: must be a number"),
+        (
+            "plan --refine-steps 1e2 builtin:base",
+            "--refine-steps 1e2: must be a whole number; see smolseek plan --help",
+        ),
+        ("plan builtin:base --heal-tokens 1M", "--heal-tokens 1M: must be a whole number; see smolseek plan --help"),
+        ("plan builtin:base --heal-tokens none", "--heal-tokens none: must be a whole number"),
+        ("generate builtin:base --temperature warm", "--temperature warm: must be a number"),
+        ("train RECIPE --convert.cache 50%", "--convert.cache 50%: must be a number"),
+        ("train --data.weights 1 x", "--data.weights x: must be a number"),
+        ("convert builtin:base out --calibration-weights 50% 50%", "--calibration-weights 50%: must be a number"),
+        (
+            "train --train.learning-rate-factors router x",
+            "--train.learning-rate-factors router x: must be names with a number behind each",
+        ),
+        ("train --train.learning-rate-factors router", "must be names with a number behind each"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words):
