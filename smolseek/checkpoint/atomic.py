@@ -53,9 +53,9 @@ def atomic_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: `out` exists and `force` is not set, or is a folder.
     """
-    refuse_existing(out, force)
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file")
+    refuse_existing(out, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:

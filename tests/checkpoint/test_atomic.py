@@ -92,6 +92,7 @@ def test_an_error_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_file_never_replaces_a_folder(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="is a folder"), atomic_file(tmp_path / "out", force=True):
-        pass
+    for force in (False, True):
+        with pytest.raises(ValueError, match="is a folder"), atomic_file(tmp_path / "out", force=force):
+            pass
     assert (tmp_path / "out").is_dir()

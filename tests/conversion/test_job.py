@@ -110,14 +110,16 @@ def test_force_replaces_what_convert_wrote_and_nothing_else(source, tmp_path):
     with pytest.raises(ValueError, match="exists already; pass --force"):
         convert(source, out, settings=exact)
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"--force would remove mine\.txt, which convert did not write"):
-        convert(source, out, settings=exact, force=True)
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"--force would remove mine\.txt, which convert did not write"):
+            convert(source, out, settings=exact, force=force)
     (out / "mine.txt").unlink()
     convert(source, out, settings=exact, force=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("precious")
-    with pytest.raises(ValueError, match="--force replaces only"):
-        convert(source, tmp_path / "photos", settings=exact, force=True)
+    for force in (False, True):
+        with pytest.raises(ValueError, match="is there, and stays: --force replaces only"):
+            convert(source, tmp_path / "photos", settings=exact, force=force)
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
