@@ -58,6 +58,11 @@ class Generate:
 class Chat(Generate):
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends the chat."""
 
+    prompt: tyro.conf.Suppress[str | None] = None
+    prompt_file: tyro.conf.Suppress[Path | None] = None
+    samples: tyro.conf.Suppress[int] = 1
+    json: tyro.conf.Suppress[bool] = False
+
 
 @dataclass(frozen=True)
 class Continuation:
