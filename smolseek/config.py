@@ -298,6 +298,26 @@ class Recipe:
         return dataclasses.replace(own, calibration=data.train, calibration_weights=data.weights), data
 
 
+class _RepeatedKey(ValueError):
+    """A mapping has a key twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key that is there twice is refused: PyYAML takes the last one alone."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise _RepeatedKey(
+                    f"key {key.value[:80]} is in line {lines[name]} and again in line {line}; write it once"
+                )
+            lines[name] = line
+        return mapping
+
+
 def recipes_folder() -> Path:
     """Returns the folder of the project's recipes: beside the package in a checkout, inside the package in a wheel."""
     package = Path(__file__).parent
@@ -309,22 +329,26 @@ def load_recipe(path: str | Path) -> Recipe:
     """Reads a YAML recipe; a recipe without a name is named after its file.
 
     Raises:
-        ValueError: the file is missing, not UTF-8 or not YAML; a key is unknown (the message names its full path and
-            the nearest known key); or a value has the wrong type.
+        ValueError: the file is missing, not UTF-8 or not YAML; a key is there twice, or is unknown (the message names
+            its full path and the nearest known key); or a value has the wrong type.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"recipe {path}: is a folder and no recipe; a checkpoint is named by --source {path}")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in recipes_folder().glob("*.yaml")))
         raise ValueError(f"recipe {path}: no such file; the project's own recipes are {known}, under recipes/")
     text = read_text(path)
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)
+    except _RepeatedKey as error:
+        raise ValueError(f"recipe {path}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"recipe {path}: not YAML ({' '.join(str(error).split())[:200]}); correct it") from error
     _check_size(tree, path)
     if tree is not None and not isinstance(tree, dict):
         raise ValueError(f"recipe {path}: {shown(tree)} is not a mapping of settings")
-    recipe = _build(Recipe, {} if tree is None else tree, "recipe key ")
+    recipe = _build(Recipe, tree, "recipe key ")
     return recipe if "name" in (tree or {}) else dataclasses.replace(recipe, name=path.stem)
 
 
@@ -353,7 +377,9 @@ def check_fields(settings: Any, where: str = "") -> None:
 
 
 def check_data(data: DataSettings) -> None:
-    """Raises ValueError for a number that no division of the text can have."""
+    """Raises ValueError where no source is named, or for a number that no division of the text can have."""
+    if not data.train:
+        raise ValueError("data.train: names no source; name one, or leave the key out for builtin:python")
     if not 0 <= data.held_out_share < 1:
         raise ValueError(f"data.held_out_share {data.held_out_share}: must be 0 or more, and less than 1")
     for name in ("held_out_tokens", "shuffle_windows"):
@@ -373,7 +399,11 @@ def check_weights(data: DataSettings, name: str = "data.train", weights_name: st
 
 
 def _build(kind: Any, tree: Any, where: str) -> Any:
-    """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages."""
+    """Builds the dataclass `kind` from a mapping; `where` is the dotted path in front of its keys, for messages.
+
+    None, which YAML reads where all lines of a section are comments, is a mapping without keys.
+    """
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise ValueError(f"{where.removesuffix('.')}: {shown(tree)} is not a mapping of settings")
     hints = get_type_hints(kind)
@@ -388,7 +418,10 @@ def _build(kind: Any, tree: Any, where: str) -> Any:
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """Returns `value` as type `kind`; converts numbers such as 3e-4, which YAML reads as text."""
+    """Returns `value` as type `kind`; converts numbers such as 3e-4, which YAML reads as text.
+
+    None is an empty list or mapping where the type is one.
+    """
     origin = get_origin(kind)
     if origin in (Union, types.UnionType):
         if value is None:
@@ -401,9 +434,10 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: {shown(value)} is not one of {', '.join(map(str, get_args(kind)))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         return tuple(_coerce(get_args(kind)[0], item, where) for item in items)
     if origin is dict or kind is dict:
+        value = {} if value is None else value
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {shown(value)} is not a mapping")
         item_kind = get_args(kind)[1]

@@ -78,10 +78,10 @@ def generate(
         ends with its EOS if it drew one.
 
     Raises:
-        ValueError: a prompt is empty, there are more tokens than the model has positions or fewer than none, or a field
-            of `Sampling` is out of range.
+        ValueError: `input_ids` is neither of the two, a prompt is empty, there are more tokens than the model has
+            positions or fewer than none, or a field of `Sampling` is out of range.
     """
-    prompts = input_ids.tolist() if isinstance(input_ids, Tensor) else [list(ids) for ids in input_ids]
+    prompts = _prompts(input_ids)
     rows = [list(ids) for ids in prompts]
     ended = [False] * len(rows)
     end_ids = _end_ids(eos_token_id)
@@ -91,6 +91,20 @@ def generate(
                 rows[row].append(rows[row][-1] if ended[row] else token)
             ended[row] = ended[row] or token in end_ids
     return torch.tensor(rows, device=input_ids.device) if isinstance(input_ids, Tensor) else rows
+
+
+def _prompts(input_ids: Any) -> list[list[int]]:
+    """Returns the prompts of a tensor (B, T), or of a list of lists, as lists; ValueError for anything else."""
+    try:
+        prompts = [list(ids) for ids in (input_ids.tolist() if isinstance(input_ids, Tensor) else input_ids)]
+    except TypeError:
+        prompts = [[[]]]
+    if any(isinstance(token, list | str) for ids in prompts for token in ids):
+        raise ValueError(
+            "input_ids must be a tensor of (batch, tokens), or a list of lists of token ids; of what a tokenizer "
+            "returns take input_ids, and put one prompt in a list"
+        )
+    return prompts
 
 
 def stream(
@@ -103,7 +117,7 @@ def stream(
 ) -> Iterator[int]:
     """Yields the new tokens of one prompt (1, T) as they are drawn, without EOS; arguments and errors as `generate`."""
     end_ids = _end_ids(eos_token_id)
-    for (token,) in _decode(model, input_ids.tolist(), max_new_tokens, end_ids, Sampling(**sampling)):
+    for (token,) in _decode(model, _prompts(input_ids), max_new_tokens, end_ids, Sampling(**sampling)):
         if token in end_ids:
             return
         yield token

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from smolseek.config import Recipe, load_recipe, recipes_folder
+from smolseek.config import Recipe, check_data, load_recipe, recipes_folder
 
 
 def recipe_of(tmp_path, text):
@@ -32,6 +32,11 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert recipe.model["rms_norm_eps"] == 1e-5
 
 
+def test_a_key_beside_a_merged_mapping_that_has_it_too(tmp_path):
+    text = "train:\n  stages:\n  - &b {steps: 3}\n  - {<<: *b, steps: 4}"
+    assert [stage.steps for stage in recipe_of(tmp_path, text).train.stages] == [3, 4]
+
+
 def test_name_is_the_files_unless_given(tmp_path):
     assert recipe_of(tmp_path, "").name == "mine"
     assert recipe_of(tmp_path, "name: other").name == "other"
@@ -39,6 +44,31 @@ def test_name_is_the_files_unless_given(tmp_path):
 
 def test_one_source_may_be_written_without_a_list(tmp_path):
     assert recipe_of(tmp_path, "data: {train: a.txt}").data.train == ("a.txt",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {weights: null, held_out: null}",
+        "train: {trackers: null, stages: null, learning_rate_factors: null}",
+        "model: null",
+        "convert: null",
+        "train:\n  # steps: 3\ndata:\nsample:\nparallel:",
+    ],
+)
+def test_null_is_nothing_given(tmp_path, text):
+    assert recipe_of(tmp_path, text) == Recipe(name="mine")
+
+
+def test_null_among_the_items_of_a_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.train: None is not of type str"):
+        recipe_of(tmp_path, "data: {train: [a.txt, null]}")
+
+
+def test_a_recipe_needs_a_source_of_text(tmp_path):
+    for sources in ("null", "[]"):
+        with pytest.raises(ValueError, match=r"data\.train: names no source; name one"):
+            check_data(recipe_of(tmp_path, f"data: {{train: {sources}}}").data)
 
 
 LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
@@ -59,6 +89,11 @@ LAUGHS = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 
         ("train: [1]", ["train", "mapping"]),
         ("- a", ["mapping"]),
         ("a: [", ["not YAML"]),
+        (
+            "train: {steps: 4}\nseed: 1\ntrain:\n  batch_windows: 2",
+            ["mine.yaml: key train is in line 1 and again in line 3; write it once"],
+        ),
+        ("train: {steps: 4, steps: 5}", ["key steps is in line 1 and again in line 1"]),
         ("{a: " * 3000, ["mine.yaml: not YAML"]),
         ("name: 2020-13-45", ["mine.yaml: not YAML", "month"]),
         (f"name: [{'x' * 5000}]", ["name", "xxx...", "str"]),
@@ -99,6 +134,11 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path, line):
 def test_a_missing_recipe_lists_the_known_ones():
     with pytest.raises(ValueError, match="quickstart"):
         load_recipe("nowhere.yaml")
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="is a folder and no recipe; a checkpoint is named by --source"):
+        load_recipe(tmp_path)
 
 
 def test_recipes_are_frozen():

@@ -28,6 +28,13 @@ def test_greedy_is_transformers(penalty: float) -> None:
         assert torch.equal(generate(model, ids, max_new_tokens=NEW, repetition_penalty=penalty), expected)
 
 
+@pytest.mark.parametrize("ids", [[1, 2], torch.tensor([1, 2]), torch.tensor(1), torch.ones(1, 1, 2), "ab", ["ab"], 7])
+@pytest.mark.parametrize("continues", [generate, lambda *arguments: next(stream(*arguments))])
+def test_what_is_no_batch_of_prompts_is_refused(continues: Any, ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"input_ids must be a tensor of \(batch, tokens\), or a list of lists"):
+        continues(MODELS["V3"], ids)
+
+
 @each_model
 def test_rows_of_a_ragged_batch_equal_each_prompt_alone(kind: str) -> None:
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (11, 4, 1)]

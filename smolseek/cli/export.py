@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -38,7 +38,7 @@ class Check:
 class Export:
     """Write a DeepSeek-V3 folder as one file for llama.cpp and Ollama."""
 
-    format: tyro.conf.Positional[Literal["gguf"]]
+    format: Annotated[tyro.conf.Positional[Literal["gguf"]], tyro.conf.arg(metavar="gguf")]
     """Kind of file."""
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base."""

@@ -58,6 +58,11 @@ class Generate:
 class Chat(Generate):
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends the chat."""
 
+    prompt: tyro.conf.Suppress[str | None] = None
+    prompt_file: tyro.conf.Suppress[Path | None] = None
+    samples: tyro.conf.Suppress[int] = 1
+    json: tyro.conf.Suppress[bool] = False
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -96,6 +101,8 @@ def _read_prompt(command: Generate) -> str:
         raise ValueError(f"--prompt-file {command.prompt_file}: --prompt is given too; give one of them")
     if command.prompt is not None:
         return _checked(command.prompt, "--prompt")
+    if command.prompt_file is None and sys.stdin.isatty():
+        print("[type the prompt and end it with Ctrl-D, or give one with --prompt]", file=sys.stderr)
     text = _typed(sys.stdin.read) if command.prompt_file is None else read_text(command.prompt_file)
     return text.removesuffix("\n")  # editors and echo end a text with one that its author does not mean
 
@@ -122,18 +129,33 @@ def run_chat(command: Chat) -> None:
     if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
         raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
     model, tokenizer = _load_for_generation(command)
-    room = model.config.max_position_embeddings - command.max_new_tokens
+    positions = model.config.max_position_embeddings
+    room = positions - command.max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {command.max_new_tokens}: the model has {positions:,} positions; lower it")
     messages: list[dict[str, str]] = []
     while text := _read_line():
-        messages.append({"role": "user", "content": text})
-        ids, dropped = _conversation_ids(tokenizer, messages), 0
-        while len(ids) > room and len(messages) > 1:
-            del messages[:2]
-            ids, dropped = _conversation_ids(tokenizer, messages), dropped + 1
-        if dropped:
-            print(f"[the oldest {dropped} turns are forgotten: the model reads {room:,} tokens]", file=sys.stderr)
+        message = {"role": "user", "content": text}
+        if (size := len(_conversation_ids(tokenizer, [message]))) > room:
+            told = f"[this line is left out: it has {size:,} tokens, and the model reads {room:,}]"
+            print(told, file=sys.stderr, flush=True)
+            continue
+        messages.append(message)
+        ids = _forget_oldest(tokenizer, messages, room)
         reply = _print_continuation(model, tokenizer, ids, command, command.seed).text
         messages.append({"role": "assistant", "content": reply})
+
+
+def _forget_oldest(tokenizer: Any, messages: list[dict[str, str]], room: int) -> list[int]:
+    """Removes the oldest turns until the conversation has at most `room` tokens, says so, and returns its ids."""
+    ids, forgotten = _conversation_ids(tokenizer, messages), 0
+    while len(ids) > room and len(messages) > 1:
+        del messages[:2]
+        ids, forgotten = _conversation_ids(tokenizer, messages), forgotten + 1
+    if forgotten:
+        turns = "the oldest turn is" if forgotten == 1 else f"the oldest {forgotten} turns are"
+        print(f"[{turns} forgotten: the model reads {room:,} tokens]", file=sys.stderr)
+    return ids
 
 
 def _conversation_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:

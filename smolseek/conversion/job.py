@@ -194,14 +194,17 @@ def _warn_of_another_share(dense: DenseSource, settings: ConvertSettings, target
 def _check_out(out: Path, force: bool, inputs: list[str | Path]) -> None:
     """Refuse an output that would remove something else than a conversion (ValueError)."""
     refuse_inputs(out, inputs)
-    refuse_existing(out, force)
+    if (source := Path(inputs[0])).is_dir() and source.resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: lies in the source {source}; name a folder outside it")
     if not out.exists():
         return
     if not (out / "conversion.json").is_file():
         raise ValueError(
-            f"{out}: --force replaces only a folder that convert wrote, with a conversion.json; name another"
+            f"{out}: is there, and stays: --force replaces only a folder that convert wrote, with a conversion.json; "
+            "name another"
         )
     if foreign := foreign_files(out):
         raise ValueError(
             f"{out}: --force would remove {', '.join(foreign[:3])}, which convert did not write; move it away"
         )
+    refuse_existing(out, force)

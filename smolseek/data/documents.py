@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -47,7 +48,19 @@ class Columns(NamedTuple):
 
     def missing_message(self, there: Iterable[str]) -> str:
         """Returns the end of an error message about rows that have neither column."""
-        return f"no column {self.text!r} or {self.messages!r}; it has {', '.join(there)}: set data.text_column"
+        names = textwrap.shorten(", ".join(there), 200, placeholder=" ...") or "none"
+        return (
+            f"no column {self.text!r} or {self.messages!r}; it has {names}: set data.text_column, or rename one to "
+            f"{self.text}"
+        )
+
+    def trouble(self, row: Any) -> str:
+        """Returns what is wrong with a row that gives no document, and what to do."""
+        if not isinstance(row, dict):
+            return "no JSON object; write one JSON object a line"
+        if not {*self} & row.keys():
+            return self.missing_message(row)
+        return f"no text in {self.text!r} or messages in {self.messages!r}; correct it"
 
 
 def cut_texts(pieces: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:

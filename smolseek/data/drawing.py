@@ -53,8 +53,9 @@ def calibration_windows(
         ids_T = pack(tokenizer, unread, limit_tokens=tokens).ids_T
         whole = len(ids_T) // window_tokens
         if whole < 1:
+            remedy = (not documents and source.trouble) or "name more text"
             raise ValueError(
-                f"calibration {name}: {len(ids_T)} tokens, less than one window of {window_tokens}; name more text"
+                f"calibration {name}: {len(ids_T)} tokens, less than one window of {window_tokens}; {remedy}"
             )
         drawn.append(ids_T[: whole * window_tokens].view(whole, window_tokens))
         facts.append({"source": name, "documents": len(spans) - len(list(unread))})

@@ -82,10 +82,8 @@ class SourceReader:
         before = self.progress
         if not before.epoch_tokens:
             bad = f" ({before.malformed:,} malformed lines)" if before.malformed else ""
-            raise ValueError(
-                f"data.train {self.name}: no training text in it{bad}; name a source with text, or lower "
-                "data.held_out_share"
-            )
+            remedy = self.source.trouble or "name a source with text, or lower data.held_out_share"
+            raise ValueError(f"data.train {self.name}: no training text in it{bad}; {remedy}")
         self.progress = replace(before, position=None, epoch=before.epoch + 1, epoch_tokens=0)
         self._encoded = self._encode(None)
         return _NOTHING
@@ -132,6 +130,8 @@ def source_weights(sources: list[Source], settings: DataSettings) -> tuple[float
         return settings.weights or (1.0,)
     sizes = [source.size() for source in sources]
     for name, size in zip(settings.train, sizes, strict=True):
+        if size == 0:
+            raise ValueError(f"data.train {name}: is empty; leave it out, or name a source with text")
         if not size:
             raise ValueError(
                 f"data.train {name}: its size is not known, and sources are mixed by size; set data.weights"

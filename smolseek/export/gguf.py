@@ -146,9 +146,9 @@ def _check_out(out: Path, source: Path, force: bool) -> None:
         raise ValueError(f"{out}: {folder} is a file and no folder; name another")
     if out.is_dir():
         raise ValueError(f"{out}: is a folder; name a file")
-    refuse_existing(out, force)
     if out.exists() and not begins_with(out, b"GGUF"):
         raise ValueError(f"{out}: is no GGUF file, and --force replaces only those; name another")
+    refuse_existing(out, force)
     if out.suffix != ".gguf" and out.absolute().parent.resolve() == source.resolve():
         raise ValueError(f"{out}: may be taken for a file of the checkpoint in that folder; end the name in .gguf")
 

@@ -32,6 +32,9 @@ def describe_foreign(path: Path) -> str | None:
     """Returns what a folder without a checkpoint, or a file named in a folder's place, is; None if nothing tells."""
     if path.is_file():
         return "is a file; name the folder that it lies in"
+    if (path / "run.json").is_file():
+        model = path / "model"
+        return f"is a run; name its model: {model}" if model.is_dir() else "is a run without a model yet; --resume it"
     return next((said for pattern, said in _FOREIGN if next(path.glob(pattern), None)), None)
 
 

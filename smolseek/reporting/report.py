@@ -42,8 +42,8 @@ def write_report(folders: Sequence[Path], out: Path, *, png: bool = False, force
             number += 1
         charts[path] = chart
     for path, beginning in {out: b"<!doctype html>", **dict.fromkeys(charts, b"\x89PNG")}.items():
-        refuse_existing(path, force)
         refuse_other_file(path, beginning)
+        refuse_existing(path, force)
     with ExitStack() as files:
         files.enter_context(atomic_file(out, force=force)).write_bytes(page)
         for path, chart in charts.items():

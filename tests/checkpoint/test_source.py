@@ -104,6 +104,18 @@ def test_only_the_files_in_use_are_fetched(asked):
     assert [name for name in wanted if not is_fetched(name)] == [name for name in other if is_fetched(name)] == []
 
 
+@pytest.mark.parametrize(
+    ("made", "message"), [("model", "is a run; name its model: .*/model$"), ("", "is a run without")]
+)
+def test_a_run_is_told_from_its_model(made, message, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / made).mkdir(exist_ok=True)
+    for read in (read_config, fetch_config, lambda folder: check_tokenizer(folder, folder)):
+        with pytest.raises(ValueError, match=message) as refusal:
+            read(tmp_path)
+        assert "\n" not in str(refusal.value)
+
+
 FOREIGN = {
     "adapter_config.json": "a LoRA .* merge_and_unload",
     "model-q4.gguf": "a folder with a GGUF file; name that file itself",

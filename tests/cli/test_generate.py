@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,15 @@ def test_one_newline_at_the_end_of_a_file_or_of_standard_input_is_no_text(tmp_pa
     assert json.loads(said(capsys, "generate", folder, "--prompt", PROMPT + "\n", *options))["prompt"] == PROMPT + "\n"
 
 
+def test_a_terminal_is_told_that_a_prompt_is_awaited(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "m", "adds")
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+        monkeypatch.setattr("sys.stdin.isatty", lambda terminal=terminal: terminal)
+        assert main(["generate", str(folder), "--max-new-tokens", "1"]) == 0
+        assert ("[type the prompt" in capsys.readouterr().err) == terminal
+
+
 def test_libraries_say_nothing_on_the_terminal(tmp_path):
     """transformers warns of arguments that it will drop one day; a user can do nothing about it."""
     folder = folder_of(tmp_path / "m", "adds", tiny_llama)
@@ -104,7 +114,7 @@ def test_prompts_that_are_no_text_are_refused(tmp_path, capsys, monkeypatch):
     assert "prompt.txt" in refusal(capsys, "generate", folder, "--prompt-file", tmp_path / "prompt.txt")
     for verb, errors in itertools.product(("generate", "chat"), ("surrogateescape", "strict")):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors=errors))
-        assert "standard input: not UTF-8" in refusal(capsys, verb, folder)
+        assert "standard input: not UTF-8" in refusal(capsys, verb, folder, "--max-new-tokens", 8)
 
 
 def test_tokens_beyond_the_model_are_one_line(tmp_path, capsys):
@@ -129,9 +139,26 @@ def chat(monkeypatch, folder, lines, *options):
 def test_a_long_chat_forgets_its_oldest_turns(tmp_path, capsys, monkeypatch):
     folder = folder_of(tmp_path / "m", "adds")
     assert chat(monkeypatch, folder, ["Anna sees a ball and the cat."] * 4, "--max-new-tokens", 8) == 0
-    assert "turns are forgotten: the model reads 56 tokens" in capsys.readouterr().err
-    assert chat(monkeypatch, folder, ["Anna " * 60], "--max-new-tokens", 8) == 2
-    assert "the model has 64 positions" in capsys.readouterr().err
+    assert "[the oldest turn is forgotten: the model reads 56 tokens]" in capsys.readouterr().err
+    lines = ["Anna sees.", "Ben likes.", "Anna " * 25]
+    assert chat(monkeypatch, folder, lines, "--max-new-tokens", 8) == 0
+    assert "turns are forgotten: the model reads 56 tokens]" in capsys.readouterr().err
+
+
+def test_a_line_that_is_too_long_is_left_out_and_the_chat_goes_on(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "m", "adds")
+    assert chat(monkeypatch, folder, ["Anna sees a ball.", "Ben."], "--max-new-tokens", 8) == 0
+    without = capsys.readouterr()
+    assert chat(monkeypatch, folder, ["Anna sees a ball.", "Anna " * 60, "Ben."], "--max-new-tokens", 8) == 0
+    said = capsys.readouterr()
+    assert said.out.replace("> ", "") == without.out.replace("> ", "")
+    assert re.fullmatch(r"\[this line is left out: it has \d+ tokens, and the model reads 56\]\n", said.err)
+
+
+def test_a_chat_needs_room_for_a_line(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "m", "adds")
+    assert chat(monkeypatch, folder, ["Anna"], "--max-new-tokens", 64) == 2
+    assert "--max-new-tokens 64: the model has 64 positions; lower it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,6 +169,6 @@ def test_a_chat_template_that_fails_is_one_line(template, tmp_path, capsys, monk
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    assert chat(monkeypatch, folder, ["hi"]) == 2
+    assert chat(monkeypatch, folder, ["hi"], "--max-new-tokens", 8) == 2
     error = capsys.readouterr().err
     assert "chat template" in error and error.count("\n") == 1

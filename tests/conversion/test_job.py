@@ -189,15 +189,24 @@ def test_force_replaces_what_convert_wrote_and_nothing_else(source, tmp_path):
     with pytest.raises(ValueError, match="exists already; pass --force"):
         convert(source, out, settings=exact)
     (out / "mine.txt").write_text("precious")
-    with pytest.raises(ValueError, match=r"--force would remove mine\.txt, which convert did not write"):
-        convert(source, out, settings=exact, force=True)
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"--force would remove mine\.txt, which convert did not write"):
+            convert(source, out, settings=exact, force=force)
     (out / "mine.txt").unlink()
     convert(source, out, settings=exact, force=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_text("precious")
-    with pytest.raises(ValueError, match="--force replaces only"):
-        convert(source, tmp_path / "photos", settings=exact, force=True)
+    for force in (False, True):
+        with pytest.raises(ValueError, match="is there, and stays: --force replaces only"):
+            convert(source, tmp_path / "photos", settings=exact, force=force)
     assert (tmp_path / "photos" / "a.jpg").exists()
+
+
+def test_an_output_in_the_source_is_refused(source):
+    before = sorted(source.rglob("*"))
+    with pytest.raises(ValueError, match=r"out: lies in the source .*; name a folder outside it"):
+        convert(source, source / "out", settings=ConvertSettings(exact=True))
+    assert sorted(source.rglob("*")) == before
 
 
 @pytest.mark.parametrize("out", ["m", "m/..", "text.txt", "texts"])

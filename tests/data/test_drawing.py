@@ -55,6 +55,14 @@ def test_windows_are_drawn_by_the_seed(tmp_path):
         draw(data, 1, 10**6)
 
 
+def test_calibration_lines_without_text_are_told_of_with_their_fields(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "a b"}\n' * 9)
+    with pytest.raises(ValueError, match=r"0 tokens, .*it has content: set data\.text_column, or rename one to text"):
+        calibration_windows(
+            tiny_tokenizer(), DataSettings(train=(str(tmp_path / "a.jsonl"),)), windows=2, window_tokens=8, seed=0
+        )
+
+
 def test_a_book_is_read_from_everywhere_in_it(tmp_path):
     (tmp_path / "book.txt").write_text(" ".join(f"a{number}" for number in range(40_000)))
     windows_BT, _ = draw(DataSettings(train=(str(tmp_path / "book.txt"),), held_out_share=0.0), windows=30)

@@ -2,6 +2,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from smolseek.config import DataSettings, Recipe, TrainSettings
@@ -90,3 +92,34 @@ def test_nothing_but_malformed_lines_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}\n[]\n")
     with pytest.raises(ValueError, match="no training text in it \\(2 malformed lines\\)"):
         measure_data(recipe_of(str(tmp_path / "a.jsonl")), tiny_tokenizer(), limit=1, trained_tokens=960)
+
+
+WRONG_LINES = {
+    '{"content": "a b"}\n'
+    * 300: r"\(300 malformed lines\); .*line 1: no column 'text' or 'messages'; it has content: set "
+    r"data\.text_column",
+    '[\n  {\n    "text": "a b"\n  }\n]': r"line 1: no JSON object; write one JSON object a line",
+    '{"text": 3}\n{"content": "a"}': r"line 1: no text in 'text' or messages in 'messages'; correct it",
+}
+
+
+@pytest.mark.parametrize("lines", WRONG_LINES)
+def test_lines_without_text_are_told_of_with_their_fields(lines, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines)
+    with pytest.raises(ValueError, match=WRONG_LINES[lines]) as raised:
+        measure_data(recipe_of(str(path)), tiny_tokenizer(), limit=1, trained_tokens=960)
+    assert "\n" not in str(raised.value) and "held_out_share" not in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", ["empty", "column"])
+def test_what_is_wrong_with_one_source_of_several(wrong, tmp_path):
+    write_stories(tmp_path / "a.txt", count=20)
+    other = tmp_path / "b.parquet" if wrong == "column" else tmp_path / "b.jsonl"
+    other.touch()
+    if wrong == "column":
+        pq.write_table(pa.table({"content": ["a"]}), other)
+    recipe = recipe_of(str(tmp_path / "a.txt"), str(other))
+    said = {"empty": "is empty; leave it out", "column": "it has content: set data.text_column"}[wrong]
+    with pytest.raises(ValueError, match=rf"b\.\w+: .*{said}"):
+        measure_data(recipe, tiny_tokenizer(), limit=1, trained_tokens=960)

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import logging
 import os
@@ -293,9 +294,9 @@ def test_force_replaces_a_gguf_file_and_nothing_else(folder, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(folder / "model.safetensors")
     files = {path: path.read_bytes() for path in [photo, *folder.iterdir()]}
-    for path in (*files, link):
+    for path, force in itertools.product((*files, link), (False, True)):
         with pytest.raises(ValueError, match=r"is no GGUF file, and --force replaces only those; name another$"):
-            export_gguf(folder, path, force=True)
+            export_gguf(folder, path, force=force)
     assert {path: path.read_bytes() for path in files} == files
 
 

@@ -34,8 +34,11 @@ def test_files_are_kept_unless_forced(tmp_path, capsys):
         (tmp_path / "report.html").write_text("precious")
         assert main([*command, *forced]) == 2
         error = capsys.readouterr().err
-        assert ("stays" if forced else "--force") in error and (tmp_path / "report.html").read_text() == "precious"
+        assert "is no html file that smolseek wrote, and stays; name another" in error
+        assert (tmp_path / "report.html").read_text() == "precious"
     (tmp_path / "report.html").write_text("<!DOCTYPE html>")
+    assert main(command) == 2
+    assert "pass --force to replace it" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>\n<html")
 

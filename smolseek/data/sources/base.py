@@ -18,6 +18,9 @@ def every_document(document: Document) -> bool:
 class Source:
     """Records in a fixed order, readable from any saved position."""
 
+    trouble: str = ""
+    """What is wrong with the first malformed record of a file, and what to do; empty if none has been read."""
+
     def records(self, position: Any) -> Iterator[tuple[Any, Document | None]]:
         """Yields each record after `position` with the position behind it; the document of a malformed record is None.
 
@@ -79,3 +82,4 @@ class ChainedSources(Source):
         for index in range(first, len(self.sources)):
             for next_position, document in self.sources[index].records(inner if index == first else None):
                 yield (index, next_position), document
+            self.trouble = self.trouble or self.sources[index].trouble

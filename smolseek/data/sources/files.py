@@ -44,18 +44,15 @@ class FileSource(Source):
         warned = False
         records = READERS[path.suffix.lower()](path, self)
         for number, document in enumerate(itertools.islice(records, start, None), start=start + 1):
-            if document is None and not warned:
-                log.warning(
-                    "%s line %d: no JSON object with text in %r or messages in %r; such lines of this file are skipped "
-                    "and counted",
-                    *(path, number, *self.columns),
-                )
-                warned = True
+            if isinstance(document, str) and not warned:
+                trouble = f"{path} line {number}: {document}"
+                log.warning("%s; such lines of this file are skipped and counted", trouble)
+                self.trouble, warned = self.trouble or trouble, True
             if document != EMPTY_DOCUMENT:
-                yield number, document
+                yield number, None if isinstance(document, str) else document
 
 
-def _read_txt(path: Path, source: FileSource) -> Iterator[Document | None]:
+def _read_txt(path: Path, source: FileSource) -> Iterator[Document | str]:
     """Yields the texts between separators, long ones in parts, which are the records; reads the file in blocks."""
     begun = False
     with open_text(path) as file:
@@ -93,29 +90,39 @@ def _without_outer_newlines(pieces: Iterable[tuple[str, bool]]) -> Iterator[tupl
             begun, newlines = False, 0
 
 
-def _read_jsonl(path: Path, source: FileSource) -> Iterator[Document | None]:
+def _read_jsonl(path: Path, source: FileSource) -> Iterator[Document | str]:
+    """Yields the document of each line, or what is wrong with the line."""
     with open_text(path) as file:
         for line in file:
-            try:
-                yield document_from_row(json.loads(line), source.columns) if line.strip() else EMPTY_DOCUMENT
-            except (
-                ValueError,
-                RecursionError,
-            ):  # not JSON, or thousands of digits or brackets
-                yield None
+            yield _read_line(line, source.columns) if line.strip() else EMPTY_DOCUMENT
 
 
-def _read_parquet(path: Path, source: FileSource) -> Iterator[Document | None]:
+def _read_line(line: str, columns: Columns) -> Document | str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, or thousands of digits or brackets
+        row = None
+    return document_from_row(row, columns) or columns.trouble(row)
+
+
+def _read_parquet(path: Path, source: FileSource) -> Iterator[Document | str]:
     with _one_parquet_line(path):
         file = _open_parquet(path)
         there = file.schema_arrow.names
-    names = [name for name in source.columns if name in there]
-    if not names:
-        raise ValueError(f"data source {path}: {source.columns.missing_message(there)}")
+    names = _columns_there(path, source.columns, there)
     with file, _one_parquet_line(path):
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=names):
             for row in batch.to_pylist():
-                yield document_from_row({source.columns.text: None} | row, source.columns)
+                row = {source.columns.text: None} | row
+                yield document_from_row(row, source.columns) or source.columns.trouble(row)
+
+
+def _columns_there(path: Path, columns: Columns, there: list[str]) -> list[str]:
+    """Returns those of the two columns that a Parquet file has; ValueError if it has neither."""
+    names = [name for name in columns if name in there]
+    if not names:
+        raise ValueError(f"data source {path}: {columns.missing_message(there)}")
+    return names
 
 
 def _open_parquet(path: Path) -> Any:
@@ -152,12 +159,13 @@ def _parquet_size(path: Path, columns: Columns) -> int:
     """Returns the unpacked bytes of the larger of the two columns: a row that has both is read from one of them."""
     sizes = dict.fromkeys(columns, 0)
     with _one_parquet_line(path), _open_parquet(path) as file:
+        there = file.schema_arrow.names
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
                 name = column.path_in_schema.partition(".")[0]
                 if name in sizes:
                     sizes[name] += column.total_uncompressed_size
-    return max(sizes.values())
+    return max(sizes[name] for name in _columns_there(path, columns, there))
 
 
 READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
