@@ -38,7 +38,7 @@ from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
 from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings
-from smolseek.training.stages import StageProgress, stages_of, step_tokens
+from smolseek.training.stages import StageProgress, learning_rate_name, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
 
@@ -200,7 +200,7 @@ class Trainer:
                 f"step {self.step}: {reason}, and {self.guard.in_a_row} steps in a row could not be taken "
                 f"(train.max_skipped_steps {self.settings.max_skipped_steps}); "
                 + (f"the last good checkpoint is {checkpoint}: go on from it with --resume and " if checkpoint else "")
-                + f"a lower train.learning_rate ({self.settings.learning_rate})"
+                + f"a lower {learning_rate_name(self.recipe.train, self.stages.index)} ({self.settings.learning_rate})"
             )
         return True
 
@@ -344,7 +344,7 @@ class Trainer:
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
         self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
-        for line in changed_steering(plain["recipe"], asdict(self.recipe)):
+        for line in changed_steering(plain["recipe"], asdict(self.recipe), self.stages.index):
             self.log.line(f"Resumed at step {self.step} with {line}")
         return True
 
