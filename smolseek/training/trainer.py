@@ -141,7 +141,7 @@ class Trainer:
         """Take the running stage's settings, choose its weights, set its balancing and make new optimizers."""
         self.settings = self.stages.settings
         choose_trained(self.model, self.settings.trains)
-        set_balance(self.model, self.settings)
+        set_balance(self.model, self.settings, self.processes.sum)
         self.optimizers = build_optimizers(self.model, self.settings)
         for optimizer in self.optimizers:
             self.processes.prepare_optimizer(optimizer)
