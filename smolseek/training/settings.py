@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -131,6 +132,18 @@ def changed_steering(old: dict[str, Any], new: dict[str, Any], stage: int) -> li
         for name, was, now in _differences(old, new, _FREE)
         if _of_any_stage(name) in _STEERING | {"train.steps"}
     ]
+
+
+def with_steering(recipe: Recipe, old: dict[str, Any]) -> Recipe:
+    """Returns the recipe with those settings that a resumed run may change as they were in another, a mapping."""
+    names = [name.removeprefix("train.") for name in _STEERING]
+    train, was = recipe.train, old["train"]
+    stages = tuple(
+        dataclasses.replace(stage, learning_rate=fields["learning_rate"])
+        for stage, fields in zip(train.stages, was.get("stages", ()), strict=True)
+    )
+    kept = {name: was[name] for name in names if name in was}
+    return dataclasses.replace(recipe, train=dataclasses.replace(train, stages=stages, **kept))
 
 
 def _without_effect(name: str, train: dict[str, Any], stage: int) -> str:

@@ -37,7 +37,7 @@ from smolseek.training.optimizer import build_optimizers, choose_trained, decay,
 from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
-from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings
+from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings, with_steering
 from smolseek.training.stages import StageProgress, learning_rate_name, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
@@ -316,6 +316,8 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the newest undamaged checkpoint; returns False when there is none.
 
+        Where no step is left, the recipe gets back the settings of the last one that was taken.
+
         Raises:
             ValueError: every checkpoint is damaged, or the newest is of a run with other settings.
         """
@@ -345,7 +347,10 @@ class Trainer:
         self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
         for line in changed_steering(plain["recipe"], asdict(self.recipe), self.stages.index):
-            self.log.line(f"Resumed at step {self.step} with {line}")
+            end = ": no step is left, so it stays as it was" if self.stages.done else ""
+            self.log.line(f"Resumed at step {self.step} with {line}{end}")
+        if self.stages.done:
+            self.recipe = with_steering(self.recipe, plain["recipe"])
         return True
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from smolseek.config import StageSettings, TrainSettings
 from smolseek.data.sources.hub import SourceLost
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
@@ -88,6 +89,23 @@ def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
     trainer_of(with_train(recipe, steps=5), tmp_path / "run").fit(Watcher())
     with pytest.raises(ValueError, match=r"train\.batch_windows 4 then, 3 now"):
         trainer_of(with_train(recipe, steps=5, batch_windows=3), tmp_path / "run").resume()
+
+
+def test_a_run_with_no_step_left_keeps_the_settings_of_its_last_step(recipe, tmp_path):
+    recipe = with_train(recipe, steps=2)
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    again = trainer_of(with_train(recipe, learning_rate=5e-5, clip_norm=0.5, log_every=3), tmp_path / "run")
+    assert again.resume() and again.recipe == with_train(recipe, log_every=3)
+    logs = (tmp_path / "run" / "logs.txt").read_text()
+    assert "train.learning_rate 5e-05 (was 0.001): no step is left, so it stays as it was\n" in logs
+
+
+def test_stages_with_no_step_left_keep_their_rates(recipe, tmp_path):
+    stages, others = ((StageSettings(steps=1), StageSettings(steps=1, learning_rate=rate)) for rate in (1e-3, 1e-5))
+    recipe = with_train(recipe, steps=TrainSettings().steps, stages=stages)
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    again = trainer_of(with_train(recipe, stages=others), tmp_path / "run")
+    assert again.resume() and again.recipe == recipe
 
 
 def cut_short(path):
