@@ -101,6 +101,7 @@ _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.
 _STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
 """Settings that a resumed run may change, also those of a stage, for example to get past a spike; logs.txt names the
 change."""
+_SHOWN_FILES = 3
 _START = ("source", "convert", "model", "tokenizer", "train_tokenizer_entries")
 """What a run starts from."""
 
@@ -144,6 +145,16 @@ def with_steering(recipe: Recipe, old: dict[str, Any]) -> Recipe:
     )
     kept = {name: was[name] for name in names if name in was}
     return dataclasses.replace(recipe, train=dataclasses.replace(train, stages=stages, **kept))
+
+
+def changed_files(old: dict[str, int], new: dict[str, int]) -> str:
+    """Returns words on local text that changed, given the bytes of its files by path; none if none did."""
+    changes = [
+        f"{path} had {old.get(path, 'no')} bytes and has {new.get(path, 'none')}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    return ", ".join(changes[:_SHOWN_FILES]) + (", ..." if len(changes) > _SHOWN_FILES else "")
 
 
 def _without_effect(name: str, train: dict[str, Any], stage: int) -> str:

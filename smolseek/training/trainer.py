@@ -20,6 +20,7 @@ from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
 from smolseek.data.encoding import check_vocabulary, read_marks
 from smolseek.data.packing import Packed
+from smolseek.data.sources import local_sizes
 from smolseek.data.sources.hub import SourceLost
 from smolseek.data.stream import WindowStream
 from smolseek.evaluation import Quality, measure_quality
@@ -37,7 +38,14 @@ from smolseek.training.optimizer import build_optimizers, choose_trained, decay,
 from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
-from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings, with_steering
+from smolseek.training.settings import (
+    changed_files,
+    changed_settings,
+    changed_steering,
+    check_inputs,
+    check_settings,
+    with_steering,
+)
 from smolseek.training.stages import StageProgress, learning_rate_name, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
@@ -95,6 +103,7 @@ class Trainer:
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
         self.held_out = held_out or check_inputs(recipe, tokenizer, model.config)
+        self.files = local_sizes((*recipe.data.train, *recipe.data.held_out))
         self.log = RunLog(folder, muted=not processes.leads, track=lambda step: open_trackers(recipe, folder, step))
         self.guard = StepGuard(recipe.train)
         self.step = 0
@@ -305,6 +314,7 @@ class Trainer:
             "best_training_loss": self.best_training_loss,
             "quality": self.quality.to_dict() if self.quality else None,
             "data": data_plain,
+            "files": self.files,
             "guard": self.guard.state(),
             "logs": self.log.sizes(),
             "recipe": asdict(self.recipe),
@@ -319,7 +329,7 @@ class Trainer:
         Where no step is left, the recipe gets back the settings of the last one that was taken.
 
         Raises:
-            ValueError: every checkpoint is damaged, or the newest is of a run with other settings.
+            ValueError: every checkpoint is damaged, or the newest is of a run with other settings or other local text.
         """
         if self.processes.leads:
             remove_leftovers(self.folder)
@@ -332,6 +342,10 @@ class Trainer:
         if changed:
             raise ValueError(
                 f"{newest}: written with other settings ({changed}); use those, or start over with --force"
+            )
+        if changed := changed_files(plain.get("files", self.files), self.files):  # older states have none
+            raise ValueError(
+                f"{newest}: written with other text ({changed}); put it back as it was, or start over with --force"
             )
         self.step = plain["step"]
         self.stages.restore(plain["course"])
