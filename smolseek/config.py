@@ -177,7 +177,8 @@ class TrainSettings:
     keep_last: int = 2
     """Number of checkpoints to keep; if the newest is damaged, --resume continues from the one before."""
     spike_factor: float = 3.0
-    """Skip a step whose loss is above this many times the median of recent losses; 0: never."""
+    """Skip a step whose loss is above this many times the median of recent losses, unless such losses keep coming; 0:
+    never."""
     max_skipped_steps: int = 10
     """Most steps in a row to skip (for a spike, or a loss or gradient that is not finite); one more stops the run."""
     balance_rule: Literal["sign", "proportional"] = "sign"

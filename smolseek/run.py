@@ -130,7 +130,7 @@ def _train_and_compare(
     trainer = _new_trainer(recipe, folder, device, start, processes)
     resumed = resume and trainer.resume()
     if resumed and processes.leads:
-        write_about(folder, recipe, pins, processes.size)
+        write_about(folder, trainer.recipe, pins, processes.size)
         if not trainer.stages.done:  # of fewer steps
             (folder / "summary.json").unlink(missing_ok=True)
     _card(trainer).render()  # a conversion.json that gives no card is refused before the training
@@ -140,7 +140,7 @@ def _train_and_compare(
     folders = before | {trained: trainer.save_model("model", card.render())}
     trainer.release()
     if before and recipe.compare_dense:
-        folders["dense_trained"] = _train_dense(trainer, before["dense"], resume, watcher)
+        folders["dense_trained"] = _train_dense(trainer, recipe, before["dense"], resume, watcher)
     watcher.on_stage("measure every model on held-out text, through stock transformers")
     summary = summarize(folders, trainer)
     if processes.leads:
@@ -284,12 +284,11 @@ def _fit(trainer: Trainer, verb: str, resumed: bool, watcher: Watcher) -> None:
     watcher.on_stage("write the model")
 
 
-def _train_dense(healed: Trainer, source: Path, resume: bool, watcher: Watcher) -> Path:
+def _train_dense(healed: Trainer, recipe: Recipe, source: Path, resume: bool, watcher: Watcher) -> Path:
     """Train the dense model in `source` on the same tokens in the same order, for comparison; returns its folder.
 
     All its weights train, in one stage, by cross-entropy alone.
     """
-    recipe = healed.recipe
     control = dataclasses.replace(
         recipe,
         name=f"{recipe.name}-dense",

@@ -34,6 +34,8 @@ def summarize(folders: dict[str, Path], trainer: Trainer) -> dict[str, Any]:
             summary["maxvio"] = max(summary["maxvio_per_layer"].values(), default=None)
     summary["trained_tokens"] = trainer.trained_tokens
     summary["held_out_tokens"] = len(trainer.held_out.ids_T)
+    if trainer.guard.skipped:
+        summary |= {"steps": trainer.step, "skipped_steps": trainer.guard.skipped}
     return summary
 
 
@@ -90,6 +92,8 @@ def render_summary(summary: dict[str, Any]) -> str:
         lines.append(
             f"MaxVio of the worst layer over {summary['held_out_tokens']:,} held-out tokens: {summary['maxvio']:.3f}"
         )
+    if "skipped_steps" in summary:
+        lines.append(f"Steps skipped: {summary['skipped_steps']:,} of {summary['steps']:,}; logs.txt says why")
     for name, row in rows.items():
         for sample in [*row["samples"].values()][:1]:
             lines += ["", f"-- {name.replace('_', ' ')} (4-grams repeated: {row['repetition_rate']:.0%})", sample]

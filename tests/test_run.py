@@ -205,6 +205,11 @@ def test_a_finished_run_goes_on_with_more_steps(recipe, tmp_path):
     assert (folder / "converted" / "model.safetensors").stat().st_mtime_ns == converted
     assert "Resumed at step 6 with train.steps 9 (was 6)" in (folder / "logs.txt").read_text()
     assert json.loads((folder / "run.json").read_text())["recipe"]["train"]["steps"] == 9
+    slower = dataclasses.replace(longer, train=dataclasses.replace(longer.train, learning_rate=5e-5))
+    card = (folder / "model" / "README.md").read_text()
+    assert run_recipe(slower, folder, resume=True)["trained_tokens"] == 9 * 4 * 16
+    assert json.loads((folder / "run.json").read_text())["recipe"]["train"]["learning_rate"] == 1e-3
+    assert (folder / "model" / "README.md").read_text() == card
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and max(steps) == 8
 

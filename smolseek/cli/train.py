@@ -86,9 +86,8 @@ class RunDisplay:
             )
         self.bar.total = progress.steps  # fewer if a stage ended early
         held_out = "" if progress.held_out_loss is None else f", held out {progress.held_out_loss:.4f}"
-        self.bar.set_postfix_str(
-            f"loss {progress.loss:.4f}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False
-        )
+        loss = f"{progress.loss:.4f}" if progress.loss else "-"
+        self.bar.set_postfix_str(f"loss {loss}{held_out}, {progress.tokens_per_second:,.0f} tok/s", refresh=False)
         self.bar.update()
         if self.lines is not None:
             self.lines("train", progress.step, progress.steps)

@@ -4,13 +4,21 @@ Shapes: B sequences, T tokens in each, N tokens in one row (B × T), E n_routed_
 Z other numbers, flattened.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def balance_loss(scores_NE: Tensor, indices_NK: Tensor, sequences: int) -> Tensor:
+def own_counts(counts: Tensor) -> Tensor:
+    """Returns the counts of one process that takes no others into account."""
+    return counts
+
+
+def balance_loss(
+    scores_NE: Tensor, indices_NK: Tensor, sequences: int, sum_counts: Callable[[Tensor], Tensor] = own_counts
+) -> Tensor:
     """Returns the mean over the sequences of Σ_e f_e P_e (DeepSeek-V3, equations 17-20, without α); 1 when balanced.
 
     f_e is expert e's share of the choices `indices_NK`, times E; it has no gradient. P_e is the mean over the tokens of
@@ -22,7 +30,8 @@ def balance_loss(scores_NE: Tensor, indices_NK: Tensor, sequences: int) -> Tenso
     counts_BE = scores_NE.new_zeros(sequences, experts).scatter_add_(
         1, chosen_BZ, torch.ones_like(chosen_BZ, dtype=scores_NE.dtype)
     )
-    share_BE = counts_BE * (experts / chosen_BZ.shape[1])
+    counts_BE = sum_counts(counts_BE)
+    share_BE = counts_BE * (experts / counts_BE.sum(dim=-1, keepdim=True))
     normalised_NE = scores_NE / (scores_NE.sum(dim=-1, keepdim=True) + 1e-20)
     mean_BE = normalised_NE.view(sequences, -1, experts).mean(dim=1)
     return (share_BE * mean_BE).sum(dim=-1).mean()

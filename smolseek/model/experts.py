@@ -7,7 +7,7 @@ Z other numbers, flattened.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV3Config
 from transformers.activations import ACT2FN, SiLUActivation
 
-from smolseek.model.balance_loss import balance_loss, with_loss
+from smolseek.model.balance_loss import balance_loss, own_counts, with_loss
 from smolseek.model.fused import Combine, Dispatch, SwiGLUExperts
 from smolseek.model.layers import MLP
 from smolseek.numerics.precision import autocast_dtype
@@ -27,7 +27,7 @@ class TopkRouter(nn.Module):
     Scores are sigmoids, or a softmax when the config has `scoring_func: softmax` (not stock V3).
     `e_score_correction_bias` takes part in choosing only. `expert_counts` counts the tokens sent to each expert since
     the last `balance.take_expert_counts`. In training, `balance_loss_weight` above 0 adds the balance loss, over each
-    sequence or over the whole batch.
+    sequence or over the whole batch, whose counts `sum_counts` adds up over the processes that share it.
     """
 
     e_score_correction_bias: Tensor
@@ -45,6 +45,7 @@ class TopkRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(self.num_experts))
         self.register_buffer("expert_counts", torch.zeros(self.num_experts, dtype=torch.int64), persistent=False)
         self.balance_loss_weight, self.balance_loss_over_batch = 0.0, False
+        self.sum_counts: Callable[[Tensor], Tensor] = own_counts
 
     def forward(self, x_ND: Tensor, sequences: int = 1) -> tuple[Tensor, Tensor]:
         """Returns weights (N, K), fp32, and indices (N, K) of the chosen experts.
@@ -61,7 +62,8 @@ class TopkRouter(nn.Module):
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
         if self.training and self.balance_loss_weight:
             unbiased_NK = self.choose(scores_NE.detach())
-            loss = balance_loss(scores_NE, unbiased_NK, 1 if self.balance_loss_over_batch else sequences)
+            over = (1, self.sum_counts) if self.balance_loss_over_batch else (sequences, own_counts)
+            loss = balance_loss(scores_NE, unbiased_NK, *over)
             weights_NK = with_loss(weights_NK, self.balance_loss_weight * loss)
         return weights_NK * self.routed_scaling_factor, indices_NK
 

@@ -51,7 +51,8 @@ def next_token_loss(
         hidden_ND = hidden_ND[kept_t]
         teacher_hidden_ND = None if teacher_hidden_ND is None else teacher_hidden_ND[kept_t]
     if not len(labels_N):
-        return hidden_ND.sum(), hidden_ND.sum().detach()
+        nothing = hidden_ND.sum() + head_VD[:0].sum()  # each process needs a gradient of the head, be it zeros
+        return nothing, nothing.detach()
     labels_N = sent(labels_N, device)
     teacher = (teacher_hidden_ND, teacher_head_VD) if distill_weight else (None, None)
     return _HeadLoss.apply(hidden_ND, head_VD, labels_N, *teacher, distill_weight, temperature, torch.is_grad_enabled())

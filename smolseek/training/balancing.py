@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from smolseek.config import TrainSettings
 from smolseek.model.balance import max_violation, routers
+from smolseek.model.balance_loss import own_counts
 
 DEFAULT_UPDATE_SPEED = 1e-3
 """u where a recipe names none: that of DeepSeek-V3, section 4.2."""
@@ -19,12 +20,13 @@ LAST_SIGN_SPEED = 0.2
 """Share of u at which the sign rule ends."""
 
 
-def set_balance(model: nn.Module, settings: TrainSettings) -> None:
-    """Give every router the balance loss that the settings name.
+def set_balance(model: nn.Module, settings: TrainSettings, sum_counts: Callable[[Tensor], Tensor] = own_counts) -> None:
+    """Give every router the balance loss that the settings name; `sum_counts` adds a tensor up over the processes.
 
     Each micro-batch has a loss of its own, so the weight is divided by their number: a global batch gets the mean.
     """
     for router in routers(model).values():
+        router.sum_counts = sum_counts
         router.balance_loss_weight = settings.balance_loss_weight / settings.gradient_accumulation
         router.balance_loss_over_batch = settings.balance_loss == "batch"
 

@@ -60,6 +60,9 @@ class Processes(Protocol):
     def mean(self, value: float) -> float:
         """Returns the mean of all processes' values."""
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of all processes' tensors."""
+
     def any_of(self, flag: bool) -> bool:
         """Returns whether the flag is set in any process."""
 
@@ -120,6 +123,9 @@ class OneProcess:
 
     def mean(self, value: float) -> float:
         return value
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def any_of(self, flag: bool) -> bool:
         return flag
@@ -208,22 +214,29 @@ class TorchrunProcesses:
         return windows_BT[self.rank :: self.size]
 
     def mean(self, value: float) -> float:
-        return self._sum(torch.tensor(value, dtype=torch.float64)).item() / self.size
+        return self.sum(torch.tensor(value, dtype=torch.float64)).item() / self.size
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        from torch.distributed import all_reduce
+
+        total = tensor.to(self.device, copy=True)
+        all_reduce(total)
+        return total
 
     def any_of(self, flag: bool) -> bool:
-        return self._sum(torch.tensor(int(flag))).item() > 0
+        return self.sum(torch.tensor(int(flag))).item() > 0
 
     def sum_counts(self, counts: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
         if not counts:
             return counts
-        total_LE = self._sum(torch.stack([counts_E for _, counts_E in counts]))
+        total_LE = self.sum(torch.stack([counts_E for _, counts_E in counts]))
         return [(layer, total_E) for (layer, _), total_E in zip(counts, total_LE, strict=True)]
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
         # Every element of a gradient lies in exactly one process, whatever mesh its tensor is on.
         gradients = [p.grad.to_local() for p in model.parameters() if p.grad is not None]  # type: ignore[attr-defined]
         squares = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum()
-        norm = self._sum(squares).sqrt().item()
+        norm = self.sum(squares).sqrt().item()
         scale = max_norm / (norm + 1e-6)
         if scale < 1:
             for gradient in gradients:
@@ -273,14 +286,6 @@ class TorchrunProcesses:
 
     def load_state(self, folder: Path, live: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return load_plain(folder), (read_shards if has_shards(folder) else read_parts)(folder, live)
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """Returns the sum over the processes."""
-        from torch.distributed import all_reduce
-
-        total = tensor.to(self.device, copy=True)
-        all_reduce(total)
-        return total
 
 
 @contextmanager

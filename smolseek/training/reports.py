@@ -24,16 +24,17 @@ SPECIALISATION_TOKENS = 16384
 def report_step(trainer: Trainer, loss: float, counts: list[tuple[int, Tensor]], tokens_per_second: float) -> None:
     """Write the log lines, held-out evaluation and samples that are due at the trainer's step.
 
-    `loss` is the step's loss; `counts` has (layer index, tokens per expert (E,)) of its global batch.
+    `loss` is the step's loss, 0 where its batch had nothing to learn; `counts` has (layer index, tokens per expert
+    (E,)) of its global batch.
     """
     settings, step, log, stages = trainer.settings, trainer.step, trainer.log, trainer.stages
     stage_ends = stages.ends(step + 1)
-    trainer.best_training_loss = min(trainer.best_training_loss, loss or math.inf)  # 0: the batch had nothing to learn
+    trainer.best_training_loss = min(trainer.best_training_loss, loss or math.inf)
     if step % settings.log_every == 0 or stage_ends:
-        log.line(f"Step {step}/{stages.steps} | Loss: {loss:.4f}")
+        log.line(f"Step {step}/{stages.steps} | Loss: {f'{loss:.4f}' if loss else 'none, no token was to be learnt'}")
         log.metrics(
             step,
-            loss=loss if math.isfinite(loss) else None,
+            loss=loss if loss and math.isfinite(loss) else None,
             skipped_steps=trainer.guard.skipped,
             learning_rate=learning_rate(trainer.stage_step, settings),
             tokens=(step + 1) * trainer.step_tokens,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -97,7 +99,9 @@ def check_teacher(teacher_entries: int, teacher_tokenizer: Any, entries: int, to
 _FREE = {"train.checkpoint_every", "train.log_every", "train.keep_last", "train.trackers"}
 """Settings that do not change a run's results."""
 _STEERING = {"train.learning_rate", "train.clip_norm", "train.spike_factor", "train.max_skipped_steps"}
-"""Settings that a resumed run may change, for example to get past a spike; logs.txt names the change."""
+"""Settings that a resumed run may change, also those of a stage, for example to get past a spike; logs.txt names the
+change."""
+_SHOWN_FILES = 3
 _START = ("source", "convert", "model", "tokenizer", "train_tokenizer_entries")
 """What a run starts from."""
 
@@ -119,23 +123,57 @@ def _described(changes: Iterable[tuple[str, Any, Any]]) -> str:
     return ", ".join(f"{name} {was!r} then, {now!r} now" for name, was, now in changes)
 
 
-def changed_steering(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns a line for each changed setting that a resumed run may change."""
+def changed_steering(old: dict[str, Any], new: dict[str, Any], stage: int) -> list[str]:
+    """Returns a line for each changed setting that a resumed run may change.
+
+    `stage` is the number of the running stage. A line says where the change has no effect.
+    """
     return [
-        f"{name} {now!r} (was {was!r})"
+        f"{name} {now!r} (was {was!r}){_without_effect(name, new['train'], stage)}"
         for name, was, now in _differences(old, new, _FREE)
-        if name in _STEERING | {"train.steps"}
+        if _of_any_stage(name) in _STEERING | {"train.steps"}
     ]
+
+
+def with_steering(recipe: Recipe, old: dict[str, Any]) -> Recipe:
+    """Returns the recipe with those settings that a resumed run may change as they were in another, a mapping."""
+    names = [name.removeprefix("train.") for name in _STEERING]
+    train, was = recipe.train, old["train"]
+    stages = tuple(
+        dataclasses.replace(stage, learning_rate=fields["learning_rate"])
+        for stage, fields in zip(train.stages, was.get("stages", ()), strict=True)
+    )
+    kept = {name: was[name] for name in names if name in was}
+    return dataclasses.replace(recipe, train=dataclasses.replace(train, stages=stages, **kept))
+
+
+def changed_files(old: dict[str, int], new: dict[str, int]) -> str:
+    """Returns words on local text that changed, given the bytes of its files by path; none if none did."""
+    changes = [
+        f"{path} had {old.get(path, 'no')} bytes and has {new.get(path, 'none')}"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    return ", ".join(changes[:_SHOWN_FILES]) + (", ..." if len(changes) > _SHOWN_FILES else "")
+
+
+def _without_effect(name: str, train: dict[str, Any], stage: int) -> str:
+    """Returns words on what a changed learning rate does not change, if there is anything."""
+    if name.startswith("train.stages."):
+        return "" if int(name.split(".")[2]) >= stage else ", of a stage that has ended"
+    rates = [stage["learning_rate"] for stage in train["stages"]] if name == "train.learning_rate" else []
+    own = [f"train.stages.{number}.learning_rate {rate!r}" for number, rate in enumerate(rates) if rate is not None]
+    return f", which does not change {', '.join(own)}" if own else ""
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> list[tuple[str, Any, Any]]:
     """Returns (name, old value, new value) of the settings that differ."""
     pairs = _pairs(old, new, (*_START, "teacher", "data", "train", "seed"))
-    return [(name, was, now) for name, was, now in pairs if name not in free and was != now]
+    return [(name, was, now) for name, was, now in pairs if _of_any_stage(name) not in free and was != now]
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], parts: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, old value, new value) of settings as JSON gives them back, the fields of a part one by one.
+    """Yields (name, old value, new value) of settings as JSON gives them back, each field of a part or stage.
 
     A field that an older recipe lacks did not exist then, and is passed over.
     """
@@ -143,6 +181,21 @@ def _pairs(old: dict[str, Any], new: dict[str, Any], parts: Iterable[str]) -> It
     for part in parts:
         was, now = old.get(part), new.get(part)
         if isinstance(was, dict) and isinstance(now, dict) and part != "model":
-            yield from ((f"{part}.{key}", was[key], value) for key, value in now.items() if key in was)
+            was = _fields(part, was)
+            yield from ((name, was[name], value) for name, value in _fields(part, now).items() if name in was)
         elif part in old:
             yield part, was, now
+
+
+def _fields(part: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a recipe's part by their full names; of the stages their number, and the fields of each."""
+    fields = {f"{part}.{key}": value for key, value in settings.items()}
+    stages = fields.get("train.stages", ())
+    for number, stage in enumerate(stages):
+        fields |= {f"train.stages.{number}.{key}": value for key, value in stage.items()}
+    return fields | ({"train.stages": len(stages)} if "train.stages" in fields else {})
+
+
+def _of_any_stage(name: str) -> str:
+    """Returns a setting's name without the number of its stage."""
+    return re.sub(r"^train\.stages\.\d+\.", "train.", name)

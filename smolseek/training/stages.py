@@ -25,6 +25,12 @@ def stages_of(train: TrainSettings) -> tuple[TrainSettings, ...]:
     return stages
 
 
+def learning_rate_name(train: TrainSettings, index: int) -> str:
+    """Returns the name of the setting from which a stage has its learning rate."""
+    own = bool(train.stages) and train.stages[index].learning_rate is not None
+    return f"train.stages.{index}.learning_rate" if own else "train.learning_rate"
+
+
 def step_tokens(settings: TrainSettings) -> int:
     """Returns the number of tokens predicted in one optimizer step."""
     return settings.batch_windows * settings.gradient_accumulation * settings.window_tokens

@@ -20,6 +20,7 @@ from smolseek.checkpoint.state import load_plain, newest_state
 from smolseek.config import Recipe
 from smolseek.data.encoding import check_vocabulary, read_marks
 from smolseek.data.packing import Packed
+from smolseek.data.sources import local_sizes
 from smolseek.data.sources.hub import SourceLost
 from smolseek.data.stream import WindowStream
 from smolseek.evaluation import Quality, measure_quality
@@ -37,8 +38,15 @@ from smolseek.training.optimizer import build_optimizers, choose_trained, decay,
 from smolseek.training.processes import OneProcess, Processes
 from smolseek.training.reports import report_step
 from smolseek.training.saved_tensors import collect_tensors, live_tensors, restore_tensors, stream_tensors
-from smolseek.training.settings import changed_settings, changed_steering, check_inputs, check_settings
-from smolseek.training.stages import StageProgress, stages_of, step_tokens
+from smolseek.training.settings import (
+    changed_files,
+    changed_settings,
+    changed_steering,
+    check_inputs,
+    check_settings,
+    with_steering,
+)
+from smolseek.training.stages import StageProgress, learning_rate_name, stages_of, step_tokens
 from smolseek.training.trackers import open_trackers
 from smolseek.training.watcher import Interrupted, Progress, Watcher
 
@@ -95,6 +103,7 @@ class Trainer:
             tokenizer, recipe.data, window_tokens=self.settings.window_tokens + 1, seed=recipe.seed
         )
         self.held_out = held_out or check_inputs(recipe, tokenizer, model.config)
+        self.files = local_sizes((*recipe.data.train, *recipe.data.held_out))
         self.log = RunLog(folder, muted=not processes.leads, track=lambda step: open_trackers(recipe, folder, step))
         self.guard = StepGuard(recipe.train)
         self.step = 0
@@ -141,7 +150,7 @@ class Trainer:
         """Take the running stage's settings, choose its weights, set its balancing and make new optimizers."""
         self.settings = self.stages.settings
         choose_trained(self.model, self.settings.trains)
-        set_balance(self.model, self.settings)
+        set_balance(self.model, self.settings, self.processes.sum)
         self.optimizers = build_optimizers(self.model, self.settings)
         for optimizer in self.optimizers:
             self.processes.prepare_optimizer(optimizer)
@@ -200,7 +209,7 @@ class Trainer:
                 f"step {self.step}: {reason}, and {self.guard.in_a_row} steps in a row could not be taken "
                 f"(train.max_skipped_steps {self.settings.max_skipped_steps}); "
                 + (f"the last good checkpoint is {checkpoint}: go on from it with --resume and " if checkpoint else "")
-                + f"a lower train.learning_rate ({self.settings.learning_rate})"
+                + f"a lower {learning_rate_name(self.recipe.train, self.stages.index)} ({self.settings.learning_rate})"
             )
         return True
 
@@ -305,6 +314,7 @@ class Trainer:
             "best_training_loss": self.best_training_loss,
             "quality": self.quality.to_dict() if self.quality else None,
             "data": data_plain,
+            "files": self.files,
             "guard": self.guard.state(),
             "logs": self.log.sizes(),
             "recipe": asdict(self.recipe),
@@ -316,8 +326,10 @@ class Trainer:
     def resume(self) -> bool:
         """Continue from the newest undamaged checkpoint; returns False when there is none.
 
+        Where no step is left, the recipe gets back the settings of the last one that was taken.
+
         Raises:
-            ValueError: every checkpoint is damaged, or the newest is of a run with other settings.
+            ValueError: every checkpoint is damaged, or the newest is of a run with other settings or other local text.
         """
         if self.processes.leads:
             remove_leftovers(self.folder)
@@ -330,6 +342,10 @@ class Trainer:
         if changed:
             raise ValueError(
                 f"{newest}: written with other settings ({changed}); use those, or start over with --force"
+            )
+        if changed := changed_files(plain.get("files", self.files), self.files):  # older states have none
+            raise ValueError(
+                f"{newest}: written with other text ({changed}); put it back as it was, or start over with --force"
             )
         self.step = plain["step"]
         self.stages.restore(plain["course"])
@@ -344,8 +360,11 @@ class Trainer:
         self.quality = Quality(**plain["quality"]) if plain["quality"] else None
         self.guard.restore(plain["guard"])
         self.log.rewind(plain["logs"])
-        for line in changed_steering(plain["recipe"], asdict(self.recipe)):
-            self.log.line(f"Resumed at step {self.step} with {line}")
+        for line in changed_steering(plain["recipe"], asdict(self.recipe), self.stages.index):
+            end = ": no step is left, so it stays as it was" if self.stages.done else ""
+            self.log.line(f"Resumed at step {self.step} with {line}{end}")
+        if self.stages.done:
+            self.recipe = with_steering(self.recipe, plain["recipe"])
         return True
 
 

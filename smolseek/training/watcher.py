@@ -14,6 +14,7 @@ class Progress(NamedTuple):
     step: int
     steps: int
     loss: float
+    """0: the batch had nothing to learn."""
     held_out_loss: float | None
     tokens_per_second: float
 

@@ -65,6 +65,25 @@ def test_there_is_no_loss_outside_training() -> None:
     assert torch.equal(balanced.gate.weight.grad, plain.gate.weight.grad)
 
 
+def test_processes_that_sum_their_counts_have_the_loss_of_the_whole_batch() -> None:
+    scores = torch.rand(12, 5, requires_grad=True)
+    indices = scores.detach().topk(2).indices
+    counts = torch.bincount(indices.flatten(), minlength=5)[None].float()
+    shares = zip(scores.chunk(2), indices.chunk(2), strict=True)
+    mean = torch.stack([balance_loss(*share, 1, lambda own: counts) for share in shares]).mean()
+    whole = balance_loss(scores, indices, 1)
+    torch.testing.assert_close(mean, whole)
+    torch.testing.assert_close(torch.autograd.grad(mean, scores), torch.autograd.grad(whole, scores))
+
+
+@pytest.mark.parametrize("over_batch", [False, True])
+def test_only_the_loss_over_the_batch_asks_other_processes(over_batch: bool) -> None:
+    moe, asked = training_moe(0.3, over_batch), []
+    moe.gate.sum_counts = lambda own: asked.append(own) or own
+    moe(torch.randn(2, 6, 40))
+    assert len(asked) == over_batch
+
+
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(st.integers(1, 4), st.integers(2, 8), st.data())
 def test_even_routing_costs_one(sequences: int, experts: int, data: st.DataObject) -> None:

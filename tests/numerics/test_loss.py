@@ -62,10 +62,11 @@ def test_ignored_labels_have_no_part_in_loss_or_gradient(set_chunk, chunk_logits
 
 
 def test_a_batch_without_labels_has_loss_and_gradient_zero():
-    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8)
+    """The head has a gradient as well: FSDP waits for the same ones from all processes."""
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     loss, entropy = next_token_loss(hidden, head, torch.full((4,), IGNORED))
-    assert loss.item() == entropy.item() == 0
-    assert torch.autograd.grad(loss, hidden)[0].eq(0).all()
+    assert loss.item() == entropy.item() == 0 and not entropy.requires_grad
+    assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(loss, (hidden, head)))
 
 
 def relative_error(got, wanted):

@@ -1,10 +1,13 @@
 """Steps that must not be taken: a loss or gradient that is not finite, and spikes."""
 
+import json
+
 import pytest
 import torch
 
 from smolseek.checkpoint.state import newest_state
 from smolseek.config import TrainSettings
+from smolseek.summary import render_summary, summarize
 from smolseek.training.guard import StepGuard
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.training.trainers import metrics, model_of, stop_at, trainer_of, with_train
@@ -46,6 +49,8 @@ def test_a_step_with_nan_or_a_spike_is_skipped_and_counted(recipe, tmp_path, val
     assert [number for number, same in enumerate(seen) if same] == [15, 16, 20]
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 3
     assert (tmp_path / "run" / "logs.txt").read_text().count("skipped: the loss is") == 3
+    summary = summarize({}, trainer)
+    assert summary["skipped_steps"] == 3 and "Steps skipped: 3 of 24" in render_summary(summary)
     resumed = trainer_of(recipe, tmp_path / "run")
     assert resumed.resume() and resumed.guard.skipped == 3 and len(resumed.guard.recent) == 21
 
@@ -54,6 +59,47 @@ def test_a_batch_without_anything_to_learn_is_no_measure_of_others():
     guard = StepGuard(TrainSettings())
     assert not any(guard.objection(0.0, 0.0) or guard.objection(2.0, 1.0) for _ in range(12))
     assert guard.objection(2.1, 1.0) is None and list(guard.recent) == [2.0] * 12 + [2.1]
+
+
+def skips(guard, losses):
+    """Returns the numbers of the losses that the guard objects to."""
+    return [number for number, loss in enumerate(losses) if guard.objection(loss, 1.0)]
+
+
+@pytest.mark.parametrize("every", [2.5, 10, 50, 300])
+def test_a_harder_source_that_keeps_coming_is_learnt_after_three_skipped_steps(every):
+    """Its batches are few, so that no median of all batches would ever show them."""
+    hard = {int(12 + every * number) for number in range(12)}
+    losses = [9.0 + number % 2 if number in hard else 1.0 for number in range(max(hard) + 1)]
+    assert skips(StepGuard(TrainSettings()), losses) == sorted(hard)[:3]
+
+
+def test_higher_spikes_than_those_that_keep_coming_and_rare_ones_are_skipped():
+    guard = StepGuard(TrainSettings())
+    skips(guard, [1.0] * 12 + [9.0, 1.0] * 3)
+    assert guard.objection(8.0, 1.0) is None and guard.objection(28.0, 1.0) and guard.objection(float("inf"), 1.0)
+    rare = ([1.0] * 600 + [9.0]) * 5
+    assert len(skips(StepGuard(TrainSettings()), rare)) == 5
+
+
+def test_harder_batches_of_several_heights_are_learnt():
+    losses = [1.0] * 12 + [9.0, 1.0, 5.0, 1.0] * 2 + [4.0, 1.0] * 20 + [9.0, 1.0]
+    assert skips(StepGuard(TrainSettings()), losses) == [12, 14, 16]
+
+
+def test_spikes_without_a_good_step_between_them_stay_spikes():
+    """Weights that are bad give only such losses, and the run must end."""
+    assert skips(StepGuard(TrainSettings()), [1.0] * 12 + [9.0] * 11) == list(range(12, 23))
+
+
+def test_the_guards_state_is_restored_and_may_be_of_an_older_version():
+    guard, losses = StepGuard(TrainSettings()), [1.0] * 12 + [9.0, 1.0] * 2
+    skips(guard, losses)
+    other = StepGuard(TrainSettings())
+    other.restore(json.loads(json.dumps(guard.state())))
+    assert skips(guard, [9.0, 1.0, 9.0]) == skips(other, [9.0, 1.0, 9.0]) == [0]
+    other.restore({"recent": [1.0] * 12, "skipped": 4, "in_a_row": 0})
+    assert skips(other, [9.0, 1.0, 9.0]) == [0, 2] and other.skipped == 6
 
 
 def test_the_losses_that_a_spike_is_compared_with_are_saved(recipe, tmp_path):

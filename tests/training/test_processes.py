@@ -48,8 +48,8 @@ def test_several_processes_train_like_one_and_one_resumes_from_them(tmp_path, op
 
     Both optimizers hide a wrong scale of the gradients as long as the scale stays the same. The resumed process would
     have the right scale, and meet moments of the wrong one. Muon iterates in bf16 where the CPU has units for it."""
-    recipe = recipe_of(tmp_path, steps=16)
-    recipe.write_text(recipe.read_text().replace("steps: 16", f"steps: 16, optimizer: {optimizer}"))
+    recipe, balance = recipe_of(tmp_path, steps=16), "balance_loss: batch, balance_loss_weight: 0.5"
+    recipe.write_text(recipe.read_text().replace("steps: 16", f"steps: 16, optimizer: {optimizer}, {balance}"))
     several = tmp_path / str(processes)
     assert main(["train", str(recipe), "--runs", str(tmp_path / "1")]) == 0
     run(recipe, several, processes, "--parallel.expert", "2")

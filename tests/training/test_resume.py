@@ -1,11 +1,16 @@
 """A run that goes on from a checkpoint is the uninterrupted one bit for bit; damaged and foreign checkpoints."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 
+from smolseek.config import StageSettings, TrainSettings
 from smolseek.data.sources.hub import SourceLost
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
+from tests.text import write_stories
 from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
 
 
@@ -88,6 +93,53 @@ def test_a_checkpoint_of_other_settings_is_refused(recipe, tmp_path):
     trainer_of(with_train(recipe, steps=5), tmp_path / "run").fit(Watcher())
     with pytest.raises(ValueError, match=r"train\.batch_windows 4 then, 3 now"):
         trainer_of(with_train(recipe, steps=5, batch_windows=3), tmp_path / "run").resume()
+
+
+def test_a_run_with_no_step_left_keeps_the_settings_of_its_last_step(recipe, tmp_path):
+    recipe = with_train(recipe, steps=2)
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    again = trainer_of(with_train(recipe, learning_rate=5e-5, clip_norm=0.5, log_every=3), tmp_path / "run")
+    assert again.resume() and again.recipe == with_train(recipe, log_every=3)
+    logs = (tmp_path / "run" / "logs.txt").read_text()
+    assert "train.learning_rate 5e-05 (was 0.001): no step is left, so it stays as it was\n" in logs
+
+
+def test_stages_with_no_step_left_keep_their_rates(recipe, tmp_path):
+    stages, others = ((StageSettings(steps=1), StageSettings(steps=1, learning_rate=rate)) for rate in (1e-3, 1e-5))
+    recipe = with_train(recipe, steps=TrainSettings().steps, stages=stages)
+    trainer_of(recipe, tmp_path / "run").fit(Watcher())
+    again = trainer_of(with_train(recipe, stages=others), tmp_path / "run")
+    assert again.resume() and again.recipe == recipe
+
+
+def test_text_that_changed_since_a_checkpoint_is_refused(recipe, tmp_path):
+    (texts := tmp_path / "texts").mkdir()
+    whole = write_stories(texts / "m.txt").read_text()
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=(str(texts),)))
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "run").fit(stop_at(3))
+    (texts / "a.txt").write_text("Anna sat.")
+    (texts / "m.txt").write_text(whole[:-9])
+    size, changed = len(whole), "step-00000003: written with other text"
+    words = rf"{changed} \(.*a\.txt had no bytes and has 9, .*m\.txt had {size} bytes and has {size - 9}\); put it back"
+    with pytest.raises(ValueError, match=words):
+        trainer_of(recipe, tmp_path / "run").resume()
+    (texts / "m.txt").rename(texts / "n.txt")
+    with pytest.raises(ValueError, match=rf"{changed} .*m\.txt had {size} bytes and has none, .*n\.txt had no"):
+        trainer_of(recipe, tmp_path / "run").resume()
+    (texts / "a.txt").unlink()
+    (texts / "n.txt").unlink()
+    (texts / "m.txt").write_text(whole)
+    assert trainer_of(recipe, tmp_path / "run").resume()
+
+
+def test_a_checkpoint_of_an_older_version_knows_no_files(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolseek.training.trainer.load_plain", lambda folder: plain)
+    with pytest.raises(Interrupted):
+        trainer_of(recipe, tmp_path / "run").fit(stop_at(3))
+    plain = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert plain.pop("files") == {str(tmp_path / "a.txt"): (tmp_path / "a.txt").stat().st_size}
+    assert trainer_of(recipe, tmp_path / "run").resume()
 
 
 def cut_short(path):

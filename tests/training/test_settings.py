@@ -130,8 +130,39 @@ def test_other_checkpoints_are_other_settings(recipe, field):
 def test_more_steps_are_allowed_and_named_and_fewer_are_not(recipe):
     more, fewer = with_train(recipe, steps=400), with_train(recipe, steps=200)
     assert changed_settings(as_saved(recipe), asdict(more)) == ""
-    assert changed_steering(as_saved(recipe), asdict(more)) == ["train.steps 400 (was 300)"]
+    assert changed_steering(as_saved(recipe), asdict(more), 0) == ["train.steps 400 (was 300)"]
     assert changed_settings(as_saved(recipe), asdict(fewer)) == "train.steps 300 then, 200 now"
+
+
+def with_rates(recipe, *rates, **changes):
+    stages = tuple(StageSettings(steps=4, learning_rate=rate) for rate in rates)
+    return with_train(recipe, stages=stages, **changes)
+
+
+def test_the_learning_rate_of_a_stage_may_be_changed_and_is_named(recipe):
+    old, new = as_saved(with_rates(recipe, 0.01, None)), asdict(with_rates(recipe, 0.01, 1e-4))
+    assert changed_settings(old, new) == ""
+    (line,) = changed_steering(old, new, 1)
+    assert line == "train.stages.1.learning_rate 0.0001 (was None)"
+    (line,) = changed_steering(old, asdict(with_rates(recipe, 1e-4, None)), 1)
+    assert line == "train.stages.0.learning_rate 0.0001 (was 0.01), of a stage that has ended"
+
+
+def test_a_rate_that_stages_do_not_have_from_the_recipe_is_no_change_of_theirs(recipe):
+    old, new = as_saved(with_rates(recipe, 0.01, None)), asdict(with_rates(recipe, 0.01, None, learning_rate=1e-4))
+    (line,) = changed_steering(old, new, 0)
+    assert line == ("train.learning_rate 0.0001 (was 0.001), which does not change train.stages.0.learning_rate 0.01")
+
+
+def test_other_changes_of_stages_are_refused(recipe):
+    old = as_saved(with_rates(recipe, 0.01, 0.01))
+    longer = with_train(recipe, stages=(StageSettings(steps=4, learning_rate=0.01),) * 3)
+    assert changed_settings(old, asdict(longer)) == "train.stages 2 then, 3 now"
+    other = with_train(recipe, stages=(StageSettings(steps=5, learning_rate=0.01),) * 2)
+    assert changed_settings(old, asdict(other)) == (
+        "train.stages.0.steps 4 then, 5 now, train.stages.1.steps 4 then, 5 now"
+    )
+    assert changed_settings(as_saved(with_rates(recipe)), asdict(recipe)) == ""
 
 
 def test_samples_do_not_matter_to_a_resumed_run(recipe):

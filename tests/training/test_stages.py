@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smolseek.config import StageSettings, TrainSettings, load_recipe
-from smolseek.training.stages import StageProgress, stages_of, step_tokens
+from smolseek.training.stages import StageProgress, learning_rate_name, stages_of, step_tokens
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.training.trainers import assert_same_run, metrics, model_of, stop_at, trainer_of, with_train
 
@@ -124,6 +124,25 @@ def test_resuming_in_and_between_stages_is_exact(recipe, tmp_path, stopped_at):
     assert resumed.resume() and resumed.step == stopped_at
     resumed.fit(Watcher())
     assert_same_run(whole, resumed)
+
+
+def test_a_resumed_stage_takes_another_learning_rate(recipe, tmp_path):
+    with pytest.raises(Interrupted):
+        trainer_of(with_stages(recipe, STAGES), tmp_path / "run").fit(stop_at(3))
+    slower = (dataclasses.replace(STAGES[0], learning_rate=1e-5), *STAGES[1:])
+    resumed = trainer_of(with_stages(recipe, slower), tmp_path / "run")
+    assert resumed.resume()
+    resumed.fit(Watcher())
+    rates = [line["learning_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert rates[2] > 1e-4 and 0 < rates[3] < 1e-5
+    logs = (tmp_path / "run" / "logs.txt").read_text()
+    assert "Resumed at step 3 with train.stages.0.learning_rate 1e-05 (was 0.002)\n" in logs
+
+
+def test_the_learning_rate_of_a_stage_has_a_name():
+    train = TrainSettings(stages=STAGES)
+    assert learning_rate_name(train, 0) == "train.stages.0.learning_rate"
+    assert learning_rate_name(train, 2) == learning_rate_name(TrainSettings(), 0) == "train.learning_rate"
 
 
 def test_stages_in_a_recipe(tmp_path):

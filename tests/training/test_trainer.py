@@ -12,6 +12,7 @@ from smolseek.checkpoint.hub import load
 from smolseek.config import SampleSettings, StageSettings, TrainSettings
 from smolseek.model import StockModel
 from smolseek.model.balance import take_expert_counts
+from smolseek.reporting.read import read_run
 from smolseek.training.trainer import Trainer
 from smolseek.training.watcher import Interrupted, Watcher
 from tests.factories import tiny_llama, tiny_v3
@@ -180,3 +181,15 @@ def test_blocks_without_a_compiler_run_as_they_are(recipe, tmp_path, monkeypatch
 def test_settings_that_cannot_work(recipe, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         trainer_of(with_train(recipe, **changes), tmp_path / "run")
+
+
+def test_a_batch_without_anything_to_learn_has_no_loss_in_metrics_and_log(recipe, tmp_path):
+    trainer = trainer_of(with_train(recipe, steps=2), tmp_path / "run")
+    take = trainer._train_step
+    trainer._train_step = lambda: (take()[0] * trainer.step, [])
+    trainer.fit(Watcher())
+    first, second = (line["loss"] for line in metrics(tmp_path / "run") if "loss" in line)
+    assert first is None and second > 1
+    logs = (tmp_path / "run" / "logs.txt").read_text()
+    assert "Step 0/2 | Loss: none, no token was to be learnt\n" in logs and f"{second:.4f} (a batch)" in logs
+    assert read_run(tmp_path / "run", "run").series("loss") == ([1], [second])

@@ -78,6 +78,16 @@ def _files_below(folder: Path) -> list[Path]:
     ]
 
 
+def local_sizes(specs: Iterable[str]) -> dict[str, int]:
+    """Returns the bytes of each local file that the specs stand for, by its path; what is built in or a hub's has none.
+
+    Raises:
+        ValueError: as `open_source` does.
+    """
+    local = [spec for spec in specs if not spec.startswith(("builtin:", "hub:"))]
+    return {str(path): path.stat().st_size for spec in local for path in _files(spec)}
+
+
 def open_sources(specs: Iterable[str], settings: DataSettings = DataSettings()) -> ChainedSources:  # noqa: B008
     """Returns several sources as one, read with the columns and the separator of `settings`.
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from smolseek.data.sources import open_source, open_sources
+from smolseek.data.sources import local_sizes, open_source, open_sources
 from tests.data.sources.reading import texts
 from tests.text import stories
 
@@ -70,3 +70,12 @@ def test_a_file_whose_name_looks_like_a_glob(tmp_path):
     for name in ("a[1].txt", "a1.txt"):
         (tmp_path / name).write_text(name)
     assert texts(open_source(str(tmp_path / "a[1].txt"))) == ["a[1].txt"]
+
+
+def test_the_sizes_of_local_files_are_listed(tmp_path):
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    for name, text in (("texts/a.txt", "abc"), ("texts/deep/b.txt", "ä"), ("c.jsonl", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    specs = (str(tmp_path / "texts"), str(tmp_path / "*.jsonl"), "builtin:prose", "builtin:python", "hub:a/b")
+    sizes = {str(tmp_path / name): size for name, size in (("texts/a.txt", 3), ("texts/deep/b.txt", 2), ("c.jsonl", 0))}
+    assert local_sizes(specs) == sizes
