@@ -279,7 +279,7 @@ def test_leftovers_of_a_killed_writer_go(tmp_path, cache):
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, cache, monkeypatch):
     _, file = make(tmp_path, "llama")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(ValueError, match=r"GB are needed there .* HF_HOME"):
+    with pytest.raises(ValueError, match=r"MB are needed there .* HF_HOME"):
         resolve_folder(file)
     assert [*cache.glob("[!.]*")] == []
 
