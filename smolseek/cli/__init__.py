@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -88,6 +90,12 @@ def _first_line(kind: type) -> str:
 
 def parse_verb(kind: type, verb: str, arguments: list[str]) -> Any:
     """Returns one verb's parsed arguments; `train` and `data stats` take defaults from a recipe that is named first."""
+    if kind is Export and arguments and arguments[0] != "gguf" and not arguments[0].startswith("-"):
+        raise ValueError(
+            f"export {arguments[0]}: is no kind of file; write smolseek export gguf {shlex.join(arguments)}"
+        )
+    if kind is Chat and any(re.match("--(prompt|prompt.file|samples|json)(=|$)", argument) for argument in arguments):
+        raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
     if kind not in (Train, Data):
         return parse(kind, f"smolseek {verb}", arguments)
     if kind is Data:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -37,7 +37,7 @@ class Check:
 class Export:
     """Write a DeepSeek-V3 folder as one file for llama.cpp and Ollama."""
 
-    format: tyro.conf.Positional[Literal["gguf"]]
+    format: Annotated[tyro.conf.Positional[Literal["gguf"]], tyro.conf.arg(metavar="gguf")]
     """Kind of file."""
     folder: tyro.conf.Positional[str]
     """Folder, hub id or builtin:base."""

@@ -58,6 +58,11 @@ class Generate:
 class Chat(Generate):
     """Talk to a model, with its chat template if it has one. An empty line or Ctrl-D ends the chat."""
 
+    prompt: tyro.conf.Suppress[str | None] = None
+    prompt_file: tyro.conf.Suppress[Path | None] = None
+    samples: tyro.conf.Suppress[int] = 1
+    json: tyro.conf.Suppress[bool] = False
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -119,8 +124,6 @@ def _typed(read: Callable[[], str]) -> str:
 
 def run_chat(command: Chat) -> None:
     quiet_libraries()
-    if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
-        raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
     model, tokenizer = _load_for_generation(command)
     positions = model.config.max_position_embeddings
     room = positions - command.max_new_tokens

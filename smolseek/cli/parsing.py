@@ -13,6 +13,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 
+_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.PositionalMetavarFromFieldName)
+
 
 def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any:
     """Returns the arguments as an instance of the dataclass `kind`.
@@ -25,12 +27,15 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
     fields = _fields(kind)
     arguments = [*_with_none(arguments, fields)]
     _refuse_repeated(arguments, fields)
-    for option, values in _options(arguments):
-        _check_values(option, values, fields.get(_name(option)), program)
+    written = [*_options(arguments)]
+    for (option, values), (following, _) in zip(written, [*written[1:], ("", [])], strict=False):
+        hint = fields.get(_name(option))
+        _check_missing(option, values, following, hint, fields)
+        _check_values(option, values, hint, program)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=program, args=arguments, config=(tyro.conf.AvoidSubcommands,), **options)
+            return tyro.cli(kind, prog=program, args=arguments, config=_CONFIG, **options)
     except SystemExit as stopped:
         if stopped.code:
             raise ValueError(_one_line(said.getvalue(), program)) from None
@@ -75,6 +80,14 @@ def _refuse_repeated(arguments: list[str], fields: dict[str, Any]) -> None:
     for number, option in enumerate(options):
         if option in options[:number] and get_origin(fields.get(_name(option))) is tuple:
             raise ValueError(f"{option}: is given twice; give it once, with all its values")
+
+
+def _check_missing(option: str, values: list[str], following: str, hint: Any, fields: dict[str, Any]) -> None:
+    """Raises ValueError if an option of one value has none, and what follows is no option but may be that value."""
+    takes_one = hint not in (None, bool) and get_origin(hint) not in (tuple, dict)
+    is_option = _name(following) in {*fields, "h", "help", ""}
+    if takes_one and not values and not is_option:
+        raise ValueError(f"{option}: has no value; one that begins with - is written {option}={following}")
 
 
 def _check_values(option: str, values: list[str], hint: Any, program: str) -> None:

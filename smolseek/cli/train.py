@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train(Recipe):
-    """Run a recipe: convert its source (or start from random weights), train, compare, and print a table."""
+    """Run a recipe: convert its source (or start from random weights), train, compare, and print a table.
+
+    RECIPE is a YAML file; its keys are the options below, which change them. Without one it is the quickstart,
+    recipes/quickstart.yaml.
+    """
 
     resume: bool = False
     """Continue the run in its folder."""
@@ -45,7 +49,11 @@ class Train(Recipe):
 
 @dataclass(frozen=True)
 class Data(Recipe):
-    """Show statistics of a recipe's text (data stats RECIPE): documents, tokens, malformed lines, first rows."""
+    """Show statistics of a recipe's text (data stats RECIPE): documents, tokens, malformed lines, first rows.
+
+    RECIPE is a YAML file; its keys are the options below, which change them. Without one it is the quickstart,
+    recipes/quickstart.yaml.
+    """
 
     limit: int = 2000
     """Documents to read of each hub data set; local sources are read to their end."""
