@@ -333,6 +333,8 @@ def load_recipe(path: str | Path) -> Recipe:
             its full path and the nearest known key); or a value has the wrong type.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"recipe {path}: is a folder and no recipe; a checkpoint is named by --source {path}")
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in recipes_folder().glob("*.yaml")))
         raise ValueError(f"recipe {path}: no such file; the project's own recipes are {known}, under recipes/")

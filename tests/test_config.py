@@ -136,6 +136,11 @@ def test_a_missing_recipe_lists_the_known_ones():
         load_recipe("nowhere.yaml")
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(ValueError, match="is a folder and no recipe; a checkpoint is named by --source"):
+        load_recipe(tmp_path)
+
+
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Recipe().name = "x"  # type: ignore[misc]
