@@ -169,6 +169,9 @@ def check_space(folder: Path, needed_bytes: int, remedy: str) -> None:
     """Raises ValueError, which ends with `remedy`, if a folder's disk has less room than that."""
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise ValueError(
-            f"{folder}: {free_bytes / 1e9:.1f} GB free, and {needed_bytes / 1e9:.1f} GB are needed there {remedy}"
-        )
+        raise ValueError(f"{folder}: {_told(free_bytes)} free, and {_told(needed_bytes)} are needed there {remedy}")
+
+
+def _told(size_bytes: int) -> str:
+    """Returns a size in GB, or in MB where it is below 0.1 GB."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.1f} MB"

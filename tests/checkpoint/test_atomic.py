@@ -1,9 +1,10 @@
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from smolseek.checkpoint.atomic import atomic_file, atomic_folder, remove_leftovers
+from smolseek.checkpoint.atomic import atomic_file, atomic_folder, check_space, remove_leftovers
 
 DEAD = 9_999_999
 """No process has this number: it is above the highest."""
@@ -96,3 +97,9 @@ def test_a_file_never_replaces_a_folder(tmp_path):
         with pytest.raises(ValueError, match="is a folder"), atomic_file(tmp_path / "out", force=force):
             pass
     assert (tmp_path / "out").is_dir()
+
+
+def test_small_sizes_are_told_in_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    with pytest.raises(ValueError, match=r"2\.0 MB free, and 3\.5 GB are needed there to try"):
+        check_space(tmp_path, 3_500_000_000, "to try")

@@ -268,10 +268,10 @@ def test_stories260k_exact_on_real_text(tmp_path):
 def test_too_little_space_for_the_blocks_inputs_is_said_before_they_are_made(source, quick, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(ValueError, match=r"0\.0 GB free.*for the converted weights"):
+    with pytest.raises(ValueError, match=r"0\.0 MB free.*for the converted weights"):
         convert(source, tmp_path / "deeper" / "out", settings=quick())
     monkeypatch.setattr(job, "check_space", lambda *_: None)
-    with pytest.raises(ValueError, match=r"0\.0 GB free.*free some space or lower calibration_windows"):
+    with pytest.raises(ValueError, match=r"0\.0 MB free.*free some space or lower calibration_windows"):
         convert(source, tmp_path / "out", settings=quick())
     assert not list(tmp_path.iterdir())
 
