@@ -101,6 +101,8 @@ def _read_prompt(command: Generate) -> str:
         raise ValueError(f"--prompt-file {command.prompt_file}: --prompt is given too; give one of them")
     if command.prompt is not None:
         return _checked(command.prompt, "--prompt")
+    if command.prompt_file is None and sys.stdin.isatty():
+        print("[type the prompt and end it with Ctrl-D, or give one with --prompt]", file=sys.stderr)
     text = _typed(sys.stdin.read) if command.prompt_file is None else read_text(command.prompt_file)
     return text.removesuffix("\n")  # editors and echo end a text with one that its author does not mean
 

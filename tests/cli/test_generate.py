@@ -86,6 +86,15 @@ def test_one_newline_at_the_end_of_a_file_or_of_standard_input_is_no_text(tmp_pa
     assert json.loads(said(capsys, "generate", folder, "--prompt", PROMPT + "\n", *options))["prompt"] == PROMPT + "\n"
 
 
+def test_a_terminal_is_told_that_a_prompt_is_awaited(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "m", "adds")
+    for terminal in (True, False):
+        monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+        monkeypatch.setattr("sys.stdin.isatty", lambda terminal=terminal: terminal)
+        assert main(["generate", str(folder), "--max-new-tokens", "1"]) == 0
+        assert ("[type the prompt" in capsys.readouterr().err) == terminal
+
+
 def test_libraries_say_nothing_on_the_terminal(tmp_path):
     """transformers warns of arguments that it will drop one day; a user can do nothing about it."""
     folder = folder_of(tmp_path / "m", "adds", tiny_llama)
