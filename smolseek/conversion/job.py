@@ -188,6 +188,8 @@ def _warn_of_another_share(dense: DenseSource, settings: ConvertSettings, target
 def _check_out(out: Path, force: bool, inputs: list[str | Path]) -> None:
     """Refuse an output that would remove something else than a conversion (ValueError)."""
     refuse_inputs(out, inputs)
+    if (source := Path(inputs[0])).is_dir() and source.resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: lies in the source {source}; name a folder outside it")
     if not out.exists():
         return
     if not (out / "conversion.json").is_file():

@@ -123,6 +123,13 @@ def test_force_replaces_what_convert_wrote_and_nothing_else(source, tmp_path):
     assert (tmp_path / "photos" / "a.jpg").exists()
 
 
+def test_an_output_in_the_source_is_refused(source):
+    before = sorted(source.rglob("*"))
+    with pytest.raises(ValueError, match=r"out: lies in the source .*; name a folder outside it"):
+        convert(source, source / "out", settings=ConvertSettings(exact=True))
+    assert sorted(source.rglob("*")) == before
+
+
 @pytest.mark.parametrize("out", ["m", "m/..", "text.txt", "texts"])
 def test_force_removes_nothing_that_is_read(out, source, quick, text, tmp_path, monkeypatch):
     """The source itself, a folder that holds it, the calibration text, a folder that holds that."""
