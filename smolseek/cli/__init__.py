@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -93,6 +94,8 @@ def parse_verb(kind: type, verb: str, arguments: list[str]) -> Any:
         raise ValueError(
             f"export {arguments[0]}: is no kind of file; write smolseek export gguf {shlex.join(arguments)}"
         )
+    if kind is Chat and any(re.match("--(prompt|prompt.file|samples|json)(=|$)", argument) for argument in arguments):
+        raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
     if kind not in (Train, Data):
         return parse(kind, f"smolseek {verb}", arguments)
     if kind is Data:

@@ -126,8 +126,6 @@ def _typed(read: Callable[[], str]) -> str:
 
 def run_chat(command: Chat) -> None:
     quiet_libraries()
-    if command.json or command.samples != 1 or command.prompt is not None or command.prompt_file is not None:
-        raise ValueError("chat: takes no --prompt, --prompt-file, --samples or --json; smolseek generate has them")
     model, tokenizer = _load_for_generation(command)
     positions = model.config.max_position_embeddings
     room = positions - command.max_new_tokens

@@ -28,7 +28,7 @@ def parse(kind: type, program: str, arguments: list[str], **options: Any) -> Any
     arguments = [*_with_none(arguments, fields)]
     _refuse_repeated(arguments, fields)
     written = [*_options(arguments)]
-    for (option, values), (following, _) in zip(written, [*written[1:], ("", [])], strict=True):
+    for (option, values), (following, _) in zip(written, [*written[1:], ("", [])], strict=False):
         hint = fields.get(_name(option))
         _check_missing(option, values, following, hint, fields)
         _check_values(option, values, hint, program)

@@ -30,6 +30,10 @@ def test_numbers_as_they_are_written():
     assert train.train.learning_rate_factors == {"router": 0.5, "norms": 2} and train.data.weights == (1, 2)
 
 
+def test_arguments_without_an_option():
+    assert parsed("plan", "builtin:base").source == "builtin:base"
+
+
 def test_a_text_may_be_called_none():
     assert parsed("generate", "builtin:base", "--prompt", "none").prompt == "none"
     assert parsed("generate", "builtin:base", "--prompt", "top_k=none").prompt == "top_k=none"
@@ -66,6 +70,7 @@ def test_a_text_may_be_called_none():
             "train --train.learning-rate-factors router x",
             "--train.learning-rate-factors router x: must be names with a number behind each",
         ),
+        ("chat builtin:base --prompt-file=x", "chat: takes no --prompt, --prompt-file, --samples or --json"),
         ("export half x.gguf", "export half: is no kind of file; write smolseek export gguf half x.gguf"),
         ("generate builtin:base --prompt -x", "--prompt: has no value; one that begins with - is written --prompt=-x"),
         ("generate builtin:base --prompt --seed 3", "Missing value for argument '--prompt'"),
