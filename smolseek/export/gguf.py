@@ -57,7 +57,7 @@ class GgufExport:
     fallbacks: tuple[str, ...]
     fallback_encodings: tuple[str, ...]
     has_chat_template: bool
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
     """What llama.cpp's commands must say besides the file."""
 
 
