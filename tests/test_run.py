@@ -190,6 +190,9 @@ def test_an_existing_run_is_kept_unless_forced(recipe, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "precious").write_text("1")
+    with pytest.raises(ValueError, match=r"is no run's folder.*move it away"):
+        run_recipe(recipe, folder)
+    (folder / "run.json").write_text("{}")
     with pytest.raises(ValueError, match="--resume"):
         run_recipe(recipe, folder)
     assert (folder / "precious").exists()

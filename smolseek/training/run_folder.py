@@ -42,15 +42,14 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool, force: bool) -> 
         return
     if resume:
         _check_start(folder, recipe)
-    elif not force:
+        return
+    refuse_inputs(folder, _inputs(recipe))
+    if not (folder / RUN_FILE).is_file() and {path.name for path in folder.iterdir()} - {LOCK}:
+        raise ValueError(
+            f"{folder}: exists, and is no run's folder, which has a {RUN_FILE}; move it away, or name the run otherwise"
+        )
+    if not force:
         raise ValueError(f"{folder}: exists already; pass --resume to go on with it, or --force to start over")
-    else:
-        refuse_inputs(folder, _inputs(recipe))
-        if not (folder / RUN_FILE).is_file() and {path.name for path in folder.iterdir()} - {LOCK}:
-            raise ValueError(
-                f"{folder}: --force removes only a run's folder, which has a {RUN_FILE}, and this has none; move it "
-                "away, or name the run otherwise"
-            )
 
 
 def _check_start(folder: Path, recipe: Recipe) -> None:

@@ -36,8 +36,9 @@ def test_only_a_runs_folder_may_be_removed(tmp_path):
     with pytest.raises(ValueError, match="exists already; pass --resume"):
         check_folder(folder, recipe, resume=False, force=False)
     (folder / "photo.jpg").write_text("precious")
-    with pytest.raises(ValueError, match=r"--force removes only a run's folder, which has a run\.json"):
-        check_folder(folder, recipe, resume=False, force=True)
+    for force in (True, False):
+        with pytest.raises(ValueError, match=r"exists, and is no run's folder, which has a run\.json"):
+            check_folder(folder, recipe, resume=False, force=force)
     write_about(folder, recipe, {}, 1)
     check_folder(folder, recipe, resume=False, force=True)
 
