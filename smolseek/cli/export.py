@@ -108,13 +108,8 @@ def next_commands(out: Path, *, has_template: bool, options: Sequence[str] = ())
     file, name = shlex.quote(str(out)), re.sub(r"[^\w.-]", "-", out.stem)
     modelfile = shlex.quote(f"FROM {out if out.is_absolute() else f'./{out}'}")
     model = " ".join(["-m", file, *options])
-    chat = [f"llama-cli {model}"] if has_template else []
-    ollama = (
-        [] if options else [f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"]
-    )
-    return [
-        *chat,
-        f'llama-completion {model} -no-cnv -n 64 -p "Once upon a time"',
-        f"llama-server {model}",
-        *ollama,
-    ]
+    commands = [f"llama-cli {model}"] if has_template else []
+    commands += [f'llama-completion {model} -no-cnv -n 64 -p "Once upon a time"', f"llama-server {model}"]
+    if not options:
+        commands.append(f"echo {modelfile} > Modelfile && ollama create {name} -f Modelfile && ollama run {name}")
+    return commands

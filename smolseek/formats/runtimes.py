@@ -100,9 +100,9 @@ def _yarn(config: Config) -> Config:
 def llama_cpp_options(config: Config) -> list[str]:
     """Returns the command line options that llama.cpp needs for this config, because no GGUF file says it to it."""
     betas = {"fast": _yarn(config).get("beta_fast") or 32, "slow": _yarn(config).get("beta_slow") or 1}
-    return (
-        [] if betas == {"fast": 32, "slow": 1} else [f"--yarn-beta-{name} {beta:.6g}" for name, beta in betas.items()]
-    )
+    if betas == {"fast": 32, "slow": 1}:
+        return []
+    return [f"--yarn-beta-{name} {beta:.6g}" for name, beta in betas.items()]
 
 
 def _scales_alone(yarn: Config) -> bool:
