@@ -42,6 +42,7 @@ from smolseek.config import (
     DataSettings,
     Recipe,
     SampleSettings,
+    TrainSettings,
     load_recipe,
     recipes_folder,
 )
@@ -90,6 +91,8 @@ class RealModel:
     """Peak learning rate of healing; none: that of recipes/heal.yaml."""
     heal_trains: Literal["all", "attention"] = "all"
     """Weights that healing trains."""
+    heal_distill_weight: float | None = None
+    """Weight of distillation in healing; 0: learn the text alone, as the dense model does; none: that of heal.yaml."""
     tasks: Path | None = None
     """Folder with the documents of the tasks, one JSONL file for each of benchmarks/tasks; none: no tasks."""
     task_rows: int = 500
@@ -150,8 +153,8 @@ class Bench:
         self.sizes = {size: read_size(size, self.source.cache_numbers) for size in mine.sizes}
         self.tokenizer = load_tokenizer(self.folder)
         self.manager = write_tasks(mine.tasks, task_folder, mine.task_rows) if mine.tasks and mine.task_rows else None
-        free = ("sizes", "stages", "heal_text", "heal_tokens", "heal_learning_rate", "heal_trains")
-        self.kept = Rows(mine.results, mine.out, _without_folders(mine), (*free, "results", "work"))
+        free = [name for name in vars(mine) if name.startswith("heal_")]
+        self.kept = Rows(mine.results, mine.out, _without_folders(mine), ("sizes", "stages", *free, "results", "work"))
         self.chats = bool(self.tokenizer.chat_template)
         self.ids = {name: read_tokens(self.tokenizer, file, mine.tokens) for name, file in named.items()}
         self.dense = Remembering(load_stock(self.folder))
@@ -283,16 +286,18 @@ def _converted(bench: Bench, size: str, fields: dict[str, Any]) -> None:
 
 
 def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
-    """Distil what `convert` writes, or train the dense model, and measure it after each number of tokens.
+    """Distil what `convert` writes, or train it or the dense model alone, and measure it after each number of tokens.
 
     One run is given more steps each time. So its learning rate has fallen to its end at every measurement, and rises
     again to where the longer schedule has it.
     """
-    rate = bench.mine.heal_learning_rate or load_recipe(recipes_folder() / "heal.yaml").train.learning_rate
-    trains, text = bench.mine.heal_trains, [*map(without_folders, bench.mine.heal_text)]
-    stage = "trained" if size == DENSE else "healed"
-    about: Row = {"size": size, "stage": stage, "text": text, "rate": rate, "trains": trains}
-    run = bench.work / _file_name(size, f"healed-{trains}-{rate:g}")
+    train = _heal_settings(bench.mine)
+    train = dataclasses.replace(train, distill_weight=0.0) if size == DENSE else train
+    rate, weight, trains = train.learning_rate, train.distill_weight, train.trains
+    text = [*map(without_folders, bench.mine.heal_text)]
+    stage = "healed" if weight else "trained"
+    about: Row = {"size": size, "stage": stage, "text": text, "rate": rate, "trains": trains, "distill_weight": weight}
+    run = bench.work / _file_name(size, f"{stage}-{trains}-{rate:g}-{weight:g}")
     for asked in sorted(bench.mine.heal_tokens):
         if bench.kept.find(**about, asked=asked):
             continue
@@ -300,28 +305,32 @@ def _healed(bench: Bench, size: str, fields: dict[str, Any]) -> None:
             folder, facts = bench.folder, {"cache": 1.0, "split": ""}
         else:
             folder, facts = bench.converted(_file_name(size, "converted"), **fields)
-        recipe = _heal_recipe(bench, folder, rate, asked)
+        recipe = _heal_recipe(bench, folder, train, asked)
         began = time.perf_counter()
         run_recipe(recipe, run, resume=run.exists())
         facts |= {"seconds": time.perf_counter() - began, "tokens": recipe.train.steps * step_tokens(recipe.train)}
         bench.measure(load_stock(run / "model"), **about, asked=asked, **facts)
 
 
-def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
+def _heal_settings(mine: RealModel) -> TrainSettings:
+    """Returns the training of recipes/heal.yaml with what `mine` names."""
+    named = {
+        "learning_rate": mine.heal_learning_rate,
+        "distill_weight": mine.heal_distill_weight,
+        "trains": mine.heal_trains,
+    }
+    given = {field: value for field, value in named.items() if value is not None}
+    return dataclasses.replace(load_recipe(recipes_folder() / "heal.yaml").train, **given)
+
+
+def _heal_recipe(bench: Bench, start: Path, train: TrainSettings, tokens: int) -> Recipe:
     """Returns recipes/heal.yaml with this run's own settings; only its steps depend on `tokens`.
 
     A model with a chat template answers ten questions at the end, beside the converted one, for the report of the run.
     """
     mine, heal = bench.mine, load_recipe(recipes_folder() / "heal.yaml")
-    window = min(heal.train.window_tokens, bench.source.max_position_embeddings)
-    train = dataclasses.replace(
-        heal.train,
-        learning_rate=rate,
-        trains=mine.heal_trains,
-        window_tokens=window,
-        checkpoint_every=20,
-        keep_last=1,
-    )
+    window = min(train.window_tokens, bench.source.max_position_embeddings)
+    train = dataclasses.replace(train, window_tokens=window, checkpoint_every=20, keep_last=1)
     first, steps = (math.ceil(count / step_tokens(train)) for count in (min(mine.heal_tokens), tokens))
     train = dataclasses.replace(train, steps=steps, warmup_steps=min(train.warmup_steps, first // 10))
     shares = (1.0,) * len(mine.heal_text)
@@ -329,9 +338,7 @@ def _heal_recipe(bench: Bench, start: Path, rate: float, tokens: int) -> Recipe:
     sample = SampleSettings(every=0)
     if bench.chats:
         sample = dataclasses.replace(sample, prompts=QUESTIONS, chat=True, temperature=0.0)
-    teacher = mine.source
-    if start == bench.folder:  # the dense model itself learns the text alone
-        teacher, train = None, dataclasses.replace(train, distill_weight=0.0)
+    teacher = mine.source if train.distill_weight else None
     return dataclasses.replace(heal, source=str(start), teacher=teacher, data=data, train=train, sample=sample)
 
 

@@ -104,7 +104,9 @@ def _label(row: Row) -> list[str]:
     if row["stage"] == "dense":
         return ["", "100%", "dense", ""]
     kept = f"{row['cache']:.1%}" + (f" ({row['split']})" if row["split"] else "")
-    stage = NAMES.get(row["stage"], row["stage"]) + (", attention alone" if row.get("trains") == "attention" else "")
+    stage = NAMES.get(row["stage"], row["stage"])
+    stage += f", distillation {row['distill_weight']:g}" if row["stage"] == "healed" else ""
+    stage += ", attention alone" if row.get("trains") == "attention" else ""
     return [row["size"], kept, stage, f"{row['tokens']:,}" if row["tokens"] else ""]
 
 

@@ -71,8 +71,8 @@ def test_every_stage_has_its_row_in_order(bench):
 
 
 def test_a_healed_folder_and_a_converted_one_stay_and_no_other_model(bench):
-    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-all-0.0001"}
-    assert (bench.work / "16+8-healed-all-0.0001" / "model" / "config.json").is_file()
+    assert {path.name for path in bench.work.iterdir()} == {"16+8-converted", "16+8-healed-all-0.0001-0.9"}
+    assert (bench.work / "16+8-healed-all-0.0001-0.9" / "model" / "config.json").is_file()
 
 
 def test_an_interrupted_measurement_goes_on(bench, monkeypatch):
@@ -97,7 +97,7 @@ def test_healing_of_attention_alone(mine, tmp_path):
     (run,) = bench.work.glob("16+8-healed-attention-*")
     recipe = json.loads((run / "run.json").read_text())["recipe"]
     assert (recipe["train"]["trains"], recipe["data"]["weights"]) == ("attention", [1.0, 1.0])
-    assert "| healed, attention alone | 512 |" in render("tiny", "", bench.kept.rows)
+    assert "| healed, distillation 0.9, attention alone | 512 |" in render("tiny", "", bench.kept.rows)
 
 
 def test_the_report_and_the_plot(bench, tmp_path):
@@ -106,7 +106,7 @@ def test_the_report_and_the_plot(bench, tmp_path):
     for words in (
         "# tiny: what",
         "`the command`",
-        "| 16+8 | 75.0% (16+8) | healed | 1,024 |",
+        "| 16+8 | 75.0% (16+8) | healed, distillation 0.9 | 1,024 |",
         "## Published conversions",
     ):
         assert words in text
@@ -128,6 +128,11 @@ def test_experts_on_request(mine, tmp_path):
     assert ratios(bench.kept.rows[-1]) != [1.0]
     report = render("tiny", "", bench.kept.rows)
     assert "| carve 75% |" in report and "| dense | 100.0% | trained | 512 |" in report
+    alone = {"sizes": sizes[1:2], "stages": ("healed",), "heal_distill_weight": 0.0}
+    bench = measure(dataclasses.replace(mine, **changes | alone))
+    assert [row["size"] for row in bench.kept.rows if row["stage"] == "trained"] == ["dense", "upcycle + 50%"]
+    run = json.loads((bench.work / "upcycle+50-trained-all-0.0001-0" / "run.json").read_text())
+    assert run["recipe"]["teacher"] is None and run["recipe"]["train"]["distill_weight"] == 0
     plot("tiny", bench.kept.rows, tmp_path / "plot.png")
 
 
