@@ -176,7 +176,7 @@ def load_stock(
 
     Raises:
         ValueError: as `resolve_folder`, `read_config` and `TensorFolder` do, or transformers does not load the model,
-            or would draw weights that the checkpoint lacks.
+            or would draw weights that the checkpoint lacks, or its logits are not what its head gives.
     """
     from transformers import AutoModelForCausalLM
 
@@ -199,7 +199,20 @@ def load_stock(
         model.config.tie_word_embeddings = False
     stock = StockModel(model.to(device)).eval()
     stock.end_token_ids = read_end_tokens(folder)
-    return _tried(stock, source)
+    return _with_plain_head(_tried(stock, source), source)
+
+
+@torch.no_grad()
+def _with_plain_head(stock: StockModel, source: str | Path) -> StockModel:
+    """Returns the model; ValueError if its logits are not what its head gives, for only that is computed here."""
+    ids_BT = torch.tensor([[0, stock.config.vocab_size // 2]], device=stock.lm_head.weight.device)
+    own_BTV, plain_BTV = stock.model(ids_BT, use_cache=False).logits.float(), stock(ids_BT).float()
+    if not torch.allclose(own_BTV, plain_BTV, rtol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"checkpoint {source}: its model changes what its head gives, as logits_scaling, logit_scale or "
+            "final_logit_softcapping in config.json say, and only plain heads are computed here; name another model"
+        )
+    return stock
 
 
 def _load_parts(source: str | Path, tensors: TensorFolder, dtype: torch.dtype, device: str, shard: Shard) -> StockModel:

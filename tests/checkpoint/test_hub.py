@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import smolseek.checkpoint.folder
 import smolseek.checkpoint.hub
@@ -23,7 +23,7 @@ from smolseek.checkpoint.shard import ShardWriter
 from smolseek.checkpoint.source import fetch_config, read_config, resolve_folder
 from smolseek.model import DeepseekV3, StockModel
 from smolseek.numerics.shards import own_part
-from tests.factories import random_ids, tiny_llama, tiny_v3_pair
+from tests.factories import enliven, random_ids, tiny_llama, tiny_v3_pair
 from tests.fake_processes import process
 from tests.text import kind_of_tokenizer, tiny_tokenizer
 
@@ -332,6 +332,20 @@ def test_a_model_that_does_not_run_is_refused_in_one_line(folder, dense_folder):
         edit(broken, rope_parameters=rope)
         with pytest.raises(ValueError, match=r"its model does not run \(RuntimeError"):
             read(broken)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25}), ("gemma2", {"head_dim": 8})],
+)
+def test_logits_that_are_not_the_heads_are_refused_in_one_line(kind, fields, tmp_path):
+    sizes = tiny_llama().config.to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{k: sizes[k] for k in kept}, **fields))
+    enliven(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its model changes what its head gives, as logits_scaling"):
+        load(tmp_path)
 
 
 def test_a_tokenizer_that_panics_is_refused_in_one_line(folder, monkeypatch):
