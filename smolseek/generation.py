@@ -16,13 +16,13 @@ from torch import Tensor
 from smolseek.config import SEEDS, SampleSettings
 from smolseek.data.encoding import check_vocabulary, encode_prompt
 from smolseek.model import DeepseekV3, StockModel
-from smolseek.model.decoding import DecodeStep, has_fixed_steps
+from smolseek.model.decoding import ROPES_BY_LENGTH, DecodeStep, has_fixed_steps
 from smolseek.numerics.shards import gathers_weights, release_gathered
 
 _COLDEST = 1e-6
 """Temperatures below this are 0: logits over them do not fit fp32, and the likeliest token has all the chance."""
 _PREFILL_TOKENS = 2048
-"""Most prompt tokens read at once, so that memory does not grow with the prompt."""
+"""Most prompt tokens read at once, so that memory does not grow with the prompt; all, where their angles need all."""
 
 
 _CHARACTER_BYTES = 4
@@ -300,7 +300,8 @@ def _decode(
     step = DecodeStep(model, cache) if has_fixed_steps(model) else None
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     end_tokens = torch.tensor(sorted(end_ids), device=device)
-    chunks = ids_BT.split(_PREFILL_TOKENS, dim=1)
+    rope = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type")
+    chunks = ids_BT.split(longest if rope in ROPES_BY_LENGTH else _PREFILL_TOKENS, dim=1)
     for _ in range(max_new_tokens):
         with evaluating(model):
             if step is not None and cache.length:

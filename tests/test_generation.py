@@ -10,7 +10,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 from smolseek import generation
 from smolseek.generation import Sampling, TextDecoder, generate, repetition_rate, stream, stream_text
 from smolseek.model import DeepseekV3, StockModel
-from tests.factories import VOCAB, random_ids, tiny_llama, tiny_v3, tiny_v3_pair
+from tests.factories import LIVELY_ROPE, VOCAB, random_ids, tiny_llama, tiny_v3, tiny_v3_pair
 from tests.text import KINDS, kind_of_tokenizer
 
 NEW = 12
@@ -50,6 +50,15 @@ def test_prefill_in_chunks_changes_nothing(kind: str, monkeypatch: pytest.Monkey
     whole = generate(MODELS[kind], prompts, max_new_tokens=NEW)
     monkeypatch.setattr(generation, "_PREFILL_TOKENS", 4)
     assert generate(MODELS[kind], prompts, max_new_tokens=NEW) == whole
+
+
+def test_a_prompt_whose_angles_depend_on_its_length_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 4)
+    ours, theirs = tiny_v3_pair(rope_parameters=LIVELY_ROPE["longrope"])
+    ids = random_ids(2, 20)  # more than the original context of 16
+    expected = theirs.generate(ids, max_new_tokens=NEW, do_sample=False)
+    for model in (ours, StockModel(theirs)):
+        assert torch.equal(generate(model, ids, max_new_tokens=NEW), expected)
 
 
 @each_model

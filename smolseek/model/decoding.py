@@ -20,6 +20,8 @@ from smolseek.model.transformer import DeepseekV3
 from smolseek.numerics.shards import gathers_weights
 
 _FEWEST_COLUMNS = 256
+ROPES_BY_LENGTH = ("dynamic", "longrope")
+"""Rope types that rotate by other angles where the sequence is longer."""
 
 
 class DecodeStep:
@@ -88,4 +90,4 @@ def has_fixed_steps(model: nn.Module) -> TypeGuard[DeepseekV3]:
         return False
     weight, rope = model.model.embed_tokens.weight, model.model.rotary_emb.rope_type
     grouped = weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
-    return rope not in ("dynamic", "longrope") and (grouped or not expert_layers(model))
+    return rope not in ROPES_BY_LENGTH and (grouped or not expert_layers(model))
