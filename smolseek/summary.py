@@ -78,15 +78,16 @@ def _measure(folder: Path, trainer: Trainer, *, balance: bool) -> tuple[dict[str
 def render_summary(summary: dict[str, Any]) -> str:
     """Returns the summary as a text table, with a sample of each model under it."""
     rows = {name: row for name, row in summary.items() if isinstance(row, dict) and "loss" in row}
-    head = (
-        f"{'':14}{'loss':>8}{'perplexity':>12}{'cache B/token':>15}{'parameters':>12}{'active':>12}{'decode tok/s':>14}"
-    )
-    lines = [head]
+    wide = max([12, *(len(f"{row['total_parameters']:,}") + 2 for row in rows.values())])  # a billion needs 13 places
+    lines = [
+        f"{'':14}{'loss':>8}{'perplexity':>12}{'cache B/token':>15}{'parameters':>{wide}}{'active':>{wide}}"
+        f"{'decode tok/s':>14}"
+    ]
     for name, row in rows.items():
         speed = f"{row['decode_tokens_per_second']:,.0f}" if "decode_tokens_per_second" in row else "-"
         lines.append(
-            f"{name.replace('_', ' '):14}{row['loss']:8.4f}{row['perplexity']:12.2f}{row['cache_bytes_per_token']:15,}"
-            f"{row['total_parameters']:12,}{row['active_parameters']:12,}{speed:>14}"
+            f"{name.replace('_', ' '):14}{row['loss']:8.4f} {row['perplexity']:11.2f}{row['cache_bytes_per_token']:15,}"
+            f"{row['total_parameters']:{wide},}{row['active_parameters']:{wide},}{speed:>14}"
         )
     if summary.get("maxvio") is not None:
         lines.append(

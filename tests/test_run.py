@@ -122,6 +122,16 @@ def test_a_run_ends_in_a_stock_folder_and_a_table(recipe, tmp_path):
     assert about["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe))) and "torch" in about["versions"]
 
 
+def test_the_columns_of_large_models_stay_apart():
+    row = {"loss": 2.5, "perplexity": 12.2, "cache_bytes_per_token": 196_608, "samples": {}, "repetition_rate": 0.0}
+    row |= {"total_parameters": 12_711_376_384, "active_parameters": 1_711_376_384, "decode_tokens_per_second": 12.3}
+    small = row | {"total_parameters": 4_721_184, "active_parameters": 4_721_184, "perplexity": 1.5e8}
+    head, *lines = render_summary({"dense": row, "healed": small}).splitlines()[:3]
+    cells = ["dense", "2.5000", "12.20", "196,608", "12,711,376,384", "1,711,376,384", "12"]
+    assert lines[0].split() == cells and len(lines[1].split()) == len(cells)
+    assert len(head) == len(lines[0])
+
+
 def test_the_healed_model_is_gone_when_the_dense_one_trains_and_models_are_measured_one_by_one(
     recipe, tmp_path, monkeypatch
 ):
