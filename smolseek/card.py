@@ -106,6 +106,12 @@ class Card:
     def _is_stock(self) -> bool:
         return has_stock_router(self.config)
 
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the model computes what its source does: nothing was approximated, and nothing trained since."""
+        settings = self.conversion["settings"] if self.conversion else {}
+        return bool(settings.get("exact")) and settings.get("experts") != "carve" and self.training is None
+
     def _front_matter(self) -> str:
         tags = [self.config["model_type"], *(["mla"] if is_latent(self.config) else []), "smolseek"]
         tree: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
@@ -119,8 +125,10 @@ class Card:
             sentences = [
                 f"{self._source_name}, converted to a stock `DeepseekV3ForCausalLM` by smolseek {versions['smolseek']} "
                 f"in {self.conversion['seconds']:,.0f} s (transformers {versions['transformers']}, torch "
-                f"{versions['torch']}). The error of every layer by stage is in `conversion.json`."
+                f"{versions['torch']})."
             ]
+            if not self._is_exact:
+                sentences.append("The error of every layer by stage is in `conversion.json`.")
         elif self._source is None:
             sentences = [f"A causal language model ({kind}), made by smolseek from random weights."]
         else:
@@ -128,6 +136,8 @@ class Card:
         if self.training:
             steps, tokens, data = self.training.steps, self.training.tokens, self.training.recipe.data.train
             sentences.append(f"Trained for {steps:,} steps, {tokens:,} tokens of {', '.join(map(plain_name, data))}.")
+        elif self._is_exact:
+            sentences.append("It computes what its source computes, but for rounding.")
         elif self.conversion:
             sentences.append("It learned from the dense model's outputs alone; `smolseek train` heals it on text.")
         return " ".join(sentences)
@@ -194,12 +204,15 @@ class Card:
     def _limits(self) -> list[str]:
         context = self.config.get("max_position_embeddings")
         limits = [f"It reads up to {context:,} tokens."] if context else []
-        if self.conversion:
+        if self._is_exact:
+            limits.append("It knows what its source knows, gets wrong what that gets wrong, and has its biases.")
+        elif self.conversion:
             limits.append(
                 "It is an approximation of its source, with what that knows, gets wrong and is biased to, and was "
                 "compared with it by the numbers above alone; `smolseek eval FOLDER --compare SOURCE --text FILE` says "
                 "where the two differ."
             )
+        if self.conversion:
             window = self.conversion["calibration"].get("window_tokens")
             limits += [f"The conversion weighed errors on windows of {window:,} tokens."] if window else []
             limits += _approximations(self.conversion["layers"])

@@ -55,6 +55,18 @@ def test_a_converted_models_card():
     assert "vllm serve" not in card and "smolseek train" in card
 
 
+def test_an_exact_conversion_is_no_approximation_and_has_learned_nothing():
+    exact = CONVERSION["settings"] | {"exact": True, "experts": "upcycle"}
+    card = Card("small", V3, {}, CONVERSION | {"settings": exact}).render()
+    assert "It computes what its source computes" in card and "It knows what its source knows" in card
+    for words in ("approximation", "error of every layer", "learned from the dense", "smolseek train"):
+        assert words not in card
+    training = Training(Recipe(name="heal"), 100, 5000)
+    for conversion, trained in (({"settings": exact | {"experts": "carve"}}, None), ({"settings": exact}, training)):
+        card = Card("small", V3, {}, CONVERSION | conversion, trained).render()
+        assert "It is an approximation of its source" in card and "computes what" not in card
+
+
 def test_commands_name_the_attention_backend_where_one_alone_takes_the_sizes():
     sizes = {"kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 128}
     card = Card("small", V3 | sizes | {"qk_head_dim": 128, "tie_word_embeddings": False}, {}, CONVERSION).render()
