@@ -9,8 +9,8 @@ steps per second, and how fast windows are made when nothing else runs.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from itertools import islice
@@ -39,11 +39,15 @@ class OnDemand(WindowStream):
 
 def main() -> None:
     """Print the table."""
-    source, text, *rest = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("text", metavar="TEXT")
+    parser.add_argument("steps", type=int, nargs="?", default=100, metavar="STEPS")
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    settings = TrainSettings(steps=int(rest[0]) if rest else 100, evaluate_every=10**9, checkpoint_every=10**9)
-    data = DataSettings(train=(text,), held_out_tokens=1024)
-    recipe = Recipe(source=source, data=data, train=settings, sample=SampleSettings(every=0, prompts=()))
+    settings = TrainSettings(steps=given.steps, evaluate_every=10**9, checkpoint_every=10**9)
+    data = DataSettings(train=(given.text,), held_out_tokens=1024)
+    recipe = Recipe(source=given.source, data=data, train=settings, sample=SampleSettings(every=0, prompts=()))
     print(f"{command_line()}\n{circumstances()}\n")
     print(f"windows alone: {tokens_per_second(recipe):,.0f} tokens/s")
     print(f"{'':12}{'waiting':>9}{'worst':>9}{'steps/s':>9}{'tokens/s':>10}")

@@ -7,6 +7,7 @@ python benchmarks/startup.py [RUNS]
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import statistics
 import subprocess
@@ -44,8 +45,9 @@ def report(seconds: dict[str, list[float]], command: str) -> str:
 
 def main() -> None:
     """Measure, write the report, print it."""
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    text = report(measure(runs), command_line())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=int, nargs="?", default=5, metavar="RUNS")
+    text = report(measure(parser.parse_args().runs), command_line())
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     (results / f"{datetime.date.today()}-startup.md").write_text(text, encoding="utf-8")

@@ -16,8 +16,8 @@ Shapes: B windows, T tokens in each, N tokens in one row, D hidden_size, E n_rou
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -73,8 +73,13 @@ VARIANTS = (
 
 def main() -> None:
     """Print the table, each line as soon as all its seeds are measured."""
-    source, train, held_out, *rest = sys.argv[1:]
-    steps, seeds = (int(rest[i]) if len(rest) > i else default for i, default in enumerate((300, 1)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("source", "train", "held_out"):
+        parser.add_argument(name, metavar=name.upper())
+    for name, default in (("steps", 300), ("seeds", 1)):
+        parser.add_argument(name, type=int, nargs="?", default=default, metavar=name.upper())
+    given = parser.parse_args()
+    source, train, held_out, steps, seeds = given.source, given.train, given.held_out, given.steps, given.seeds
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(source)
     train_BT, held_BT = (windows(tokenizer, name) for name in (train, held_out))
