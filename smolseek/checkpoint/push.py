@@ -9,6 +9,7 @@ from smolseek.checkpoint.source import check_tokenizer, read_config, read_conver
 from smolseek.formats.deepseek_v3 import expected_tensors
 from smolseek.formats.headers import read_headers
 from smolseek.formats.paths import plain_name, plain_names
+from smolseek.formats.text import read_text
 
 
 def check_complete(folder: Path) -> None:
@@ -60,7 +61,8 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
     The token is the one that the hub library stores; this function does not ask for it, show it or log it.
 
     Raises:
-        ValueError: the folder is not complete, there is no token, the repository exists and is public and `public` is
+        ValueError: the folder is not complete, its conversion.json is not as smolseek writes it or its card is no UTF-8
+            text, there is no token, the repository exists and is public and `public` is
             not set, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
@@ -68,7 +70,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
 
     # The base class is the error of the HTTP library that this version of the hub library uses.
     transport_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    files = files_to_push(folder)
+    contents = [(path.relative_to(folder).as_posix(), _content(path, folder)) for path in files_to_push(folder)]
     if not get_token():
         raise ValueError(f"push {repo_id}: the hub library keeps no token; log in first: hf auth login")
     api = HfApi()
@@ -76,7 +78,7 @@ def push(folder: Path, repo_id: str, *, public: bool = False) -> str:
         if not public and api.repo_exists(repo_id) and not api.model_info(repo_id).private:
             raise ValueError(f"push {repo_id}: is there and public; pass --public to add to it, or name another")
         url = api.create_repo(repo_id, private=not public, exist_ok=True)
-        operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), _content(path, folder)) for path in files]
+        operations = [CommitOperationAdd(name, content) for name, content in contents]
         api.create_commit(repo_id, operations, commit_message="Upload by smolseek")
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -96,7 +98,12 @@ def _content(path: Path, folder: Path) -> bytes | Path:
         return path
     if path.name == "conversion.json":
         return (json.dumps(plain_names(conversion), indent=2, sort_keys=True) + "\n").encode()
-    card, source = path.read_text(encoding="utf-8"), str(conversion["source"])
-    for name in (source, *conversion["settings"].get("calibration", ())):  # older cards have them as they were given
-        card = card.replace(name, plain_name(name))
+    card = read_text(path)
+    try:
+        names = [conversion["source"], *conversion["settings"].get("calibration", ())]
+        for name in names:  # older cards have them as they were given
+            card = card.replace(name, plain_name(name))
+    except (AttributeError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / 'conversion.json'}: not as smolseek writes it ({what}); restore it") from error
     return card.encode()

@@ -72,6 +72,22 @@ def test_names_and_digests_go_up_and_paths_do_not(folder, hub):
     assert sent["additional_chat_templates/tools.jinja"] == "{{ tools }}"
 
 
+@pytest.mark.parametrize(
+    ("conversion", "card", "words"),
+    [
+        ({"settings": {}}, b"# model", "conversion.json: not as smolseek writes it (KeyError: 'source')"),
+        ({"source": "a", "settings": {"calibration": None}}, b"# model", "conversion.json: not as smolseek writes it"),
+        ({"source": "a", "settings": {}}, b"# caf\xe9 au lait", "README.md: not UTF-8 at byte 5"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_a_repository_is_made(folder, hub, conversion, card, words, capsys):
+    (folder / "conversion.json").write_text(json.dumps(conversion))
+    (folder / "README.md").write_bytes(card)
+    assert main(["push", str(folder), "someone/model"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and hub.asked == []
+
+
 def test_public_only_when_asked_for(folder, hub, capsys):
     hub.private = False
     assert main(["push", str(folder), "someone/model"]) == 2
