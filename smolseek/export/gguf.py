@@ -14,7 +14,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quantize
 
-from smolseek.checkpoint.atomic import atomic_file, begins_with, refuse_existing
+from smolseek.checkpoint.atomic import atomic_file, begins_with, refuse_existing, remove_leftovers
 from smolseek.checkpoint.folder import TensorFolder
 from smolseek.checkpoint.source import read_config, resolve_folder
 from smolseek.export.keys import ARCHITECTURE, add_keys
@@ -73,7 +73,7 @@ def export_gguf(
     """Writes a folder as a GGUF file.
 
     Only one tensor (or one projection of a layer's experts) is in memory at a time. An interrupted or failed export
-    leaves no file.
+    leaves no file; what a killed one leaves is removed by the next to `out`.
 
     Args:
         pre: llama.cpp's name for the tokenizer's pre-tokenization; needed only if it is not recognised.
@@ -96,6 +96,7 @@ def export_gguf(
     writer.add_file_type(_FILE_TYPES[type])
     writer.add_quantization_version(_QUANTISATION_VERSION)
     has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
+    remove_leftovers(out.parent, out.name)
     try:
         with atomic_file(out, force=force) as path, contextlib.closing(writer):
             _write_tensors(writer, path, planned, on_tensor)

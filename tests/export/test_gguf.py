@@ -227,6 +227,14 @@ def test_an_interrupted_export_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    tiny_folder(tmp_path / "m")
+    for name in ("m.gguf", "other.gguf"):
+        (tmp_path / f".{name}.partial-9999999-abc").write_bytes(b"GGUF")  # no process has such a number
+    export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.gguf.partial-9999999-abc", "m", "m.gguf"]
+
+
 def _change(folder, name, change):
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = change(tensors[name])
