@@ -16,7 +16,7 @@ from gguf.quants import quantize
 
 from smolseek.checkpoint.atomic import atomic_file, begins_with, refuse_existing, remove_leftovers
 from smolseek.checkpoint.folder import TensorFolder
-from smolseek.checkpoint.source import read_config, resolve_folder
+from smolseek.checkpoint.source import commit_of, read_config, resolve_folder
 from smolseek.export.keys import ARCHITECTURE, add_keys
 from smolseek.export.kquants import BASES, SUBSTITUTES, mixed_encoding, quantise_rows, quantiser
 from smolseek.export.tensors import ExportTensor, export_tensors
@@ -92,7 +92,7 @@ def export_gguf(
         quantiser()  # raises before anything is written
     planned = [_Plan.of(tensor, type, config) for tensor in export_tensors(tensors, config)]
     writer = GGUFWriter(None, ARCHITECTURE)
-    add_keys(writer, config, source.resolve().name)
+    add_keys(writer, config, _name(folder, source))
     writer.add_file_type(_FILE_TYPES[type])
     writer.add_quantization_version(_QUANTISATION_VERSION)
     has_chat_template = add_vocabulary(writer, source, config["vocab_size"], pre=pre)
@@ -117,6 +117,11 @@ def export_gguf(
         has_chat_template=has_chat_template,
         options=tuple(options),
     )
+
+
+def _name(folder: str | Path, source: Path) -> str:
+    """Returns the model's name: its folder's, or that on the hub, whose folder has the name of a commit."""
+    return source.resolve().name if Path(folder).exists() else Path(commit_of(folder)[0]).name
 
 
 def _read_checkpoint(folder: str | Path, source: Path) -> tuple[dict[str, Any], TensorFolder]:

@@ -235,6 +235,15 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.gguf.partial-9999999-abc", "m", "m.gguf"]
 
 
+def test_a_model_of_the_hub_has_its_own_name_and_not_its_commit_s(tmp_path, monkeypatch):
+    commit = tmp_path / ("a" * 40)
+    tiny_folder(commit)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(commit))
+    for source, name in (("owner/small", "small"), ("owner/small@v1.0", "small"), (commit, commit.name)):
+        keys, _ = read_gguf(export_gguf(source, tmp_path / "m.gguf", force=True).path)
+        assert keys["general.name"] == name
+
+
 def _change(folder, name, change):
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = change(tensors[name])
