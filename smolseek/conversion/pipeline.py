@@ -117,14 +117,15 @@ def _make_student(job: Job, calibration: Calibration, work: WorkFolder) -> tuple
         job = job.with_target(fitted.rope_theta)
         _extend(layers, fitted.errors)
     student = assemble(dense, job.target, blocks)
-    losses["closed_form"] = judged_loss(student)
+    if not job.carves:  # whose MLPs are the dense ones yet
+        losses["closed_form"] = judged_loss(student)
     keep_freed_memory()
     states = None
     if job.carves or job.refines_attention:
         errors, states = refine_layers(job, student, dense, calibration, work)
         _extend(layers, errors)
         release_memory()  # the residual stream's, kept for it until here
-        losses["refined"] = judged_loss(student)
+        losses["refined" if job.refine_steps else "closed_form"] = judged_loss(student)
     if job.distill_steps and (job.carves or not job.settings.exact):
         loss = distill_model(job, student, dense, calibration, states)
         losses |= {} if loss is None else {"distilled": loss}

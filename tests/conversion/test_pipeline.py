@@ -91,15 +91,18 @@ def test_the_states_to_learn_from_are_the_dense_models(bf16, source, quick, tmp_
 @pytest.mark.parametrize("exact", [False, True])
 def test_carving_leaves_fewer_active_neurons_and_refinement_wins_back(exact, source, quick, text, tmp_path):
     dense = logits(stock(source), text)
-    errors = []
+    errors, losses = [], []
     for steps in ({}, {"refine_steps": 60, "distill_steps": 60}):
         settings = quick(experts="carve", active=0.75, exact=exact, first_k_dense_replace=1, **steps)
         out = convert(source, tmp_path / str(len(errors)), settings=settings)
+        losses.append(json.loads((out / "conversion.json").read_text())["losses"])
         model = stock(out)
         torch.testing.assert_close(logits(smolseek.load(out), text), logits(model, text), rtol=1e-3, atol=1e-3)
         errors.append(float((logits(model, text) - dense).square().mean()))
     if not exact:  # with exact attention the closed form loses next to nothing
         assert errors[0] > errors[1]
+    assert [{*stages} for stages in losses] == [{"dense", "closed_form"}, {"dense", "refined", "distilled"}]
+    assert abs(losses[0]["closed_form"] - losses[0]["dense"]) > 1e-5, "the MLPs are carved"
     config = json.loads((out / "config.json").read_text())
     met = config["n_shared_experts"] + config["num_experts_per_tok"]
     assert met < config["n_shared_experts"] + config["n_routed_experts"] and config["n_group"] == 1
