@@ -229,8 +229,8 @@ class Card:
             return "Trained from random weights: the licence is the trainer's to choose."
         if not self.licence:
             return (
-                f"The card of {self._source_name} names no licence; its licence files, if it has any, are in this "
-                "folder. Ask its owner before you share what was made from it."
+                f"{self._source_name} came with no card that names a licence; its licence files, if it has any, are in "
+                "this folder. Ask its owner before you share what was made from it."
             )
         name = self.licence.get("license_name", self.licence.get("license"))
         return f"That of {self._source_name}: {name}. Its licence files, if it has any, are in this folder."

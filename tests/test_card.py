@@ -79,7 +79,7 @@ def test_a_healed_models_card_has_both_recipes_and_the_runs_numbers():
     card = Card("heal", V3, {}, CONVERSION, training).render()
     for words in ("100 steps, 5,000 tokens of builtin:python", "| healed | 1.1000 |", "cache: 0.5", "name: heal"):
         assert words in card
-    assert "names no licence" in card and "smolseek train" not in card
+    assert "dense came with no card that names a licence; its licence files" in card and "smolseek train" not in card
     assert card.index("Settings of the conversion") < card.index("Recipe of the training")
 
 
