@@ -519,6 +519,7 @@ def check(config: Config, headers: Headers | None = None) -> dict[str, list[Find
     is_v3 = config.get("model_type") == "deepseek_v3"
     if is_v3:
         check_sizes(config)
+        config = with_defaults(config)
     for rule in RULES if is_v3 else RULES[:1]:
         finding = rule.found(config, headers)
         if finding is not None:

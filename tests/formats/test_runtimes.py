@@ -53,6 +53,14 @@ def test_a_config_in_vllm_s_sizes_loads_everywhere() -> None:
     assert {verdict(findings) for findings in check(EVERYWHERE).values()} == {"loads"}
 
 
+def test_fields_that_are_left_out_have_transformers_values() -> None:
+    sizes = ("n_routed_experts", "n_group", "topk_group", "num_experts_per_tok", "q_lora_rank", "kv_lora_rank")
+    sizes += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    assert check(without(*sizes)) == {runtime: [] for runtime in RUNTIMES}
+    assert refusing(without("n_group") | {"n_routed_experts": 12}) == set(RUNTIMES), "transformers makes 8 groups"
+    assert refusing(without("q_lora_rank") | {"num_hidden_layers": 27}) == {"llama.cpp"}
+
+
 CASES: list[tuple[dict[str, Any], set[str]]] = [
     (PORTABLE, {"vllm"}),
     (target_config(read_source(TINY), ConvertSettings(profile="vllm", kv_lora_rank=256, experts="carve")), set()),
