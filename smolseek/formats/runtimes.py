@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolseek.formats.deepseek_v3 import check_sizes, expected_tensors, group_problem, has_stock_router, with_defaults
+from smolseek.formats.fields import check_fields, number
 from smolseek.formats.headers import FLOATS, Header
 from smolseek.formats.rope import rope_parameters
 
@@ -32,6 +33,9 @@ _EXPORT = "smolseek export gguf"
 _PAPER = "DeepSeek-V3, section 2.1.2"
 _OTHER = f"{_VLLM_RUN}: other logits; {_LLAMA_CPP}: other logits"
 
+
+_BETAS = dict.fromkeys(("beta_fast", "beta_slow"), number(0, 1e30).or_null())
+"""What YaRN's betas must be."""
 
 Config = Mapping[str, Any]
 Headers = Mapping[str, Header]
@@ -98,7 +102,12 @@ def _yarn(config: Config) -> Config:
 
 
 def llama_cpp_options(config: Config) -> list[str]:
-    """Returns the command line options that llama.cpp needs for this config, because no GGUF file says it to it."""
+    """Returns the command line options that llama.cpp needs for this config, because no GGUF file says it to it.
+
+    Raises:
+        ValueError: one of YaRN's betas is no number.
+    """
+    check_fields(_yarn(config), _BETAS)
     betas = {"fast": _yarn(config).get("beta_fast") or 32, "slow": _yarn(config).get("beta_slow") or 1}
     if betas == {"fast": 32, "slow": 1}:
         return []
@@ -513,7 +522,7 @@ def check(config: Config, headers: Headers | None = None) -> dict[str, list[Find
     A runtime loads the folder if no finding refuses it. A config that is not DeepSeek-V3's gets one finding only.
 
     Raises:
-        ValueError: as `check_sizes` does.
+        ValueError: as `check_sizes` and `llama_cpp_options` do.
     """
     findings: dict[str, list[Finding]] = {runtime: [] for runtime in RUNTIMES}
     is_v3 = config.get("model_type") == "deepseek_v3"

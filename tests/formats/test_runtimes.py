@@ -61,6 +61,11 @@ def test_fields_that_are_left_out_have_transformers_values() -> None:
     assert refusing(without("q_lora_rank") | {"num_hidden_layers": 27}) == {"llama.cpp"}
 
 
+def test_a_beta_that_is_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match=r"beta_fast 'a': must be a number from 0 to 1e\+30, or null"):
+        check(EVERYWHERE | {"rope_parameters": YARN | {"beta_fast": "a"}})
+
+
 CASES: list[tuple[dict[str, Any], set[str]]] = [
     (PORTABLE, {"vllm"}),
     (target_config(read_source(TINY), ConvertSettings(profile="vllm", kv_lora_rank=256, experts="carve")), set()),
