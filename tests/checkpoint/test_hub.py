@@ -336,7 +336,7 @@ def test_a_model_that_does_not_run_is_refused_in_one_line(folder, dense_folder):
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25}), ("gemma2", {"head_dim": 8})],
+    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25}), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0})],
 )
 def test_logits_that_are_not_the_heads_are_refused_in_one_line(kind, fields, tmp_path):
     sizes = tiny_llama().config.to_dict()
