@@ -28,6 +28,7 @@ from smolseek.model import DeepseekV3, StockModel
 from smolseek.model.balance import routers, take_expert_counts
 from smolseek.model.skeleton import AnyModel, Shard, keep_whole, take_memory
 from smolseek.numerics.memory import release_memory
+from smolseek.numerics.rounding import rounded
 from smolseek.numerics.shards import gathers_weights, own_part, release_gathered, whole
 
 _READ_LATER: dict[str, Rule] = dict.fromkeys(
@@ -159,7 +160,7 @@ def load(
         return load_stock(folder, dtype=dtype, device=device, shard=shard)
     tensors = TensorFolder(folder)
     config = load_config(folder)
-    config.dtype = config.dtype or float_dtype(tensors.headers)  # what `save` writes
+    config.dtype = _written_dtype(tensors)
     config.tie_word_embeddings = config.tie_word_embeddings and not tensors.has_own_head()
     _check_tensors(tensors, read_config(folder) | {"tie_word_embeddings": config.tie_word_embeddings})
     with refusing(f"checkpoint {source}: no model can be built from its config.json"):
@@ -199,6 +200,7 @@ def load_stock(
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False
+    model.config.dtype = _written_dtype(tensors)
     stock = StockModel(model.to(device)).eval()
     stock.end_token_ids = read_end_tokens(folder)
     return _with_plain_head(_tried(stock, source), source)
@@ -226,6 +228,7 @@ def _load_parts(source: str | Path, tensors: TensorFolder, dtype: torch.dtype, d
     untied = tensors.has_own_head()
     skeleton = StockModel(_stock_skeleton(tensors.folder, untied=untied))
     _cast(skeleton, dtype)
+    skeleton.config.dtype = _written_dtype(tensors)
     for name, tensor in _stored_state(skeleton).items():
         for stored in [stored for stored, *_ in _stored_parts(name, tensor.shape)]:
             if stored not in tensors.headers:
@@ -243,7 +246,6 @@ def _cast(skeleton: StockModel, dtype: torch.dtype) -> None:
     Buffers stay fp32, as rope tables and routing biases are, and so do the weights that transformers keeps in fp32. A
     layer of two dtypes cannot be trained by FSDP2, so no weight of a 16-bit model can.
     """
-    skeleton.config.dtype = dtype
     if dtype == torch.float32:
         return
     fp32 = getattr(skeleton.model, "_keep_in_fp32_modules_strict", None) or ()
@@ -332,7 +334,7 @@ def save(
     with FolderWriter(out, force=force) as writer:
         for name, tensor in named_disk_tensors(model):
             keep_fp32 = name.endswith("e_score_correction_bias")
-            writer.add(name, tensor if keep_fp32 else tensor.to(dtype))
+            writer.add(name, tensor if keep_fp32 else rounded(tensor, dtype))
         writer.write_json("config.json", disk_config(config) if isinstance(model, DeepseekV3) else config)
         if origin is not None:
             copy_generation_config(writer, origin)
@@ -415,6 +417,11 @@ def named_disk_tensors(model: DeepseekV3 | StockModel) -> Iterator[tuple[str, Te
                 yield stored, gathered[expert, rows].clone()
             else:  # a head may share the embeddings' memory although the config unties it; safetensors refuses that
                 yield stored, gathered.clone() if name == "lm_head.weight" else gathered
+
+
+def _written_dtype(tensors: TensorFolder) -> Any:
+    """Returns the dtype in which `save` writes a model of this folder again, whatever it is loaded in."""
+    return load_config(tensors.folder).dtype or float_dtype(tensors.headers)
 
 
 def _stored_state(model: DeepseekV3 | StockModel) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from smolseek.conversion.student import layers_of
 from smolseek.conversion.upcycle import balancing_bias, router_rows, upcycle
 from smolseek.formats.deepseek_v3 import cache_numbers
 from smolseek.model import DeepseekV3
+from smolseek.numerics.rounding import rounded
 
 _ROUTER_TOKENS = 4096
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -58,7 +59,7 @@ def write_folder(job: Job, tensors: Iterator[tuple[str, Tensor]], facts: Facts, 
     with FolderWriter(job.out, force=job.force) as writer:
         for name, tensor in tensors:
             keep_fp32 = name.endswith("e_score_correction_bias")
-            written = tensor.to(torch.float32 if keep_fp32 else getattr(torch, job.target["dtype"]))
+            written = rounded(tensor, torch.float32 if keep_fp32 else getattr(torch, job.target["dtype"]))
             if not written.isfinite().all():
                 raise ValueError(
                     f"{name}: NaN or infinite as {job.target['dtype']}; save the source in another dtype and convert it"

@@ -56,7 +56,10 @@ def read_headers(folder: str | Path) -> dict[str, Header]:
         raise ValueError(f"checkpoint {folder}: {foreign}")
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
         raise ValueError(f"checkpoint {folder}: only pickle weights; re-save it with safe_serialization=True")
-    raise ValueError(f"checkpoint {folder}: no model.safetensors; fetch the weights")
+    raise ValueError(
+        f"checkpoint {folder}: no model.safetensors; fetch the weights, or, if there are only pickle "
+        "files where it comes from, re-save it with safe_serialization=True"
+    )
 
 
 def float_dtype(headers: Mapping[str, Header]) -> str:

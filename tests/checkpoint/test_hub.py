@@ -90,6 +90,20 @@ def test_a_folder_whose_config_names_no_dtype_keeps_that_of_its_weights(tmp_path
     )
 
 
+@pytest.mark.parametrize("make", [lambda: tiny_v3_pair()[1].bfloat16(), lambda: tiny_llama().bfloat16()])
+def test_a_bf16_folder_stays_bf16_and_keeps_what_training_moved_a_little(make, tmp_path):
+    make().save_pretrained(tmp_path / "a")
+    model = load(tmp_path / "a")
+    assert model.lm_head.weight.dtype == torch.float32
+    (embedding,) = [weight for name, weight in model.named_parameters() if name.endswith("embed_tokens.weight")]
+    before, step = embedding.detach().clone(), embedding.detach() * 2.0**-10  # an eighth to a quarter of bf16's
+    embedding.data += step
+    tensors = TensorFolder(save(model, tmp_path / "b"))
+    assert tensors.dtype("model.embed_tokens.weight") == "BF16" and read_config(tmp_path / "b")["dtype"] == "bfloat16"
+    moved = tensors.get("model.embed_tokens.weight").float() - before
+    assert float((moved * step).sum() / (step * step).sum()) == pytest.approx(1, abs=0.3)
+
+
 def test_softmax_folders_say_that_they_are_not_stock(tmp_path):
     ours, _ = tiny_v3_pair()
     ours.config.scoring_func = "softmax"
@@ -336,7 +350,11 @@ def test_a_model_that_does_not_run_is_refused_in_one_line(folder, dense_folder):
 
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("granite", {"logits_scaling": 8.0}), ("cohere", {"logit_scale": 0.25}), ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0})],
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    ],
 )
 def test_logits_that_are_not_the_heads_are_refused_in_one_line(kind, fields, tmp_path):
     sizes = tiny_llama().config.to_dict()
